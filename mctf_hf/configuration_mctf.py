@@ -1,0 +1,208 @@
+"""Configurations: the settings of token fusion, and one configuration per backbone."""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import ViTConfig
+
+TokensFused = int | float | list[int | float]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_tokens_fused(value: TokensFused) -> None:
+    """Raise ValueError unless every entry of ``r`` is a whole count or a fraction in (0, 1)."""
+    for entry in value if isinstance(value, (list, tuple)) else [value]:
+        if not _is_number(entry) or entry < 0 or (entry >= 1 and entry != int(entry)):
+            raise ValueError(
+                f"r={value!r} is not allowed: r is a count of tokens (0, 1, 2, …), a fraction of "
+                "them between 0 and 1, or a list with one of these for each layer"
+            )
+
+
+def _check_layers(value: list[int] | None) -> None:
+    if value is not None and len(set(value)) != len(value):
+        raise ValueError(f"fusion_layers={value!r} is not allowed: it names a layer twice")
+
+
+def _one_of(name: str, *allowed: str) -> Any:
+    def check(value: str) -> None:
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r} is not allowed: it is one of {', '.join(allowed)}")
+
+    return {"validator": check}
+
+
+def _number(name: str, low: float, high: float = math.inf, *, below: bool = False) -> Any:
+    def check(value: float) -> None:
+        if not _is_number(value) or value < low or value > high or (below and value == high):
+            limit = "" if high == math.inf else f" and {'below' if below else 'at most'} {high:g}"
+            raise ValueError(
+                f"{name}={value!r} is not allowed: it is a number of at least {low:g}{limit}"
+            )
+
+    return {"validator": check}
+
+
+@dataclass(kw_only=True)
+class FusionConfigMixin:
+    """Settings of token fusion, shared by the configurations of all backbones.
+
+    Args:
+        reduction: which method reduces the tokens: ``"mctf"``, or ``"none"`` for the plain model.
+        r: how many tokens a fusing layer fuses away: a count (1, 2, …), a fraction in (0, 1) of
+            the patch tokens that reach the layer, 0 for none, or a list of these with one entry
+            per layer.
+        fusion_layers: zero-based indices of the layers that fuse. ``None``: all but the first, or
+            those with an entry above 0 where ``r`` is a list.
+        tau_sim: temperature of the similarity criterion; 0 switches it off.
+        tau_info: temperature of the informativeness criterion; 0 switches it off.
+        tau_size: temperature of the size criterion; 0 switches it off.
+        bidirectional: fuse half of the tokens forward and half backward, or all forward.
+        one_step_ahead: the attention that informativeness is judged by: ``"approximate"`` (the
+            layer's own, reused for the fused tokens), ``"precise"`` (the layer's own, computed
+            again after fusion) or ``"past"`` (fuse after the layer, by the attention it used).
+        pooling: weight of a token in its pool: ``"attention_size"`` (attention received times
+            size), ``"size"``, ``"mean"`` (all the same), or ``"max"`` (elementwise maximum).
+        proportional_attention: add the logarithm of each token's size to its attention scores.
+        min_tokens: no layer leaves fewer tokens than this, prefix tokens included.
+        drop_path_rate: probability of skipping a residual branch in training, rising linearly
+            from 0 in the first layer to this in the last (stochastic depth, arXiv 1603.09382).
+
+    Raises:
+        huggingface_hub.errors.StrictDataclassError: for a value outside of what is allowed; the
+            message names the setting, the value and the values allowed.
+    """
+
+    reduction: str = field(default="mctf", metadata=_one_of("reduction", "mctf", "none"))
+    r: TokensFused = field(default=16, metadata={"validator": _check_tokens_fused})
+    fusion_layers: list[int] | None = field(default=None, metadata={"validator": _check_layers})
+    tau_sim: float | int = field(default=1.0, metadata=_number("tau_sim", 0))
+    tau_info: float | int = field(default=20.0, metadata=_number("tau_info", 0))
+    tau_size: float | int = field(default=40.0, metadata=_number("tau_size", 0))
+    bidirectional: bool = True
+    one_step_ahead: str = field(
+        default="approximate",
+        metadata=_one_of("one_step_ahead", "approximate", "precise", "past"),
+    )
+    pooling: str = field(
+        default="attention_size",
+        metadata=_one_of("pooling", "attention_size", "size", "mean", "max"),
+    )
+    proportional_attention: bool = True
+    min_tokens: int = field(default=10, metadata=_number("min_tokens", 1))
+    drop_path_rate: float | int = field(
+        default=0.0, metadata=_number("drop_path_rate", 0, 1, below=True)
+    )
+
+    num_prefix_tokens: ClassVar[int] = 1
+    if TYPE_CHECKING:
+        num_hidden_layers: int
+
+    def tokens_fused(self, num_tokens: int, r: TokensFused | None = None) -> tuple[int, ...]:
+        """How many tokens each layer fuses away, by the settings and the input's length alone.
+
+        Args:
+            num_tokens: tokens that enter the first layer, prefix tokens included.
+            r: used instead of the configuration's own ``r``.
+
+        Returns:
+            One count per layer. A fraction takes that part of the patch tokens, rounded down; no
+            layer fuses more than half of its patch tokens or leaves fewer than ``min_tokens``.
+
+        Raises:
+            ValueError: if ``r`` is not allowed.
+        """
+        if self.reduction == "none":
+            return (0,) * self.num_hidden_layers
+        if r is not None:
+            _check_tokens_fused(r)
+        wanted = self._wanted_by_layer(self.r if r is None else r)
+        counts = []
+        for want in wanted:
+            patches = num_tokens - self.num_prefix_tokens
+            count = int(patches * want) if 0 < want < 1 else int(want)
+            count = max(0, min(count, patches // 2, num_tokens - self.min_tokens))
+            counts.append(count)
+            num_tokens -= count
+        return tuple(counts)
+
+    def _wanted_by_layer(self, r: TokensFused) -> Sequence[int | float]:
+        layers = range(self.num_hidden_layers)
+        if not isinstance(r, (list, tuple)):
+            fusing = range(1, len(layers)) if self.fusion_layers is None else self.fusion_layers
+            return [r if layer in fusing else 0 for layer in layers]
+        if len(r) != len(layers):
+            raise ValueError(
+                f"r={r!r} has {len(r)} entries: a list has one for each of the {len(layers)} layers"
+            )
+        outside = [i for i in layers if r[i] and i not in (self.fusion_layers or layers)]
+        if self.fusion_layers is not None and outside:
+            raise ValueError(
+                f"r={r!r} fuses in layers {outside}, which fusion_layers={self.fusion_layers!r} "
+                "leaves out: leave fusion_layers unset or let the list be 0 there"
+            )
+        return r
+
+    def validate_fusion_layers(self) -> None:
+        """Check what concerns several settings at once."""
+        wrong = [i for i in self.fusion_layers or () if not 0 <= i < self.num_hidden_layers]
+        if wrong:
+            raise ValueError(
+                f"fusion_layers={self.fusion_layers!r} is not allowed: {wrong} are not among the "
+                f"layers 0 to {self.num_hidden_layers - 1}"
+            )
+        self._wanted_by_layer(self.r)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return tuple(value) if isinstance(value, (list, tuple)) else (value, value)  # type: ignore[return-value]
+
+
+@strict
+class MCTFViTConfig(FusionConfigMixin, ViTConfig):
+    """Configuration of a Vision Transformer (ViT, DeiT) that fuses tokens.
+
+    All fields of :class:`transformers.ViTConfig` and of :class:`FusionConfigMixin`.
+    """
+
+    model_type = "mctf_vit"
+    auto_classes: ClassVar[dict[str, str]] = {
+        "AutoConfig": "configuration_mctf.MCTFViTConfig",
+        "AutoModel": "modeling_mctf_vit.MCTFViTModel",
+        "AutoModelForImageClassification": "modeling_mctf_vit.MCTFViTForImageClassification",
+    }
+    _auto_class = "AutoConfig"
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read a checkpoint's configuration; a plain ViT's counts as this one's.
+
+        Raises:
+            ValueError: for the checkpoint of another architecture.
+        """
+        settings, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        model_type = settings.get("model_type", "vit")
+        if model_type not in ("vit", cls.model_type):
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds a model of type {model_type!r}: "
+                f"{cls.__name__} loads the types 'vit' (ViT, DeiT) and {cls.model_type!r}"
+            )
+        return {**settings, "model_type": cls.model_type}, kwargs
+
+    def validate_patches(self) -> None:
+        """Check that the patches divide the image."""
+        sides = zip(_pair(self.image_size), _pair(self.patch_size), strict=True)
+        if any(image % patch for image, patch in sides):
+            raise ValueError(
+                f"image_size={self.image_size!r} is not allowed: it is no multiple of "
+                f"patch_size={self.patch_size!r}"
+            )

@@ -1,0 +1,113 @@
+"""From one layer's tensors to a reduction.
+
+A reducer is a small immutable value made from a model's configuration. It says at which point of
+a layer it acts and, called with that layer's tokens, attention and sizes, returns a
+:class:`~.fusion.Reduction`. It holds no state, so one layer may run in many threads at once.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .fusion import Reduction, sum_by_assignment
+from .matching import attraction, bipartite_soft_matching
+
+
+class Stage(Enum):
+    """The point of a layer at which its tokens are reduced, and what its attention does then."""
+
+    REUSE_ATTENTION = "before attention, whose map is fused along with the tokens"
+    RECOMPUTE_ATTENTION = "before attention, which is then computed among the tokens left"
+    AFTER_MLP = "after the layer has run in full"
+
+
+@dataclass(frozen=True)
+class MCTFReducer:
+    """Multi-criteria Token Fusion (CVPR 2024, arXiv 2403.10030, section 3).
+
+    ``stage`` is the paper's choice of attention that informs the fusion: the layer's own, one step
+    ahead, reused for the fused tokens (``approximate``) or only to rank them (``precise``), or the
+    attention of the layer already done (``past``).
+    """
+
+    stage: Stage
+    tau_sim: float
+    tau_info: float
+    tau_size: float
+    bidirectional: bool
+    pooling: str
+
+    @classmethod
+    def from_config(cls, config: Any) -> "MCTFReducer":
+        stages = {
+            "approximate": Stage.REUSE_ATTENTION,
+            "precise": Stage.RECOMPUTE_ATTENTION,
+            "past": Stage.AFTER_MLP,
+        }
+        return cls(
+            stage=stages[config.one_step_ahead],
+            tau_sim=config.tau_sim,
+            tau_info=config.tau_info,
+            tau_size=config.tau_size,
+            bidirectional=config.bidirectional,
+            pooling=config.pooling,
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        tokens: Tensor,
+        attention: Tensor,
+        sizes: Tensor | None,
+        *,
+        r: int,
+        num_prefix_tokens: int,
+    ) -> Reduction:
+        """Choose ``r`` tokens to fuse.
+
+        Args:
+            tokens: (b, n, d), before any normalisation.
+            attention: (b, h, n, n), each row summing to 1.
+            sizes: (b, n), how many patches each token stands for; ``None`` if all stand for one.
+            r: how many tokens to fuse.
+            num_prefix_tokens: how many tokens at the front take no part.
+        """
+        informativeness = attention.mean((1, 2), dtype=torch.promote_types(tokens.dtype, torch.float32))
+        scores = attraction(
+            tokens,
+            informativeness,
+            sizes,
+            num_prefix_tokens=num_prefix_tokens,
+            tau_sim=self.tau_sim,
+            tau_info=self.tau_info,
+            tau_size=self.tau_size,
+        )
+        assignment, num_tokens = bipartite_soft_matching(
+            scores, r, num_prefix_tokens=num_prefix_tokens, bidirectional=self.bidirectional
+        )
+        weights = self._pooling_weights(informativeness, sizes)
+        if weights is not None:
+            total = sum_by_assignment(weights, assignment, num_tokens)
+            weights = weights / total.gather(1, assignment)
+        return Reduction(assignment, weights, num_tokens)
+
+    def _pooling_weights(self, informativeness: Tensor, sizes: Tensor | None) -> Tensor | None:
+        """How much each token counts in its pool, before normalisation: (b, n)."""
+        if self.pooling == "max":
+            return None
+        if self.pooling == "attention_size":
+            return informativeness if sizes is None else informativeness * sizes
+        if self.pooling == "size" and sizes is not None:
+            return sizes
+        return torch.ones_like(informativeness)
+
+
+_REDUCERS = {"mctf": MCTFReducer}
+
+
+def build_reducer(config: Any) -> MCTFReducer | None:
+    """The reducer that a configuration asks for; ``None`` for ``reduction="none"``."""
+    return None if config.reduction == "none" else _REDUCERS[config.reduction].from_config(config)
