@@ -161,7 +161,8 @@ class FusionConfigMixin:
         self._wanted_by_layer(self.r)
 
 
-def _pair(value: Any) -> tuple[int, int]:
+def as_pair(value: Any) -> tuple[int, int]:
+    """Height and width of a size given as one number or as two."""
     return tuple(value) if isinstance(value, (list, tuple)) else (value, value)  # type: ignore[return-value]
 
 
@@ -200,7 +201,7 @@ class MCTFViTConfig(FusionConfigMixin, ViTConfig):
 
     def validate_patches(self) -> None:
         """Check that the patches divide the image."""
-        sides = zip(_pair(self.image_size), _pair(self.patch_size), strict=True)
+        sides = zip(as_pair(self.image_size), as_pair(self.patch_size), strict=True)
         if any(image % patch for image, patch in sides):
             raise ValueError(
                 f"image_size={self.image_size!r} is not allowed: it is no multiple of "

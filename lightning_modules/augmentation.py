@@ -1,0 +1,68 @@
+"""Random flips and crops of single images, before the model's own image processor."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageOps
+
+Crop = Literal["none", "padded", "resized"]
+
+
+@dataclass(frozen=True)
+class FlipAndCrop:
+    """Augment one image by chance alone that its generator gives.
+
+    Args:
+        size: (height, width) of the result in pixels.
+        crop: ``"none"`` only resizes; ``"padded"`` resizes, pads by an eighth with black on every
+            side and cuts out a random window, as is usual for small images; ``"resized"`` cuts out
+            8 to 100% of the area at an aspect ratio of 3/4 to 4/3 and resizes that (Inception
+            crop, arXiv 1409.4842), as is usual for ImageNet.
+        flip: mirror half of the images.
+        resample: PIL's filter for resizing.
+    """
+
+    size: tuple[int, int]
+    crop: Crop = "none"
+    flip: bool = False
+    resample: int = Image.Resampling.BICUBIC
+
+    def __call__(self, image: Image.Image, generator: np.random.Generator) -> Image.Image:
+        height, width = self.size
+        resample = Image.Resampling(self.resample)
+        if self.crop == "resized":
+            box = _random_box(image.width, image.height, generator)
+            image = image.resize((width, height), resample, box=box)
+        elif image.size != (width, height):
+            image = image.resize((width, height), resample)
+        if self.crop == "padded":
+            pad_x, pad_y = width // 8, height // 8
+            image = ImageOps.expand(image, (pad_x, pad_y))
+            left = int(generator.integers(2 * pad_x + 1))
+            top = int(generator.integers(2 * pad_y + 1))
+            image = image.crop((left, top, left + width, top + height))
+        if self.flip and generator.random() < 0.5:
+            image = ImageOps.mirror(image)
+        return image
+
+
+def _random_box(
+    width: int, height: int, generator: np.random.Generator
+) -> tuple[float, float, float, float]:
+    """A random window of an image: (left, top, right, bottom) in pixels.
+
+    Ten tries at a window that fits; then the largest central one of an allowed aspect ratio.
+    """
+    low, high = math.log(3 / 4), math.log(4 / 3)
+    for _ in range(10):
+        area = width * height * generator.uniform(0.08, 1)
+        ratio = math.exp(generator.uniform(low, high))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left = int(generator.integers(width - w + 1))
+            top = int(generator.integers(height - h + 1))
+            return left, top, left + w, top + h
+    w, h = min(width, height * 4 / 3), min(height, width * 4 / 3)
+    return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2

@@ -1,0 +1,94 @@
+"""Token-reduction consistency: what a model with fusion is finetuned by."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class ConsistencyLoss(NamedTuple):
+    """The total and its parts, each a scalar tensor.
+
+    Attributes:
+        total: student + teacher_weight * teacher + consistency_weight * consistency.
+        student: cross-entropy of the pass that fuses most.
+        teacher: cross-entropy of the pass that fuses less.
+        consistency: mean squared distance of the two class tokens over the images that pass.
+        passing: fraction of images that the student is confident about.
+        confidence: mean probability that the student gives to the labels.
+    """
+
+    total: Tensor
+    student: Tensor
+    teacher: Tensor
+    consistency: Tensor
+    passing: Tensor
+    confidence: Tensor
+
+
+class TokenReductionConsistency(nn.Module):
+    """Loss of one set of weights run twice, fusing much (student) and little (teacher).
+
+    MCTF (arXiv 2403.10030), section 3.4. The student's class token is drawn to the teacher's for
+    those images whose label the student already gives more than ``confidence_threshold``.
+
+    Args:
+        teacher_weight: weight of the teacher's cross-entropy.
+        consistency_weight: weight of the distance between class tokens.
+        confidence_threshold: probability of the label, of both labels together for mixed images,
+            above which an image counts for consistency.
+        label_smoothing: of both cross-entropies.
+    """
+
+    def __init__(
+        self,
+        teacher_weight: float = 1.0,
+        consistency_weight: float = 3.0,
+        confidence_threshold: float = 0.4,
+        label_smoothing: float = 0.0,
+    ):
+        super().__init__()
+        self.teacher_weight = teacher_weight
+        self.consistency_weight = consistency_weight
+        self.confidence_threshold = confidence_threshold
+        self.label_smoothing = label_smoothing
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        student_token: Tensor,
+        teacher_logits: Tensor,
+        teacher_token: Tensor,
+        labels: Tensor,
+    ) -> ConsistencyLoss:
+        """Compare the two passes.
+
+        Args:
+            student_logits, teacher_logits: (b, c).
+            student_token, teacher_token: (b, d), class tokens after the final LayerNorm.
+            labels: (b,) int64, or (b, c) probabilities that are positive for an image's labels.
+        """
+        student = F.cross_entropy(student_logits, labels, label_smoothing=self.label_smoothing)
+        teacher = F.cross_entropy(teacher_logits, labels, label_smoothing=self.label_smoothing)
+        confidence = label_probability(student_logits, labels)
+        passing = confidence > self.confidence_threshold
+        distance = (teacher_token.detach() - student_token).square().mean(1)  # [b]
+        consistency = (distance * passing).sum() / passing.sum().clamp(min=1)
+        return ConsistencyLoss(
+            total=student + self.teacher_weight * teacher + self.consistency_weight * consistency,
+            student=student,
+            teacher=teacher,
+            consistency=consistency,
+            passing=passing.float().mean(),
+            confidence=confidence.mean(),
+        )
+
+
+@torch.no_grad()
+def label_probability(logits: Tensor, labels: Tensor) -> Tensor:
+    """Probability given to each image's label, or labels: (b, c), (b,) or (b, c) -> (b,)."""
+    probability = logits.softmax(-1)
+    if labels.ndim == 1:
+        return probability.gather(1, labels[:, None]).squeeze(1)
+    return (probability * (labels > 0)).sum(1)
