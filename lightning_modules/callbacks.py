@@ -35,14 +35,18 @@ class HuggingFaceFolder(Callback):
         if weights:
             state = torch.load(weights, map_location="cpu", weights_only=True)["state_dict"]
             pl_module.load_state_dict(state)
-        folder = self.folder or os.path.join(trainer.log_dir or trainer.default_root_dir, "huggingface")
+        folder = self.folder or os.path.join(
+            trainer.log_dir or trainer.default_root_dir, "huggingface"
+        )
         save(pl_module.model, pl_module.image_processor, folder)
         rank_zero_info(f"Hugging Face model ({weights or 'last weights'}): {folder}")
 
     def _best_checkpoint(self, trainer: L.Trainer) -> str | None:
         if not self.best:
             return None
-        kept = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor]
+        kept = [
+            c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor
+        ]
         return next((c.best_model_path for c in kept if c.best_model_path), None)
 
 
@@ -69,7 +73,12 @@ class PredictionFile(BasePredictionWriter):
         rows = [row for batch in predictions for row in batch]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(
-            "w", dir=self.path.parent, prefix=f".{self.path.name}.", delete=False, newline="", encoding="utf-8"
+            "w",
+            dir=self.path.parent,
+            prefix=f".{self.path.name}.",
+            delete=False,
+            newline="",
+            encoding="utf-8",
         ) as draft:
             if self.path.suffix == ".csv":
                 writer = csv.DictWriter(draft, fieldnames=["file", "label", "score"])

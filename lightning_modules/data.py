@@ -44,7 +44,8 @@ class HFImageDataModule(L.LightningDataModule):
         batch_size: images per process and step in training.
         eval_batch_size: images per process and step otherwise. Unset: the same.
         num_workers: processes that load and augment images; 0 does it in the main process.
-        crop: random crop in training: ``none``, ``padded`` (small images) or ``resized`` (ImageNet).
+        crop: random crop in training: ``none``, ``padded`` (for small images) or ``resized`` (for
+            ImageNet).
         flip: mirror half of the training images.
         predict_folder: folder of images to predict, searched with its subfolders.
         seed: of the order, the augmentation and the cut of the validation part.
@@ -168,7 +169,9 @@ class HFImageDataModule(L.LightningDataModule):
             raise ValueError("predict_folder is not set: name the folder of images to predict")
         folder = Path(self.predict_folder)
         if not folder.is_dir():
-            raise FileNotFoundError(f"predict_folder={self.predict_folder!r}: there is no such folder")
+            raise FileNotFoundError(
+                f"predict_folder={self.predict_folder!r}: there is no such folder"
+            )
         known = Image.registered_extensions()
         files = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in known]
         if not files:
@@ -221,7 +224,7 @@ def _output_size(processor: Any) -> tuple[int, int]:
 
 
 class Process:
-    """An image processor for one image, with options of its own: PIL -> (channels, height, width)."""
+    """An image processor, with options of its own, for one image -> (channels, height, width)."""
 
     def __init__(self, processor: Any, **options: Any):
         self.processor = processor
@@ -238,7 +241,9 @@ class Rows:
         ValueError: if a column is missing or can't be told from the others.
     """
 
-    def __init__(self, rows: Dataset, origin: str, image_column: str | None, label_column: str | None):
+    def __init__(
+        self, rows: Dataset, origin: str, image_column: str | None, label_column: str | None
+    ):
         self.origin = origin
         self.image_column = _column(rows, "image_column", image_column, ImageFeature, origin)
         label_column = _column(rows, "label_column", label_column, ClassLabel, origin)
@@ -247,8 +252,8 @@ class Rows:
         self.label_names = list(feature.names) if isinstance(feature, ClassLabel) else None
         if labels.dtype.kind not in "iu":
             raise ValueError(
-                f"label_column={label_column!r} of {origin} holds {feature}: labels are integers or "
-                "class labels (datasets' class_encode_column makes them)"
+                f"label_column={label_column!r} of {origin} holds {feature}: labels are integers "
+                "or class labels (datasets' class_encode_column makes them)"
             )
         self.labels = labels
         self.images = rows.select_columns([self.image_column]).cast_column(
@@ -270,7 +275,9 @@ class Rows:
             return read_image(source)
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             path = f" ({stored['path']})" if stored["path"] else ""
-            raise ValueError(f"row {index} of {self.origin}{path} holds no readable image: {error}") from error
+            raise ValueError(
+                f"row {index} of {self.origin}{path} holds no readable image: {error}"
+            ) from error
 
 
 def read_image(source: Any) -> Image.Image:

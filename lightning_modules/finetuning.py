@@ -85,6 +85,11 @@ class MCTFFinetuner(L.LightningModule):
         settings.update({name: value for name, value in given.items() if value is not None})
         self.model, self.image_processor = _load(pretrained, config, num_labels, settings)
         self.model.train()
+        if self.model.config.reduction == "none" and (r or r_max):
+            raise ValueError(
+                f"r={r!r} and r_max={r_max!r} have no effect with reduction='none', which "
+                "pretrained or the settings say: set reduction, or leave r unset and r_max 0"
+            )
         self.num_labels: int = self.model.config.num_labels
         self.loss = TokenReductionConsistency(
             teacher_weight, consistency_weight, confidence_threshold, label_smoothing
@@ -101,7 +106,12 @@ class MCTFFinetuner(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         names = getattr(self.trainer.datamodule, "label_names", None)
-        if stage == "fit" and names is not None and len(names) == self.num_labels and self._unnamed():
+        if (
+            stage == "fit"
+            and names is not None
+            and len(names) == self.num_labels
+            and self._unnamed()
+        ):
             self.model.config.id2label = dict(enumerate(names))
             self.model.config.label2id = {name: i for i, name in enumerate(names)}
 
@@ -128,15 +138,19 @@ class MCTFFinetuner(L.LightningModule):
             loss = self.loss(
                 student.logits, student.class_token, teacher.logits, teacher.class_token, labels
             )
-            parts = {f"train/{name}": value for name, value in loss._asdict().items() if name != "total"}
+            parts = {
+                f"train/{name}": value for name, value in loss._asdict().items() if name != "total"
+            }
             self.log_dict({**parts, "train/teacher_r": float(r)}, batch_size=len(labels))
             total = loss.total
         else:
-            total = F.cross_entropy(student.logits, labels, label_smoothing=self.loss.label_smoothing)
+            total = F.cross_entropy(
+                student.logits, labels, label_smoothing=self.loss.label_smoothing
+            )
         if not torch.isfinite(total):
             raise FloatingPointError(
-                f"the loss is {total.item()} at step {self.global_step} (epoch {self.current_epoch}): "
-                "training stops; the checkpoints saved so far are untouched"
+                f"the loss is {total.item()} at step {self.global_step} of epoch "
+                f"{self.current_epoch}: training stops, checkpoints saved so far are untouched"
             )
         self.log("train/loss", total, prog_bar=True, batch_size=len(labels))
         self.log("train/lr", self.optimizers().param_groups[0]["lr"], batch_size=len(labels))
@@ -152,7 +166,9 @@ class MCTFFinetuner(L.LightningModule):
         logits = self.model(batch["pixel_values"]).logits
         size = len(logits)
         metrics.update(logits, batch["labels"])
-        self.log(loss_name, F.cross_entropy(logits, batch["labels"]), batch_size=size, sync_dist=True)
+        self.log(
+            loss_name, F.cross_entropy(logits, batch["labels"]), batch_size=size, sync_dist=True
+        )
         self.log_dict(metrics, prog_bar=True, batch_size=size)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
@@ -178,7 +194,9 @@ class MCTFFinetuner(L.LightningModule):
         )
         schedule = get_cosine_with_min_lr_schedule_with_warmup(
             optimizer,
-            num_warmup_steps=round(steps * hparams["warmup_epochs"] / (self.trainer.max_epochs or 1)),
+            num_warmup_steps=round(
+                steps * hparams["warmup_epochs"] / (self.trainer.max_epochs or 1)
+            ),
             num_training_steps=steps,
             min_lr=min(hparams["min_learning_rate"], rate),
         )
@@ -202,7 +220,9 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
     decay, no_decay = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            exempt = parameter.ndim < 2 or name.endswith(("_token", "_tokens", "position_embeddings"))
+            exempt = parameter.ndim < 2 or name.endswith(
+                ("_token", "_tokens", "position_embeddings")
+            )
             (no_decay if exempt else decay).append(parameter)
     return [
         {"params": decay, "weight_decay": weight_decay},
@@ -220,8 +240,8 @@ def _load(
     labels = {} if num_labels is None else {"num_labels": num_labels}
     if (pretrained is None) == (config is None):
         raise ValueError(
-            f"pretrained={pretrained!r} and config={config!r}: set one of them, a checkpoint to start "
-            "from or the settings of a model to train from scratch"
+            f"pretrained={pretrained!r} and config={config!r}: set one of them, a checkpoint to "
+            "start from or the settings of a model to train from scratch"
         )
     if config is not None:
         model_config = MCTFViTConfig(**{**config, **labels, **settings})
@@ -232,7 +252,9 @@ def _load(
     model_config = MCTFViTConfig.from_pretrained(pretrained)
     unknown = sorted(name for name in settings if not hasattr(model_config, name))
     if unknown:
-        raise ValueError(f"fusion has the settings {unknown}, which {type(model_config).__name__} lacks")
+        raise ValueError(
+            f"fusion has the settings {unknown}, which {type(model_config).__name__} lacks"
+        )
     new_head = num_labels not in (None, model_config.num_labels)
     model, report = MCTFViTForImageClassification.from_pretrained(
         pretrained,
@@ -244,7 +266,7 @@ def _load(
     wrong = [name for name in _weights(report) if not name.startswith("classifier.")]
     if wrong:
         raise ValueError(
-            f"{pretrained} is no checkpoint of this model: weights missing or of another shape: {wrong}"
+            f"{pretrained} does not fit this model: weights missing or of another shape: {wrong}"
         )
     return model, processor
 

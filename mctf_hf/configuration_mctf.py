@@ -117,12 +117,14 @@ class FusionConfigMixin:
             layer fuses more than half of its patch tokens or leaves fewer than ``min_tokens``.
 
         Raises:
-            ValueError: if ``r`` is not allowed.
+            ValueError: if ``r`` is not allowed, or is not 0 where ``reduction`` is ``"none"``.
         """
-        if self.reduction == "none":
-            return (0,) * self.num_hidden_layers
         if r is not None:
             _check_tokens_fused(r)
+        if self.reduction == "none":
+            if r:
+                raise ValueError(f"r={r!r} has no effect with reduction='none': choose a reduction")
+            return (0,) * self.num_hidden_layers
         wanted = self._wanted_by_layer(self.r if r is None else r)
         counts = []
         for want in wanted:
@@ -163,7 +165,7 @@ class FusionConfigMixin:
 
 def as_pair(value: Any) -> tuple[int, int]:
     """Height and width of a size given as one number or as two."""
-    return tuple(value) if isinstance(value, (list, tuple)) else (value, value)  # type: ignore[return-value]
+    return tuple(value) if isinstance(value, (list, tuple)) else (value, value)
 
 
 @strict

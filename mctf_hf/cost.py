@@ -32,7 +32,7 @@ def multiply_accumulates(
     for fused in config.tokens_fused(tokens, r):
         total += _layer(config, tokens, fused)
         tokens -= fused
-    return total + _LAYERNORM * tokens * width + width * config.num_labels
+    return total + _LAYERNORM * tokens * width + width * (config.num_labels or 0)
 
 
 def _layer(config: MCTFViTConfig, tokens: int, fused: int) -> int:

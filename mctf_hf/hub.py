@@ -21,9 +21,10 @@ def save(model: PreTrainedModel, image_processor: Any, folder: str | os.PathLike
         FileExistsError: if ``folder`` holds files but no model.
     """
     folder = Path(folder)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").exists()):
+    occupied = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
+    if occupied and not (folder / "config.json").exists():
         raise FileExistsError(
-            f"{folder} holds something else than a model: name a new or empty folder, or that of a model"
+            f"{folder} holds something else than a model: name a new folder or that of a model"
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as draft:
@@ -33,7 +34,10 @@ def save(model: PreTrainedModel, image_processor: Any, folder: str | os.PathLike
         folder.mkdir(exist_ok=True)
         for name in names:
             os.replace(Path(draft, name), folder / name)
-    for stale in {*folder.glob("model*.safetensors"), *folder.glob("model*.safetensors.index.json")}:
+    for stale in {
+        *folder.glob("model*.safetensors"),
+        *folder.glob("model*.safetensors.index.json"),
+    }:
         if stale.name not in names:
             stale.unlink()
     return folder

@@ -20,7 +20,7 @@ def bipartition(num_prefix_tokens: int) -> tuple[slice, slice]:
 
 
 def similarity(tokens: Tensor, num_prefix_tokens: int) -> Tensor:
-    """Cosine similarity of alpha and beta tokens moved to [0, 1]: (b, n, d) -> (b, n_alpha, n_beta)."""
+    """Cosine similarity of alpha to beta tokens, in [0, 1]: (b, n, d) -> (b, n_alpha, n_beta)."""
     alpha, beta = bipartition(num_prefix_tokens)
     unit = F.normalize(tokens, dim=-1)
     return (unit[:, alpha] @ unit[:, beta].mT + 1) / 2

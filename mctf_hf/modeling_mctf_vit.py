@@ -7,7 +7,7 @@ tokens before and ``m`` after a layer's fusion, ``d`` channels, ``h`` heads.
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -119,22 +119,23 @@ class FusionAttentionMixin:
             The attention output (b, m, d), and the map (b, h, m, m) if ``output_attentions``.
         """
         if attention_map is None:
-            return super().forward(hidden_states, attention_mask, **kwargs)  # type: ignore[misc]
-        linear = reduction is not None and reduction.weights is not None
-        fused_map = None
-        if reduction is not None and (not linear or kwargs.get("output_attentions")):
-            fused_map = fuse_attention(attention_map, reduction)
-        if not linear and fused_map is not None:
-            attention_map = fused_map
-        value = self.v_proj(hidden_states)
-        if linear:
-            value = unfuse(value, reduction)
-        dropped = F.dropout(attention_map, self.attention_dropout, self.training)
-        output = (dropped @ self._heads(value)).transpose(1, 2).flatten(2)  # [b, n, d]
-        if linear:
-            output = fuse(output, reduction)  # [b, m, d]
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        value = self.v_proj(hidden_states)  # [b, m, d]
+        if reduction is None:
+            output = self._attend(attention_map, value)
+        elif reduction.weights is None:
+            attention_map = fuse_attention(attention_map, reduction)
+            output = self._attend(attention_map, value)
+        else:
+            output = fuse(self._attend(attention_map, unfuse(value, reduction)), reduction)
+            if kwargs.get("output_attentions"):
+                attention_map = fuse_attention(attention_map, reduction)
         project = self.o_proj if hasattr(self, "o_proj") else self.out_proj
-        return project(output), attention_map if fused_map is None else fused_map
+        return project(output), attention_map
+
+    def _attend(self, attention_map: Tensor, value: Tensor) -> Tensor:
+        attention_map = F.dropout(attention_map, self.attention_dropout, self.training)
+        return (attention_map @ self._heads(value)).transpose(1, 2).flatten(2)
 
 
 class MCTFViTAttention(FusionAttentionMixin, ViTAttention):
@@ -155,15 +156,19 @@ def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
 class MCTFViTLayer(ViTLayer):
     """ViT's layer: attention and MLP, with a fusion of tokens where the reducer wants it."""
 
+    attention: MCTFViTAttention
+
     def __init__(self, config: MCTFViTConfig, layer_idx: int = 0):
         super().__init__(config)
         self.attention = MCTFViTAttention(config)
         self.reducer = build_reducer(config)
         self.num_prefix_tokens = config.num_prefix_tokens
         self.proportional_attention = config.proportional_attention
-        self.drop_path_rate = config.drop_path_rate * layer_idx / max(1, config.num_hidden_layers - 1)
+        self.drop_path_rate = (
+            config.drop_path_rate * layer_idx / max(1, config.num_hidden_layers - 1)
+        )
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
@@ -181,23 +186,23 @@ class MCTFViTLayer(ViTLayer):
             fused so far, and the assignment (b, n), ``None`` where this layer fuses nothing.
         """
         stage = self.reducer.stage if self.reducer is not None and r else None
-        reduction = attention_map = assignment = None
+        reduction = assignment = attention_map = None
 
         normed = self.layernorm_before(hidden_states)
         bias = self._size_bias(token_sizes, attention_mask, normed.dtype)
-        if stage is not None or (self.reducer is not None and kwargs.get("output_attentions")):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and stage is not Stage.RECOMPUTE_ATTENTION):
+        if stage is not None or self._shows_attention(kwargs):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and stage is not Stage.RECOMPUTE):
                 attention_map = self.attention.attention_map(normed, bias)
-        if stage in (Stage.REUSE_ATTENTION, Stage.RECOMPUTE_ATTENTION):
+        if stage in (Stage.REUSE, Stage.RECOMPUTE):
             hidden_states, token_sizes, reduction = self._reduce(
                 hidden_states, attention_map, token_sizes, r
             )
             assignment = reduction.assignment
             normed = self.layernorm_before(hidden_states)
-        if stage is Stage.RECOMPUTE_ATTENTION:
+        if stage is Stage.RECOMPUTE:
             bias = self._size_bias(token_sizes, None, normed.dtype)
             reduction = attention_map = None
-            if kwargs.get("output_attentions"):
+            if self._shows_attention(kwargs):
                 attention_map = self.attention.attention_map(normed, bias)
 
         output, _ = self.attention(
@@ -214,6 +219,10 @@ class MCTFViTLayer(ViTLayer):
             assignment = reduction.assignment
         return hidden_states, token_sizes, assignment
 
+    def _shows_attention(self, kwargs: dict[str, Any]) -> bool:
+        """Whether the map is asked for, which the fast attention kernels do not give."""
+        return self.reducer is not None and bool(kwargs.get("output_attentions"))
+
     def _add(self, residual: Tensor, branch: Tensor) -> Tensor:
         return residual + drop_path(self.dropout(branch), self.drop_path_rate, self.training)
 
@@ -226,8 +235,13 @@ class MCTFViTLayer(ViTLayer):
         return token_sizes.log().to(dtype)[:, None, None, :]
 
     def _reduce(
-        self, hidden_states: Tensor, attention_map: Tensor, token_sizes: Tensor | None, r: int
+        self,
+        hidden_states: Tensor,
+        attention_map: Tensor | None,
+        token_sizes: Tensor | None,
+        r: int,
     ) -> tuple[Tensor, Tensor, Reduction]:
+        assert self.reducer is not None and attention_map is not None
         reduction = self.reducer(
             hidden_states, attention_map, token_sizes, r=r, num_prefix_tokens=self.num_prefix_tokens
         )
@@ -242,7 +256,7 @@ class MCTFPreTrainedMixin:
 
     config: MCTFViTConfig
     config_class = MCTFViTConfig
-    _no_split_modules = ["ViTEmbeddings", "MCTFViTLayer"]
+    _no_split_modules: ClassVar = ["ViTEmbeddings", "MCTFViTLayer"]
     # Proportional attention adds a number to the scores, which these kernels cannot.
     _supports_flash_attn = False
     _supports_flex_attn = False
@@ -254,7 +268,7 @@ class MCTFPreTrainedMixin:
         of them with ``trust_remote_code=True``.
         """
         self.config.auto_map = dict(self.config.auto_classes)
-        super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+        super().save_pretrained(save_directory, **kwargs)
 
 
 class MCTFViTModel(MCTFPreTrainedMixin, ViTModel):
@@ -282,7 +296,7 @@ class MCTFViTModel(MCTFPreTrainedMixin, ViTModel):
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         pixel_values: Tensor,
         bool_masked_pos: Tensor | None = None,
@@ -330,14 +344,14 @@ class MCTFViTModel(MCTFPreTrainedMixin, ViTModel):
         output_fusion: bool,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Run all layers: (b, n, d) -> (b, m, d); with ``output_fusion`` also sizes and assignment."""
+        """Run all layers: (b, n, d) -> (b, m, d), sizes and assignment if ``output_fusion``."""
         fused_by_layer = self.config.tokens_fused(hidden_states.shape[1], r)
         if attention_mask is not None and any(fused_by_layer):
             raise ValueError(
                 "attention_mask is not allowed where tokens are fused: leave it out, or set r=0 "
                 "or reduction='none'"
             )
-        attention_mask = create_bidirectional_mask(
+        mask = create_bidirectional_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
         )
         token_sizes = assignment = None
@@ -346,11 +360,11 @@ class MCTFViTModel(MCTFPreTrainedMixin, ViTModel):
             assignment = torch.arange(num_tokens, device=hidden_states.device).repeat(batch, 1)
         for layer, fused in zip(self.layers, fused_by_layer, strict=True):
             hidden_states, token_sizes, reassigned = layer(
-                hidden_states, attention_mask, token_sizes, fused, **kwargs
+                hidden_states, mask, token_sizes, fused, **kwargs
             )
             if assignment is not None and reassigned is not None:
                 assignment = compose(assignment, reassigned)
-        if not output_fusion:
+        if assignment is None:
             return hidden_states, None, None
         if token_sizes is None:
             token_sizes = torch.ones_like(assignment, dtype=torch.float32)
@@ -373,7 +387,7 @@ class MCTFViTForImageClassification(MCTFPreTrainedMixin, ViTForImageClassificati
         self.post_init()
 
     @can_return_tuple
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         pixel_values: Tensor,
         labels: Tensor | None = None,
@@ -399,7 +413,9 @@ class MCTFViTForImageClassification(MCTFPreTrainedMixin, ViTForImageClassificati
         class_token = outputs.last_hidden_state[:, 0]
         logits = self.classifier(class_token)
         return MCTFImageClassifierOutput(
-            loss=None if labels is None else self.loss_function(labels, logits, self.config, **kwargs),
+            loss=None
+            if labels is None
+            else self.loss_function(labels, logits, self.config, **kwargs),
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,

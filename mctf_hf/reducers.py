@@ -19,8 +19,8 @@ from .matching import attraction, bipartite_soft_matching
 class Stage(Enum):
     """The point of a layer at which its tokens are reduced, and what its attention does then."""
 
-    REUSE_ATTENTION = "before attention, whose map is fused along with the tokens"
-    RECOMPUTE_ATTENTION = "before attention, which is then computed among the tokens left"
+    REUSE = "before attention, whose map is fused along with the tokens"
+    RECOMPUTE = "before attention, which is then computed among the tokens left"
     AFTER_MLP = "after the layer has run in full"
 
 
@@ -43,8 +43,8 @@ class MCTFReducer:
     @classmethod
     def from_config(cls, config: Any) -> "MCTFReducer":
         stages = {
-            "approximate": Stage.REUSE_ATTENTION,
-            "precise": Stage.RECOMPUTE_ATTENTION,
+            "approximate": Stage.REUSE,
+            "precise": Stage.RECOMPUTE,
             "past": Stage.AFTER_MLP,
         }
         return cls(
@@ -75,7 +75,9 @@ class MCTFReducer:
             r: how many tokens to fuse.
             num_prefix_tokens: how many tokens at the front take no part.
         """
-        informativeness = attention.mean((1, 2), dtype=torch.promote_types(tokens.dtype, torch.float32))
+        informativeness = attention.mean(
+            (1, 2), dtype=torch.promote_types(tokens.dtype, torch.float32)
+        )
         scores = attraction(
             tokens,
             informativeness,

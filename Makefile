@@ -1,0 +1,33 @@
+# Everything sets itself up: a machine with Python 3.10 to 3.13 and make is enough.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: setup demo test lint format clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)/python -m pip install --constraint constraints.txt torch
+	$(RUN)/python -m pip install --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+demo: $(READY)  ## train, fuse and finetune a small model on handwritten digits
+	$(RUN)/mctf demo
+
+test: lint  ## lint and the whole test suite
+	$(RUN)/pytest
+
+lint: $(READY)
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+
+format: $(READY)
+	$(RUN)/ruff check --fix .
+	$(RUN)/ruff format .
+
+clean:
+	rm -rf $(VENV) outputs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,0 +1,52 @@
+"""``mctf fit``, ``validate``, ``test`` and ``predict``: Lightning's command line on our modules."""
+
+import warnings
+from collections.abc import Sequence
+
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from lightning_modules import HFImageDataModule, HuggingFaceFolder, MCTFFinetuner, PredictionFile
+
+DESCRIPTION = """Make Vision Transformers faster by fusing tokens (MCTF), and finetune them for it.
+
+Beside the subcommands below, `mctf demo` trains, fuses and finetunes a small model on handwritten
+digits. Every command has its own --help.
+"""
+
+
+class FinetuningCommandLine(LightningCLI):
+    """LightningCLI with checkpoints, a Hugging Face folder and a file of predictions built in."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(ModelCheckpoint, "best")
+        parser.add_lightning_class_args(ModelCheckpoint, "last")
+        parser.add_lightning_class_args(HuggingFaceFolder, "export")
+        parser.add_lightning_class_args(PredictionFile, "predictions")
+        parser.set_defaults(
+            {
+                "best.filename": "best-{epoch}-{step}",
+                "best.monitor": "val/accuracy",
+                "best.mode": "max",
+                "last.filename": "last",
+                "last.every_n_train_steps": 100,
+                "last.save_on_train_epoch_end": True,
+                "last.enable_version_counter": False,
+            }
+        )
+        for target in ("model.seed", "data.seed"):
+            parser.link_arguments("seed_everything", target, compute_fn=int)
+
+
+def finetuning(args: Sequence[str] | None = None) -> None:
+    """Run the subcommand that ``args``, or the command line, begins with."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
+        FinetuningCommandLine(
+            MCTFFinetuner,
+            HFImageDataModule,
+            args=None if args is None else list(args),
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"prog": "mctf", "description": DESCRIPTION},
+        )
