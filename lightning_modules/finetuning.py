@@ -252,9 +252,7 @@ def _load(
     model_config = MCTFViTConfig.from_pretrained(pretrained)
     unknown = sorted(name for name in settings if not hasattr(model_config, name))
     if unknown:
-        raise ValueError(
-            f"fusion has the settings {unknown}, which {type(model_config).__name__} lacks"
-        )
+        raise ValueError(f"fusion={settings!r} is not allowed: there are no settings {unknown}")
     new_head = num_labels not in (None, model_config.num_labels)
     model, report = MCTFViTForImageClassification.from_pretrained(
         pretrained,

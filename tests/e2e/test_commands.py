@@ -1,0 +1,195 @@
+"""The real commands, in processes of their own, on real images."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from tests.conftest import DIGITS, REPOSITORY
+from tests.test_data import PNG, encoded, write_dataset
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def mctf(*words: str | Path, **options: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "cli.main", *map(str, words)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "100"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, **options)
+
+
+def fit_words(folder: Path, pretrained: Path) -> list[str | Path]:
+    return [
+        "fit",
+        "--model.pretrained", pretrained,
+        "--model.r", "6",
+        "--model.r_max", "3",
+        "--model.drop_path_rate", "0.1",
+        "--model.learning_rate", "0.02",
+        "--data.dataset", DIGITS,
+        "--data.batch_size", "32",
+        "--data.num_workers", "1",
+        "--data.crop", "padded",
+        "--trainer.accelerator", "cpu",
+        "--trainer.default_root_dir", folder,
+        "--trainer.logger", "CSVLogger",
+        "--trainer.logger.save_dir", folder,
+        "--trainer.logger.name", "",
+        "--trainer.logger.version", "run",
+        "--trainer.max_epochs", "2",
+        "--trainer.log_every_n_steps", "1",
+        "--last.every_n_train_steps", "5",
+        "--export.folder", folder / "model",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that went through."""
+    folder = tmp_path_factory.mktemp("finished")
+    done = mctf(*fit_words(folder, tiny_folder))
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_fit_leaves_checkpoints_logs_and_a_model_that_loads(finished: Path) -> None:
+    checkpoints = sorted(path.name for path in finished.rglob("*.ckpt"))
+    assert len(checkpoints) == 2
+    assert checkpoints[0].startswith("best-epoch=") and checkpoints[1] == "last.ckpt"
+    rows = list(csv.DictReader((finished / "run" / "metrics.csv").open()))
+    assert sum(bool(row["val/accuracy"]) for row in rows) == 2
+    assert (finished / "run" / "config.yaml").exists()
+    model = AutoModelForImageClassification.from_pretrained(finished / "model").eval()
+    assert (model.config.r, model.config.id2label[3]) == (6, "LABEL_3".replace("LABEL_", ""))
+    best = torch.load(next(finished.rglob("best-*.ckpt")), weights_only=False)["state_dict"]
+    for name, weight in model.state_dict().items():
+        assert torch.equal(best[f"model.{name}"], weight)
+    assert AutoImageProcessor.from_pretrained(finished / "model").size["height"] == 32
+
+
+def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(
+    finished: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    words = fit_words(tmp_path, tiny_folder)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cli.main", *map(str, words)],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while not list(tmp_path.rglob("last.ckpt")):
+        assert process.poll() is None, "the run ended before its first checkpoint"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (last,) = tmp_path.rglob("last.ckpt")
+    step = torch.load(last, weights_only=False)["global_step"]
+    assert 0 < step < 36, "it was to be killed in the middle of its first epoch"
+    assert not (tmp_path / "model").exists()
+
+    resumed = mctf(*words, "--ckpt_path", last)
+    assert resumed.returncode == 0, resumed.stderr
+    for kept in ("best-*.ckpt", "last.ckpt"):
+        (expected,) = (path for path in finished.rglob(kept))
+        (found,) = (path for path in tmp_path.rglob(kept))
+        weights = torch.load(found, weights_only=False)["state_dict"]
+        for name, weight in torch.load(expected, weights_only=False)["state_dict"].items():
+            assert torch.equal(weights[name], weight), name
+    assert (
+        load_file(tmp_path / "model" / "model.safetensors").keys()
+        == load_file(finished / "model" / "model.safetensors").keys()
+    )
+
+
+def test_validate_and_test_report_accuracy(finished: Path) -> None:
+    for command in ("validate", "test"):
+        done = mctf(
+            command, "--model.pretrained", finished / "model", "--data.dataset", DIGITS,
+            "--trainer.logger", "false",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        prefix = {"validate": "val", "test": "test"}[command]
+        assert f"{prefix}/accuracy" in done.stdout
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_predict_writes_file_label_and_score(finished: Path, tmp_path: Path, suffix: str) -> None:
+    (tmp_path / "photos").mkdir()
+    from PIL import Image
+
+    for i, level in enumerate((0, 90, 255)):
+        Image.new("L", (20, 20), level).save(tmp_path / "photos" / f"{i}.png")
+    output = tmp_path / "out" / f"labels.{suffix}"
+    done = mctf(
+        "predict", "--model.pretrained", finished / "model", "--trainer.logger", "false",
+        "--data.predict_folder", tmp_path / "photos", "--predictions.path", output,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    text = output.read_text()
+    rows = (
+        list(csv.DictReader(text.splitlines()))
+        if suffix == "csv"
+        else [json.loads(line) for line in text.splitlines()]
+    )
+    assert [Path(row["file"]).name for row in rows] == ["0.png", "1.png", "2.png"]
+    assert all(row["label"] in "0123456789" and 0.1 <= float(row["score"]) <= 1 for row in rows)
+    assert [path.name for path in output.parent.iterdir()] == [output.name]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model.r", "-2"], "r=-2 is not allowed: r is a count of tokens"),
+        (["--model.fusion_layers", "[7]"], "fusion_layers=[7] is not allowed"),
+        (["--model.reduction", "prune"], "reduction='prune' is not allowed"),
+        (["--model.fusion", "{pooling: sum}"], "pooling='sum' is not allowed"),
+        (["--model.fusion", "{tau_sim: -1}"], "tau_sim=-1 is not allowed"),
+        (["--model.r", "many"], "model.r"),
+        (["--model.lerning_rate", "1"], "model.lerning_rate"),
+        (["--data.image_column", "img"], "has the columns image, label"),
+        (["--data.dataset", "/nowhere"], "dataset='/nowhere': there is no such folder"),
+        (["--model.pretrained", "/nowhere"], "/nowhere"),
+        (["--model.num_labels", "7"], "the model has the classes 0 to 6"),
+    ],
+)
+def test_a_mistake_gets_one_clear_message(
+    words: list[str], message: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    done = mctf(*fit_words(tmp_path, tiny_folder), *words)
+    assert done.returncode in (1, 2)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.rglob("*.ckpt")) and not (tmp_path / "model").exists()
+
+
+def test_a_broken_image_in_a_worker_is_named(tiny_folder: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    jpeg = encoded(Image.effect_noise((64, 64), 50), "jpeg")
+    rows = [(PNG, 0)] * 20 + [(jpeg[: len(jpeg) // 2], 1)] + [(PNG, 1)] * 20
+    folder = write_dataset(tmp_path / "set", rows)
+    done = mctf(
+        *fit_words(tmp_path, tiny_folder), "--data.dataset", folder, "--data.val_split", "train",
+        "--trainer.num_sanity_val_steps", "0",
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert f"mctf: error: row 20 of {folder}, split train holds no readable image" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_names_every_command_and_setting() -> None:
+    overview = mctf("--help").stdout
+    assert all(word in overview for word in ("fit", "validate", "test", "predict", "demo"))
+    fit = mctf("fit", "--help").stdout
+    for setting in ("--model.r", "--model.r_max", "--data.dataset", "--export.folder"):
+        assert setting in fit
+    assert "tokens that each fusing layer fuses" in fit
+    assert "compare the three" in mctf("demo", "--help").stdout

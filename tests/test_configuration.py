@@ -1,0 +1,79 @@
+"""Settings: what they mean in tokens, and what is refused."""
+
+from typing import Any
+
+import pytest
+from huggingface_hub.errors import StrictDataclassError
+
+from mctf_hf import MCTFViTConfig
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"r": 16}, [0, *[16] * 11]),
+        ({"r": 0}, [0] * 12),
+        ({"r": 16, "fusion_layers": [0, 2]}, [16, 0, 16, *[0] * 9]),
+        ({"r": 0.35, "fusion_layers": [3, 6, 9]}, [0, 0, 0, 68, 0, 0, 44, 0, 0, 29, 0, 0]),
+        ({"r": [0, 8, 0.5, *[0] * 9]}, [0, 8, 94, *[0] * 9]),
+        ({"r": [7, *[0] * 11]}, [7, *[0] * 11]),
+        ({"r": 1000}, [0, 98, 49, 24, 12, 4, *[0] * 6]),
+        ({"r": 1000, "min_tokens": 120}, [0, 77, *[0] * 10]),
+        ({"r": 16.0}, [0, *[16] * 11]),
+        ({"reduction": "none"}, [0] * 12),
+    ],
+)
+def test_tokens_fused_by_each_layer(settings: dict[str, Any], expected: list[int]) -> None:
+    assert list(MCTFViTConfig(**settings).tokens_fused(197)) == expected
+
+
+def test_r_of_one_call_replaces_the_setting() -> None:
+    config = MCTFViTConfig(r=16)
+    assert sum(config.tokens_fused(197, r=4)) == 44
+    assert sum(config.tokens_fused(197, r=0)) == 0
+    with pytest.raises(ValueError, match="r=-2 is not allowed"):
+        config.tokens_fused(197, r=-2)
+    with pytest.raises(ValueError, match="r=4 has no effect with reduction='none'"):
+        MCTFViTConfig(reduction="none").tokens_fused(197, r=4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"r": -1}, "r=-1 is not allowed: r is a count of tokens"),
+        ({"r": 1.5}, "r=1.5 is not allowed"),
+        ({"r": float("nan")}, "r=nan is not allowed"),
+        ({"r": float("inf")}, "r=inf is not allowed"),
+        ({"r": "many"}, "'r' with value 'many'"),
+        ({"r": True}, "'r' with value True"),
+        ({"r": [0, -1, *[0] * 10]}, r"r=\[0, -1"),
+        ({"r": [1] * 13}, "has 13 entries: a list has one for each of the 12 layers"),
+        ({"r": [1] * 5}, "has 5 entries"),
+        ({"r": [1] * 12, "fusion_layers": [3]}, "which fusion_layers=.3. leaves out"),
+        ({"fusion_layers": [12]}, r"fusion_layers=\[12\] is not allowed: .* layers 0 to 11"),
+        ({"fusion_layers": [-1]}, r"fusion_layers=\[-1\] is not allowed"),
+        ({"fusion_layers": [3, 3]}, "names a layer twice"),
+        ({"fusion_layers": 3}, "'fusion_layers' with value 3"),
+        ({"reduction": "prune"}, "reduction='prune' is not allowed: it is one of mctf, none"),
+        ({"pooling": "sum"}, "pooling='sum' is not allowed: it is one of attention_size"),
+        ({"one_step_ahead": "future"}, "one_step_ahead='future' is not allowed: it is one of appr"),
+        ({"tau_sim": -1}, "tau_sim=-1 is not allowed: it is a number of at least 0"),
+        ({"tau_info": -0.5}, "tau_info=-0.5 is not allowed"),
+        ({"tau_size": float("inf")}, "tau_size=inf is not allowed"),
+        ({"min_tokens": 0}, "min_tokens=0 is not allowed"),
+        ({"drop_path_rate": 1.0}, "drop_path_rate=1.0 is not allowed: .* below 1"),
+        ({"image_size": 225}, "image_size=225 is not allowed: it is no multiple of patch_size=16"),
+        ({"image_size": [224, 200]}, "is no multiple of patch_size=16"),
+        ({"bidirectional": "yes"}, "bidirectional"),
+    ],
+)
+def test_what_is_not_allowed_is_refused_by_name(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(StrictDataclassError, match=message):
+        MCTFViTConfig(**settings)
+
+
+def test_settings_are_checked_when_they_are_changed() -> None:
+    config = MCTFViTConfig()
+    with pytest.raises(StrictDataclassError, match="r=-1 is not allowed"):
+        config.r = -1
+    assert config.r == 16

@@ -1,0 +1,257 @@
+"""Images of real datasets and folders: what is read, what is refused, what chance decides."""
+
+import io
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Value, load_dataset
+from datasets import Image as ImageFeature
+from PIL import Image
+from sklearn.datasets import load_digits
+from transformers import ViTImageProcessorPil
+
+from lightning_modules import HFImageDataModule
+from lightning_modules.augmentation import FlipAndCrop
+from tests.conftest import DIGITS
+
+PROCESSOR = ViTImageProcessorPil(size={"height": 32, "width": 32})
+
+
+def data_module(
+    dataset: str | None = DIGITS, num_labels: int = 10, **settings: Any
+) -> HFImageDataModule:
+    """A data module as a trainer would hold it."""
+    module = HFImageDataModule(dataset, **{"num_workers": 0, **settings})
+    progress = SimpleNamespace(current=SimpleNamespace(ready=0))
+    module.trainer = SimpleNamespace(
+        lightning_module=SimpleNamespace(image_processor=PROCESSOR, num_labels=num_labels),
+        world_size=1,
+        global_rank=0,
+        fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress)),
+    )
+    return module
+
+
+def encoded(image: Image.Image, kind: str = "png") -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind)
+    return file.getvalue()
+
+
+def write_dataset(folder: Path, rows: list[tuple[bytes, Any]], label: Any = None) -> str:
+    """A dataset of encoded images with labels, in parquet."""
+    folder.mkdir()
+    label = label or ClassLabel(names=["a", "b"])
+    features = Features({"photo": ImageFeature(), "kind": label, "weight": Value("float32")})
+    columns = {
+        "photo": [{"bytes": data, "path": None} for data, _ in rows],
+        "kind": [kind for _, kind in rows],
+        "weight": [0.0] * len(rows),
+    }
+    Dataset.from_dict(columns, features=features).to_parquet(folder / "train.parquet")
+    return str(folder)
+
+
+PNG = encoded(Image.new("RGB", (20, 10), (200, 100, 50)))
+
+
+def test_the_digits_are_those_of_scikit_learn() -> None:
+    digits = load_digits()
+    known = {
+        image.tobytes(): label
+        for image, label in zip(
+            np.round(digits.images * 255 / 16).astype(np.uint8), digits.target, strict=True
+        )
+    }
+    splits = load_dataset(DIGITS)
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 1297, "test": 500}
+    for rows in splits.values():
+        for row in rows:
+            assert known[np.asarray(row["image"]).tobytes()] == row["label"]
+
+
+def test_batches_of_a_dataset() -> None:
+    data = data_module(batch_size=50, eval_batch_size=100)
+    data.setup("fit")
+    assert data.label_names == list("0123456789")
+    train, val = data._sets["train"], data._sets["val"]
+    assert (len(train), len(val)) == (1167, 130)
+    assert not set(train.indices) & set(val.indices)
+    batches = list(data.train_dataloader())
+    assert len(batches) == 23  # the last, incomplete one is left out
+    assert batches[0]["pixel_values"].shape == (50, 3, 32, 32)
+    assert batches[0]["labels"].dtype == torch.int64
+    assert sum(len(batch["labels"]) for batch in data.val_dataloader()) == 130
+    data.setup("test")
+    assert sum(len(batch["labels"]) for batch in data.test_dataloader()) == 500
+
+
+def test_evaluation_sees_what_the_image_processor_returns() -> None:
+    data = data_module()
+    data.setup("test")
+    row = load_dataset(DIGITS, split="test")[17]
+    expected = PROCESSOR(row["image"].convert("RGB"), return_tensors="pt")["pixel_values"][0]
+    item = data._sets["test"][17]
+    assert torch.equal(item["pixel_values"], expected)
+    assert item["labels"] == row["label"]
+
+
+def test_images_of_any_mode_are_converted(tmp_path: Path) -> None:
+    grey = Image.new("L", (20, 10), 77)
+    palette = Image.new("RGB", (20, 10), (200, 100, 50)).convert("P")
+    transparent = Image.new("RGBA", (20, 10), (200, 100, 50, 128))
+    images = [grey, palette, transparent, Image.new("1", (20, 10)), Image.new("CMYK", (8, 8))]
+    rows = [(encoded(image, "tiff" if image.mode == "CMYK" else "png"), 0) for image in images]
+    data = data_module(write_dataset(tmp_path / "set", rows), val_split="train", batch_size=5)
+    data.setup("fit")
+    (batch,) = data.val_dataloader()
+    assert batch["pixel_values"].shape == (5, 3, 32, 32)
+    levels = (batch["pixel_values"].mean((2, 3)) * 0.5 + 0.5) * 255
+    assert levels[0].tolist() == pytest.approx([77] * 3, abs=1)
+    assert levels[2].tolist() == pytest.approx([200, 100, 50], abs=1)
+
+
+def test_an_image_folder(tmp_path: Path) -> None:
+    for name in ("cats", "dogs"):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for i in range(10):
+            Image.new("RGB", (40, 30)).save(tmp_path / "pets" / name / f"{i}.jpg")
+    data = data_module(str(tmp_path / "pets"), num_labels=2, val_fraction=0.2)
+    data.setup("fit")
+    assert data.label_names == ["cats", "dogs"]
+    assert (len(data._sets["train"]), len(data._sets["val"])) == (16, 4)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_image_is_named_by_its_row(workers: int, tmp_path: Path) -> None:
+    jpeg = encoded(Image.effect_noise((64, 64), 50), "jpeg")
+    rows = [(PNG, 0), (PNG, 1), (jpeg[: len(jpeg) // 2], 0), (PNG, 1)]
+    folder = write_dataset(tmp_path / "set", rows)
+    data = data_module(folder, val_split="train", num_workers=workers)
+    data.setup("fit")
+    with pytest.raises(ValueError, match=f"row 2 of {folder}, split train holds no readable image"):
+        list(data.val_dataloader())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image_column": "img"}, "image_column='img': .* has the columns photo, kind, weight"),
+        ({"label_column": "y"}, "label_column='y': .* has the columns photo, kind, weight"),
+        ({"label_column": "weight"}, "label_column='weight' .* labels are integers"),
+        ({"train_split": "training"}, "has no split 'training': it has train"),
+        ({"val_split": "dev"}, "has no split 'dev': it has train"),
+        ({"num_labels": 1}, "row 1 of .* has the label 1: the model has the classes 0 to 0"),
+    ],
+)
+def test_what_does_not_fit_is_named(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path / "set", [(PNG, 0), (PNG, 1)])
+    with pytest.raises(ValueError, match=message):
+        data_module(folder, **settings).setup("fit")
+
+
+def test_columns_that_cannot_be_guessed_are_asked_for(tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path / "set", [(PNG, 4), (PNG, 5)], label=Value("int64"))
+    with pytest.raises(
+        ValueError, match="label_column is not set, .* 0 columns of type ClassLabel"
+    ):
+        data_module(folder).setup("fit")
+    data = data_module(folder, label_column="kind", val_split="train")
+    data.setup("fit")
+    assert data.label_names is None
+    assert [item["labels"] for item in data._sets["val"]] == [4, 5]
+    with pytest.raises(ValueError, match="row 0 of .* has the label 4"):
+        data_module(folder, label_column="kind", num_labels=4).setup("fit")
+    with pytest.raises(ValueError, match="dataset is not set"):
+        data_module(None).setup("fit")
+    with pytest.raises(FileNotFoundError, match="there is no such folder"):
+        data_module("/nowhere").setup("fit")
+
+
+def test_prediction_takes_a_folder_of_files(tmp_path: Path) -> None:
+    (tmp_path / "photos" / "more").mkdir(parents=True)
+    Image.new("L", (40, 30)).save(tmp_path / "photos" / "b.png")
+    Image.new("RGB", (40, 30)).save(tmp_path / "photos" / "more" / "a.JPG", "jpeg")
+    (tmp_path / "photos" / "notes.txt").write_text("not an image")
+    data = data_module(None, predict_folder=str(tmp_path / "photos"))
+    data.setup("predict")
+    (batch,) = data.predict_dataloader()
+    assert [Path(file).name for file in batch["files"]] == ["b.png", "a.JPG"]
+    (tmp_path / "photos" / "c.png").write_bytes(PNG[:40])
+    data.setup("predict")
+    with pytest.raises(ValueError, match="c.png holds no readable image"):
+        list(data.predict_dataloader())
+    for folder, message in ((None, "is not set"), (str(tmp_path / "no"), "no such folder")):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            data_module(None, predict_folder=folder).setup("predict")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no images"):
+        data_module(None, predict_folder=str(tmp_path / "empty")).setup("predict")
+
+
+def test_order_and_augmentation_follow_from_seed_and_epoch() -> None:
+    def epochs(seed: int) -> list[torch.Tensor]:
+        data = data_module(batch_size=64, crop="padded", flip=True, seed=seed)
+        data.setup("fit")
+        loader = data.train_dataloader()
+        found = []
+        for epoch in range(2):
+            loader.sampler.set_epoch(epoch)
+            found.append(next(iter(loader))["pixel_values"])
+        return found
+
+    first, second = epochs(1)
+    assert all(torch.equal(a, b) for a, b in zip(epochs(1), (first, second), strict=True))
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, epochs(2)[0])
+
+
+def test_a_resumed_epoch_begins_where_it_was_left() -> None:
+    data = data_module(batch_size=64)
+    data.setup("fit")
+    whole = [batch["labels"] for batch in data.train_dataloader()]
+    data.trainer.fit_loop.epoch_loop.batch_progress.current.ready = 11
+    rest = [batch["labels"] for batch in data.train_dataloader()]
+    assert len(rest) == len(whole) - 11
+    assert all(torch.equal(a, b) for a, b in zip(rest, whole[11:], strict=True))
+
+
+@pytest.mark.parametrize("crop", ["none", "padded", "resized"])
+def test_crops_keep_size_and_range(crop: str) -> None:
+    image = Image.effect_noise((50, 37), 80).convert("RGB")
+    augment = FlipAndCrop((24, 32), crop, flip=True)
+    results = {augment(image, np.random.default_rng(seed)).tobytes() for seed in range(20)}
+    assert augment(image, np.random.default_rng(0)).size == (32, 24)
+    assert len(results) == 2 if crop == "none" else len(results) > 15
+
+
+def test_half_of_the_images_are_mirrored() -> None:
+    image = Image.new("L", (2, 1))
+    image.putpixel((0, 0), 255)
+    augment = FlipAndCrop((1, 2), flip=True)
+    generator = np.random.default_rng(0)
+    mirrored = sum(augment(image, generator).getpixel((1, 0)) == 255 for _ in range(1000))
+    assert 450 < mirrored < 550
+
+
+def test_a_crop_of_a_very_long_image_is_its_middle() -> None:
+    image = Image.new("L", (1000, 4))
+    image.paste(255, (490, 0, 510, 4))
+    crops = [
+        np.asarray(FlipAndCrop((8, 8), "resized")(image, np.random.default_rng(seed)))
+        for seed in range(200)
+    ]
+    assert max(crop.min() for crop in crops) == 255
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"val_fraction": 1.0}, "val_fraction=1.0"), ({"batch_size": 0}, "batch_size=0")],
+)
+def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"{message} is not allowed"):
+        HFImageDataModule(DIGITS, **settings)

@@ -1,0 +1,208 @@
+"""The training logic: what is drawn, decayed, scheduled, logged, and what stops it."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+
+from lightning_modules import HFImageDataModule, MCTFFinetuner
+from lightning_modules.finetuning import parameter_groups
+from mctf_hf import MCTFViTForImageClassification
+from tests.conftest import DIGITS, TINY, tiny_model
+
+
+def trainer(folder: Path, **settings: Any) -> L.Trainer:
+    return L.Trainer(
+        **{
+            "default_root_dir": folder,
+            "max_epochs": 2,
+            "limit_train_batches": 5,
+            "limit_val_batches": 1,
+            "accelerator": "cpu",
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "log_every_n_steps": 1,
+            **settings,
+        }
+    )
+
+
+def digits(**settings: Any) -> HFImageDataModule:
+    return HFImageDataModule(DIGITS, **{"batch_size": 16, "num_workers": 0, **settings})
+
+
+def test_the_teachers_r_is_uniform_and_follows_from_seed_and_step(tiny_folder: Path) -> None:
+    module = MCTFFinetuner(str(tiny_folder), r=6, r_max=4, seed=1)
+    drawn = [module.teacher_r(step) for step in range(2000)]
+    assert drawn == [module.teacher_r(step) for step in range(2000)]
+    assert all(440 < drawn.count(r) < 560 for r in range(4)) and max(drawn) == 3
+    other = MCTFFinetuner(str(tiny_folder), r=6, r_max=4, seed=2)
+    assert drawn != [other.teacher_r(step) for step in range(2000)]
+
+
+def test_norms_biases_positions_and_class_token_do_not_decay() -> None:
+    model = tiny_model()
+    decay, no_decay = parameter_groups(model, 0.05)
+    assert (decay["weight_decay"], no_decay["weight_decay"]) == (0.05, 0.0)
+    names = {id(p): name for name, p in model.named_parameters()}
+    decaying = {names[id(p)] for p in decay["params"]}
+    assert decaying == {
+        name for name in names.values() if name.endswith("weight") and "layernorm" not in name
+    }
+    assert {"vit.embeddings.cls_token", "vit.embeddings.position_embeddings"} <= {
+        names[id(p)] for p in no_decay["params"]
+    }
+
+
+def test_learning_rate_scales_with_the_global_batch_warms_up_and_falls(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    module = MCTFFinetuner(
+        str(tiny_folder), r=6, learning_rate=1e-3, min_learning_rate=1e-6, warmup_epochs=1
+    )
+    run = trainer(
+        tmp_path,
+        logger=CSVLogger(tmp_path, name="", version=""),
+        accumulate_grad_batches=2,
+        limit_train_batches=8,
+        max_epochs=3,
+    )
+    run.fit(module, digits())
+    logged = {row["step"]: row for row in _metrics(tmp_path) if row["train/lr"]}
+    rates = [float(row["train/lr"]) for row in logged.values()]
+    peak = 1e-3 * 16 * 2 / 512
+    steps = 3 * 8 // 2
+    assert max(rates) == pytest.approx(peak)
+    assert rates.index(max(rates)) == 4  # after one epoch of four optimizer steps
+    assert rates[0] < peak and rates[-1] < peak / 4
+    assert module.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-6)
+    assert run.global_step == steps
+
+
+def _metrics(folder: Path) -> list[dict[str, str]]:
+    import csv
+
+    return list(csv.DictReader((folder / "metrics.csv").open()))
+
+
+def test_every_part_of_the_loss_is_logged(tiny_folder: Path, tmp_path: Path) -> None:
+    module = MCTFFinetuner(str(tiny_folder), r=6, r_max=3, confidence_threshold=0.1)
+    trainer(tmp_path, logger=CSVLogger(tmp_path, name="", version="")).fit(module, digits())
+    rows = [row for row in _metrics(tmp_path) if row["train/loss"]]
+    assert rows
+    for row in rows:
+        value = {
+            name: float(row[f"train/{name}"])
+            for name in (
+                "loss",
+                "student",
+                "teacher",
+                "consistency",
+                "passing",
+                "confidence",
+                "teacher_r",
+                "lr",
+            )
+        }
+        total = value["student"] + value["teacher"] + 3 * value["consistency"]
+        assert value["loss"] == pytest.approx(total, rel=1e-5)
+        assert 0 <= value["passing"] <= 1 and 0 < value["confidence"] < 1
+        assert value["teacher_r"] in (0, 1, 2)
+    validated = [row for row in _metrics(tmp_path) if row["val/accuracy"]]
+    assert all(
+        0 <= float(row["val/accuracy"]) <= float(row["val/accuracy_top5"]) for row in validated
+    )
+
+
+def test_accuracy_is_that_of_the_model_with_fusion(tiny_folder: Path, tmp_path: Path) -> None:
+    module, data = MCTFFinetuner(str(tiny_folder), r=6), digits(eval_batch_size=64)
+    (result,) = trainer(tmp_path).test(module, data, verbose=False)
+    images = data._sets["test"]
+    batch = torch.stack([images[i]["pixel_values"] for i in range(len(images))])
+    labels = torch.tensor([images[i]["labels"] for i in range(len(images))])
+    model = MCTFViTForImageClassification.from_pretrained(tiny_folder, r=6).eval()
+    with torch.no_grad():
+        top5 = model(batch).logits.topk(5).indices == labels[:, None]
+    assert result["test/accuracy"] == pytest.approx(top5[:, 0].float().mean().item())
+    assert result["test/accuracy_top5"] == pytest.approx(top5.any(1).float().mean().item())
+
+
+def test_training_learns_with_and_without_a_teacher(tmp_path: Path) -> None:
+    config = {**TINY, "num_labels": 10, "initializer_range": 0.1}
+    for r_max in (4, 0):
+        torch.manual_seed(0)
+        module = MCTFFinetuner(
+            config=config, r=6, r_max=r_max, learning_rate=0.15, label_smoothing=0
+        )
+        losses = []
+        for _ in range(2):
+            (result,) = trainer(tmp_path).test(module, digits(), verbose=False)
+            losses.append(result["test/loss"])
+            trainer(tmp_path, limit_train_batches=1.0, max_epochs=4).fit(module, digits())
+        assert losses[1] < 0.8 * losses[0]
+
+
+def test_a_loss_that_is_not_finite_stops_training_and_keeps_checkpoints(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    class Breaking(MCTFFinetuner):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            super().on_train_batch_start(batch, batch_idx)
+            if self.global_step == 3:
+                batch["pixel_values"].fill_(math.nan)
+
+    kept = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1)
+    run = trainer(tmp_path, enable_checkpointing=True, callbacks=[kept])
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 3 of epoch 0"):
+        run.fit(Breaking(str(tiny_folder), r=6), digits())
+    assert [path.name for path in tmp_path.glob("*.ckpt")] == ["step=3.ckpt"]
+    weights = torch.load(tmp_path / "step=3.ckpt", weights_only=False)["state_dict"]
+    assert all(torch.isfinite(weight).all() for weight in weights.values())
+
+
+def test_a_new_head_is_named_after_the_datasets_classes(tmp_path: Path, tiny_folder: Path) -> None:
+    module = MCTFFinetuner(str(tiny_folder), r=6, num_labels=12)
+    assert module.model.classifier.weight.shape == (12, 24)
+    module = MCTFFinetuner(config={**TINY, "num_labels": 10}, r=6)
+    trainer(tmp_path).fit(module, digits())
+    assert module.model.config.id2label == {i: str(i) for i in range(10)}
+    assert module.model.config.label2id["7"] == 7
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"pretrained": None}, "pretrained=None and config=None: set one of them"),
+        ({"config": TINY}, "set one of them"),
+        ({"fusion": {"tau": 3}}, r"there are no settings \['tau'\]"),
+        ({"r_max": -1}, "r_max=-1 is not allowed"),
+        ({"reduction": "none", "r": 4}, "have no effect with reduction='none'"),
+        ({"reduction": "none", "r": None}, "have no effect with reduction='none'"),
+    ],
+)
+def test_settings_that_contradict_each_other(
+    settings: dict[str, Any], message: str, tiny_folder: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        MCTFFinetuner(**{"pretrained": str(tiny_folder), **settings})
+
+
+def test_fusion_settings_reach_the_model_and_unset_ones_stay(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    module = MCTFFinetuner(
+        str(tiny_folder), r=[0, 1, 2, 3, 0], fusion={"tau_sim": 2, "pooling": "mean"}
+    )
+    config = module.model.config
+    assert (config.r, config.tau_sim, config.pooling) == ([0, 1, 2, 3, 0], 2, "mean")
+    module.model.save_pretrained(tmp_path / "m")
+    module.image_processor.save_pretrained(tmp_path / "m")
+    again = MCTFFinetuner(str(tmp_path / "m"), fusion_layers=None).model.config
+    assert (again.r, again.tau_sim, again.pooling) == ([0, 1, 2, 3, 0], 2, "mean")

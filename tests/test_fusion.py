@@ -1,0 +1,82 @@
+"""Reductions as data: pooling, broadcasting back, composing."""
+
+import pytest
+import torch
+
+from mctf_hf.fusion import (
+    Reduction,
+    compose,
+    fuse,
+    fuse_attention,
+    fuse_sizes,
+    sum_by_assignment,
+    unfuse,
+)
+
+
+def example(batch: int = 2, n: int = 9, m: int = 5) -> Reduction:
+    generator = torch.Generator().manual_seed(0)
+    assignment = torch.stack(
+        [
+            torch.cat([torch.arange(m), torch.randint(m, (n - m,), generator=generator)])
+            for _ in range(batch)
+        ]
+    )
+    weights = torch.rand(batch, n, generator=generator)
+    weights = weights / sum_by_assignment(weights, assignment, m).gather(1, assignment)
+    return Reduction(assignment, weights, m)
+
+
+def as_matrix(reduction: Reduction) -> torch.Tensor:
+    """(b, m, n): one where a token joins a new token."""
+    joins = reduction.assignment[:, None] == torch.arange(reduction.num_tokens)[None, :, None]
+    return joins.float()
+
+
+def test_fusing_by_hand() -> None:
+    x = torch.tensor([[[1.0], [10.0], [100.0]]])
+    assignment = torch.tensor([[1, 0, 1]])
+    mean = Reduction(assignment, torch.tensor([[0.25, 1.0, 0.75]]), 2)
+    assert fuse(x, mean).tolist() == [[[10.0], [75.25]]]
+    assert fuse(x, Reduction(assignment, None, 2)).tolist() == [[[10.0], [100.0]]]
+    assert fuse_sizes(torch.tensor([[1.0, 2.0, 3.0]]), mean).tolist() == [[2.0, 4.0]]
+    assert unfuse(torch.tensor([[[5.0], [7.0]]]), mean).tolist() == [[[7.0], [5.0], [7.0]]]
+
+
+def test_fusing_is_a_matrix_product() -> None:
+    reduction, x = example(), torch.randn(2, 9, 3)
+    rows = as_matrix(reduction) * reduction.weights[:, None]
+    torch.testing.assert_close(fuse(x, reduction), rows @ x)
+
+
+def test_no_map_need_be_fused_to_apply_a_fused_map() -> None:
+    reduction = example()
+    attention, value = torch.rand(2, 4, 9, 9).softmax(-1), torch.randn(2, 5, 6)
+    fused = fuse_attention(attention, reduction)
+    expected = fused[:, 0] @ value
+    torch.testing.assert_close(
+        fuse(attention[:, 0] @ unfuse(value, reduction), reduction), expected
+    )
+
+
+def test_fused_attention_rows_still_sum_to_one() -> None:
+    attention = fuse_attention(torch.rand(2, 4, 9, 9).softmax(-1), example())
+    assert attention.shape == (2, 4, 5, 5)
+    torch.testing.assert_close(attention.sum(-1), torch.ones(2, 4, 5))
+
+
+def test_fusing_twice_equals_the_composition() -> None:
+    first, then = example(n=9, m=5), example(n=5, m=2)
+    sizes = torch.ones(2, 9)
+    twice = fuse_sizes(fuse_sizes(sizes, first), then)
+    once = sum_by_assignment(sizes, compose(first.assignment, then.assignment), 2)
+    assert torch.equal(twice, once)
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_gradients_flow_through_fusing(weights: bool) -> None:
+    reduction = example()
+    if not weights:
+        reduction = reduction._replace(weights=None)
+    x = torch.randn(2, 9, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: fuse(x, reduction), x)

@@ -1,0 +1,214 @@
+"""Weights in and out: any ViT checkpoint loads, and what is saved loads anywhere."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    ViTForImageClassification,
+)
+
+from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification, MCTFViTModel
+from mctf_hf.conversion import convert_state_dict
+from mctf_hf.hub import save
+from tests.conftest import TINY, Golden, tiny_model
+
+# What a stranger runs: this library can't be imported there.
+STRANGER = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("mctf_hf", "lightning_modules", "cli"):
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Blocked())
+import torch
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+
+folder, given, results = sys.argv[1:]
+images = torch.load(given)
+classifier = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True).eval()
+encoder = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+classifier.save_pretrained(results + ".resaved")
+again = AutoModelForImageClassification.from_pretrained(
+    results + ".resaved", trust_remote_code=True
+).eval()
+with torch.no_grad():
+    torch.save({
+        "logits": classifier(images).logits,
+        "resaved": again(images).logits,
+        "hidden": encoder(images).last_hidden_state,
+        "weights": classifier.state_dict(),
+        "r": config.r,
+        "processor": type(AutoImageProcessor.from_pretrained(folder)).__name__,
+        "module": type(classifier).__module__,
+    }, results)
+"""
+
+
+@pytest.mark.parametrize("saved_by", ["classifier", "encoder"])
+@torch.no_grad()
+def test_a_stranger_loads_what_was_saved(saved_by: str, tmp_path: Path, images: Tensor) -> None:
+    from transformers import ViTImageProcessorPil
+
+    model = tiny_model(r=7)
+    saved = model if saved_by == "classifier" else model.vit
+    folder = save(saved, ViTImageProcessorPil(size={"height": 32, "width": 32}), tmp_path / "model")
+    torch.save(images, tmp_path / "images.pt")
+    subprocess.run(
+        [sys.executable, "-c", STRANGER, folder, tmp_path / "images.pt", tmp_path / "out.pt"],
+        check=True,
+        env={"HF_HOME": str(tmp_path / "home"), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"},
+    )
+    found = torch.load(tmp_path / "out.pt")
+    assert found["module"].startswith("transformers_modules.")
+    assert found["processor"].startswith("ViTImageProcessor")
+    assert found["r"] == 7
+    assert torch.equal(found["hidden"], model.vit(images).last_hidden_state)
+    assert torch.equal(found["resaved"], found["logits"])
+    for name, weight in saved.state_dict(prefix="" if saved is model else "vit.").items():
+        assert torch.equal(found["weights"][name], weight)
+    if saved is model:
+        assert torch.equal(found["logits"], model(images).logits)
+    auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
+    assert set(auto_map) == {"AutoConfig", "AutoModel", "AutoModelForImageClassification"}
+
+
+@torch.no_grad()
+def test_with_the_library_no_remote_code_is_needed(tmp_path: Path, images: Tensor) -> None:
+    model = tiny_model(r=7)
+    model.save_pretrained(tmp_path / "model")
+    classifier = AutoModelForImageClassification.from_pretrained(tmp_path / "model").eval()
+    encoder = AutoModel.from_pretrained(tmp_path / "model").eval()
+    assert type(classifier) is MCTFViTForImageClassification
+    assert type(encoder) is MCTFViTModel
+    assert torch.equal(classifier(images).logits, model(images).logits)
+    assert torch.equal(encoder(images).last_hidden_state, model.vit(images).last_hidden_state)
+
+
+@torch.no_grad()
+def test_plain_vit_checkpoints_with_old_and_new_names(
+    tiny_folder: Path, tmp_path: Path, images: Tensor
+) -> None:
+    plain = ViTForImageClassification.from_pretrained(tiny_folder).eval()
+    expected = plain(images).logits
+    old = load_file(tiny_folder / "model.safetensors")
+    assert any("encoder.layer.0.attention.attention.query" in name for name in old)
+    new = tmp_path / "new"
+    plain.config.save_pretrained(new)
+    save_file(plain.state_dict(), new / "model.safetensors", {"format": "pt"})
+    assert any("layers.0.attention.q_proj" in name for name in plain.state_dict())
+
+    for folder in (tiny_folder, new):
+        model, report = MCTFViTForImageClassification.from_pretrained(
+            folder, r=3, tau_info=7, output_loading_info=True
+        )
+        assert not report["missing_keys"] and not report["unexpected_keys"]
+        assert (model.config.r, model.config.tau_info, model.config.model_type) == (
+            3,
+            7,
+            "mctf_vit",
+        )
+        assert torch.equal(model.eval()(images, r=0).logits, expected)
+        assert not torch.equal(model(images).logits, expected)
+
+
+def test_settings_given_to_from_pretrained_are_checked(tiny_folder: Path) -> None:
+    from huggingface_hub.errors import StrictDataclassError
+
+    for settings, message in (
+        ({"r": -1}, "r=-1 is not allowed"),
+        ({"fusion_layers": [9]}, "fusion_layers=.9. is not allowed"),
+        ({"r": [1, 2]}, "has 2 entries"),
+    ):
+        with pytest.raises(StrictDataclassError, match=message):
+            MCTFViTForImageClassification.from_pretrained(tiny_folder, **settings)
+
+
+def test_checkpoints_of_other_architectures_and_shapes_are_refused(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    settings = json.loads((tiny_folder / "config.json").read_text())
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text(json.dumps({**settings, "model_type": "deit"}))
+    with pytest.raises(ValueError, match="holds a model of type 'deit'.* 'vit'"):
+        MCTFViTForImageClassification.from_pretrained(other)
+    with pytest.raises(RuntimeError, match="size mismatch|mismatched"):
+        MCTFViTForImageClassification.from_pretrained(tiny_folder, image_size=64)
+
+
+@torch.no_grad()
+def test_timm_names(images: Tensor) -> None:
+    weights = Golden("deit").weights("deit/model.")
+    converted = convert_state_dict(weights, source="timm")
+    report = tiny_model().load_state_dict(converted, strict=False)
+    assert not report.missing_keys and not report.unexpected_keys
+    query, key, value = weights["blocks.2.attn.qkv.weight"].chunk(3)
+    for part, expected in (("q", query), ("k", key), ("v", value)):
+        assert torch.equal(converted[f"vit.layers.2.attention.{part}_proj.weight"], expected)
+
+
+def test_what_conversion_does_not_know_is_listed() -> None:
+    weights = {
+        "cls_token": torch.zeros(1, 1, 4),
+        "head_dist.bias": torch.zeros(2),
+        "x": torch.ones(1),
+    }
+    with pytest.raises(ValueError, match=r"\['head_dist.bias', 'x'\]"):
+        convert_state_dict(weights, source="timm")
+    with pytest.raises(ValueError, match="source='keras' is not allowed: it is one of timm"):
+        convert_state_dict(weights, source="keras")
+
+
+def test_saving_replaces_a_model_whole_and_nothing_else(tmp_path: Path) -> None:
+    from transformers import ViTImageProcessorPil
+
+    processor = ViTImageProcessorPil()
+    folder = save(tiny_model(), processor, tmp_path / "model")
+    (folder / "notes.txt").write_text("mine")
+    (folder / "model-00001-of-00002.safetensors").write_text("of an earlier save")
+    save(tiny_model(r=3), processor, folder)
+    assert AutoModelForImageClassification.from_pretrained(folder).config.r == 3
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert not list(folder.glob("model-*"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_saving_that_fails_leaves_the_old_model(tmp_path: Path) -> None:
+    from transformers import ViTImageProcessorPil
+
+    class Broken:
+        def save_pretrained(self, folder: str) -> None:
+            raise OSError("no space left on device")
+
+    folder = save(tiny_model(r=3), ViTImageProcessorPil(), tmp_path / "model")
+    with pytest.raises(OSError, match="no space left"):
+        save(tiny_model(r=5), Broken(), folder)
+    assert AutoModelForImageClassification.from_pretrained(folder).config.r == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+    (tmp_path / "documents").mkdir()
+    (tmp_path / "documents" / "thesis.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="documents holds something else than a model"):
+        save(tiny_model(), ViTImageProcessorPil(), tmp_path / "documents")
+
+
+def test_the_image_processor_lies_beside_the_model(tmp_path: Path) -> None:
+    from transformers import ViTImageProcessorPil
+
+    folder = save(
+        tiny_model(), ViTImageProcessorPil(size={"height": 32, "width": 32}), tmp_path / "m"
+    )
+    assert AutoImageProcessor.from_pretrained(folder).size == {"height": 32, "width": 32}
+    assert MCTFViTConfig.from_pretrained(folder).hidden_size == TINY["hidden_size"]

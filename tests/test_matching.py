@@ -1,0 +1,174 @@
+"""Matching against the official implementation, and what must hold for any input."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mctf_hf import MCTFViTConfig
+from mctf_hf.fusion import Reduction, fuse, fuse_attention, fuse_sizes
+from mctf_hf.matching import attraction, bipartite_soft_matching, bipartition
+from mctf_hf.reducers import build_reducer
+from tests.conftest import Golden
+
+GOLDEN = Golden("fusion")
+POOLINGS = ("attention_size", "size", "mean", "max")
+
+
+def reduce(
+    tokens: Tensor, attention: Tensor, sizes: Tensor | None, r: int, prefix: int, **fusion: object
+) -> Reduction:
+    reducer = build_reducer(MCTFViTConfig(**fusion))
+    assert reducer is not None
+    return reducer(tokens, attention, sizes, r=r, num_prefix_tokens=prefix)
+
+
+@pytest.mark.parametrize("case", GOLDEN.cases)
+def test_fusion_equals_the_official_one(case: str) -> None:
+    fusion = dict(GOLDEN.cases[case])
+    fusion.pop("kind")
+    r, prefix = fusion.pop("r"), fusion.pop("num_protected")
+    tokens, attention = GOLDEN[f"{case}/x"], GOLDEN[f"{case}/attn"]
+    sizes = GOLDEN[f"{case}/size"].squeeze(-1)
+
+    reduction = reduce(tokens, attention, sizes, r, prefix, **fusion)
+
+    assert torch.equal(reduction.assignment, GOLDEN[f"{case}/assignment"])
+    exact = {"atol": 1e-5, "rtol": 0}
+    torch.testing.assert_close(fuse(tokens, reduction), GOLDEN[f"{case}/fused_x"], **exact)
+    torch.testing.assert_close(
+        fuse_sizes(sizes, reduction), GOLDEN[f"{case}/fused_size"].squeeze(-1), **exact
+    )
+    torch.testing.assert_close(
+        fuse_attention(attention, reduction), GOLDEN[f"{case}/fused_attn"], **exact
+    )
+
+
+@st.composite
+def layers(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, int, int, dict[str, object]]:
+    """One layer's tensors, how many tokens to fuse, how many to protect, and settings."""
+    prefix = draw(st.integers(0, 5))
+    patches = draw(st.integers(2, 40))
+    batch, width, heads = draw(st.integers(1, 3)), draw(st.integers(1, 16)), draw(st.integers(1, 3))
+    r = draw(st.integers(1, patches // 2))
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    n = prefix + patches
+    tokens = torch.randn(batch, n, width, generator=generator).to(dtype)
+    attention = torch.randn(batch, heads, n, n, generator=generator).softmax(-1).to(dtype)
+    sizes = torch.randint(1, 9, (batch, n), generator=generator).to(
+        torch.promote_types(dtype, torch.float32)
+    )
+    fusion = {
+        "bidirectional": draw(st.booleans()),
+        "pooling": draw(st.sampled_from(POOLINGS)),
+        "tau_sim": draw(st.sampled_from([0, 1, 2.5])),
+        "tau_info": draw(st.sampled_from([0, 1, 20])),
+        "tau_size": draw(st.sampled_from([0, 1, 40])),
+    }
+    return tokens, attention, sizes, r, prefix, fusion
+
+
+@given(layers())
+@settings(max_examples=150, deadline=None)
+def test_every_token_has_one_destination_and_sizes_add_up(layer: tuple) -> None:
+    tokens, attention, sizes, r, prefix, fusion = layer
+    reduction = reduce(tokens, attention, sizes, r, prefix, **fusion)
+    n = tokens.shape[1]
+    assert reduction.num_tokens == n - r
+    assert reduction.assignment.shape == (len(tokens), n)
+    for image in reduction.assignment:
+        assert set(image.tolist()) == set(range(n - r))
+    fused_sizes = fuse_sizes(sizes, reduction)
+    assert torch.equal(fused_sizes.sum(1), sizes.sum(1))
+    assert fuse(tokens, reduction).dtype == tokens.dtype
+    assert torch.isfinite(fuse(tokens, reduction)).all()
+
+
+@given(layers())
+@settings(max_examples=150, deadline=None)
+def test_prefix_tokens_stay_alone_and_in_place(layer: tuple) -> None:
+    tokens, attention, sizes, r, prefix, fusion = layer
+    reduction = reduce(tokens, attention, sizes, r, prefix, **fusion)
+    assert torch.equal(
+        reduction.assignment[:, :prefix], torch.arange(prefix).expand(len(tokens), -1)
+    )
+    assert (reduction.assignment[:, prefix:] >= prefix).all()
+    torch.testing.assert_close(fuse(tokens, reduction)[:, :prefix], tokens[:, :prefix])
+
+
+@given(layers())
+@settings(max_examples=100, deadline=None)
+def test_equal_tokens_fuse_to_that_token(layer: tuple) -> None:
+    tokens, attention, sizes, r, prefix, fusion = layer
+    same = tokens[:, :1].expand_as(tokens)
+    fused = fuse(same, reduce(same, attention, sizes, r, prefix, **fusion))
+    tolerance = {"atol": 2e-2, "rtol": 2e-2} if tokens.dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(fused, same[:, : fused.shape[1]], **tolerance)
+
+
+@given(layers())
+@settings(max_examples=100, deadline=None)
+def test_images_do_not_influence_one_another(layer: tuple) -> None:
+    tokens, attention, sizes, r, prefix, fusion = layer
+    together = reduce(tokens, attention, sizes, r, prefix, **fusion).assignment
+    backwards = reduce(
+        tokens.flip(0), attention.flip(0), sizes.flip(0), r, prefix, **fusion
+    ).assignment
+    assert torch.equal(backwards.flip(0), together)
+    for i in range(len(tokens)):
+        one = slice(i, i + 1)
+        alone = reduce(tokens[one], attention[one], sizes[one], r, prefix, **fusion).assignment
+        assert torch.equal(alone, together[one])
+
+
+@pytest.mark.parametrize("prefix", range(6))
+def test_the_two_sides_are_the_parities_of_the_positions_after_the_prefix(prefix: int) -> None:
+    alpha, beta = (list(range(20))[side] for side in bipartition(prefix))
+    assert alpha == [i for i in range(prefix, 20) if i % 2 == 0]
+    assert beta == [i for i in range(prefix, 20) if i % 2 == 1]
+
+
+def test_matching_by_hand() -> None:
+    # One class token; alpha are positions 2 and 4, beta are 1, 3 and 5. Of 4 tokens to fuse ... 2:
+    # forward 1: alpha 4 has the highest best score, 0.9 with beta 3, and joins it.
+    # backward 1: only alpha 2 is left; of the betas, 5 scores highest with it (0.8) and joins it.
+    scores = torch.tensor([[[0.1, 0.5, 0.8], [0.2, 0.9, 0.3]]])
+    assignment, left = bipartite_soft_matching(scores, 2, num_prefix_tokens=1)
+    # New order: class token, alpha 2, then betas by their score with alpha 2: 3 (0.5), 1 (0.1).
+    assert left == 4
+    assert assignment.tolist() == [[0, 3, 1, 2, 2, 1]]
+
+
+def test_what_a_beta_token_received_goes_where_it_goes() -> None:
+    # Alpha 2 joins beta 1 (0.9); beta 1 then scores highest with alpha 4 (0.7) and takes it along.
+    scores = torch.tensor([[[0.9, 0.1], [0.7, 0.2]]])
+    assignment, _ = bipartite_soft_matching(scores, 2, num_prefix_tokens=1)
+    assert assignment.tolist() == [[0, 1, 1, 2, 1]]
+
+
+def test_criteria_by_hand() -> None:
+    tokens = torch.tensor([[[9.0, 9.0], [1.0, 0.0], [0.0, 2.0]]])  # class token, beta 1, alpha 2
+    informativeness = torch.tensor([[0.25, 0.5, 1.0]])
+    sizes = torch.tensor([[1.0, 2.0, 4.0]])
+
+    # Cosine 0 -> 1/2. u = (1, 1/2, 1/4), z = (1, 1/2, 1/4) relative to the class token's 4 and 1.
+    def scores(sim: float, info: float, size: float) -> float:
+        return attraction(
+            tokens,
+            informativeness,
+            sizes,
+            num_prefix_tokens=1,
+            tau_sim=sim,
+            tau_info=info,
+            tau_size=size,
+        ).item()
+
+    assert scores(1, 0, 0) == pytest.approx(1 / 2)
+    assert scores(2, 0, 0) == pytest.approx((1 / 2) ** 0.5)
+    assert scores(0, 1, 0) == pytest.approx(1 / 8)
+    assert scores(0, 3, 0) == pytest.approx(1 / 2)
+    assert scores(0, 0, 1) == pytest.approx(1 / 8)
+    assert scores(0, 0, 0) == 1
+    assert scores(1, 3, 3) == pytest.approx(1 / 8)

@@ -1,0 +1,238 @@
+"""The model against the official implementation, against plain ViT, and on its own."""
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import ViTConfig, ViTForImageClassification
+
+from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification, MCTFViTModel
+from mctf_hf.conversion import convert_state_dict
+from mctf_hf.modeling_mctf_vit import drop_path
+from tests.conftest import TINY, Golden, tiny_model
+
+GOLDEN = Golden("deit")
+FUSION = (
+    "tau_sim", "tau_info", "tau_size", "bidirectional", "one_step_ahead", "pooling",
+    "proportional_attention", "r",
+)  # fmt: skip
+EXACT = {"atol": 1e-5, "rtol": 0}
+
+
+def golden_model(case: dict[str, Any], **settings: Any) -> MCTFViTForImageClassification:
+    layers = [layer for layer in case["layers"] if layer < case["depth"]]
+    fusion = {name: case[name] for name in FUSION}
+    model = tiny_model(fusion_layers=layers, **fusion, **settings)
+    model.load_state_dict(convert_state_dict(GOLDEN.weights("deit/model."), source="timm"))
+    return model
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", GOLDEN.cases)
+@torch.no_grad()
+def test_output_equals_the_official_one(name: str, attention: str) -> None:
+    case = GOLDEN.cases[name]
+    model = golden_model(case, attn_implementation=attention)
+    output = model(GOLDEN[f"{name}/pixel_values"], output_fusion=True, output_hidden_states=True)
+    torch.testing.assert_close(output.logits, GOLDEN[f"{name}/logits"], **EXACT)
+    torch.testing.assert_close(output.hidden_states[-1], GOLDEN[f"{name}/last_hidden"], **EXACT)
+    assert [h.shape[1] for h in output.hidden_states[1:]] == case["tokens_after_layer"]
+    if case["r"]:
+        torch.testing.assert_close(output.token_sizes, GOLDEN[f"{name}/token_size"], **EXACT)
+        assert torch.equal(output.assignment, GOLDEN[f"{name}/source"])
+
+
+@pytest.mark.parametrize("settings", [{"reduction": "none"}, {"r": 0}])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@torch.no_grad()
+def test_without_fusion_it_is_exactly_vit(
+    settings: dict[str, Any], attention: str, images: Tensor
+) -> None:
+    torch.manual_seed(0)
+    plain = ViTForImageClassification(ViTConfig(**TINY, attn_implementation=attention)).eval()
+    model = tiny_model(**settings, attn_implementation=attention)
+    model.load_state_dict(plain.state_dict())
+    assert torch.equal(model(images).logits, plain(images).logits)
+    larger = torch.randn(2, 3, 48, 48)
+    assert torch.equal(
+        model(larger, interpolate_pos_encoding=True).logits,
+        plain(larger, interpolate_pos_encoding=True).logits,
+    )
+
+
+@torch.no_grad()
+def test_an_attention_mask_is_for_models_that_do_not_fuse(images: Tensor) -> None:
+    mask = torch.ones(3, 65, dtype=torch.long)
+    mask[:, 60:] = 0
+    torch.manual_seed(0)
+    plain = ViTForImageClassification(ViTConfig(**TINY)).eval()
+    model = tiny_model(r=4)
+    model.load_state_dict(plain.state_dict())
+    expected = plain(images, attention_mask=mask).logits
+    torch.testing.assert_close(model(images, attention_mask=mask, r=0).logits, expected)
+    with pytest.raises(ValueError, match="attention_mask is not allowed where tokens are fused"):
+        model(images, attention_mask=mask)
+
+
+@torch.no_grad()
+def test_r_of_one_call_equals_a_model_made_with_it(images: Tensor) -> None:
+    model, other = tiny_model(r=2), tiny_model(r=9)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(model(images, r=9).logits, other(images).logits)
+    assert not torch.equal(model(images).logits, other(images).logits)
+    assert model.config.r == 2
+    with pytest.raises(ValueError, match="r=-3 is not allowed"):
+        model(images, r=-3)
+
+
+@torch.no_grad()
+def test_output_is_an_ordinary_one_unless_asked(images: Tensor) -> None:
+    model = tiny_model(r=4)
+    assert list(model(images)) == ["logits"]
+    assert list(model(images, labels=torch.tensor([0, 1, 2]))) == ["loss", "logits"]
+    assert isinstance(model(images, return_dict=False), tuple)
+    asked = model(images, output_fusion=True)
+    assert list(asked) == ["logits", "token_sizes", "assignment", "class_token"]
+    torch.testing.assert_close(model.classifier(asked.class_token), asked.logits)
+
+
+@torch.no_grad()
+def test_hidden_states_and_attentions_shrink(images: Tensor) -> None:
+    for step, attended in {
+        "approximate": [65, 57, 49, 41, 33],
+        "precise": [65, 57, 49, 41, 33],
+        "past": [65, 65, 57, 49, 41],
+    }.items():
+        model = tiny_model(r=8, one_step_ahead=step)
+        output = model(images, output_hidden_states=True, output_attentions=True)
+        assert [h.shape for h in output.hidden_states] == [
+            (3, n, 24) for n in (65, 65, 57, 49, 41, 33)
+        ]
+        assert [a.shape for a in output.attentions] == [(3, 2, n, n) for n in attended]
+        for attention in output.attentions:
+            torch.testing.assert_close(attention.sum(-1), torch.ones(attention.shape[:-1]))
+        torch.testing.assert_close(output.logits, model(images).logits)
+
+
+@torch.no_grad()
+def test_sizes_count_the_assigned_tokens(images: Tensor) -> None:
+    for r in (8, 0):
+        output = tiny_model()(images, r=r, output_fusion=True)
+        counted = torch.stack([a.bincount() for a in output.assignment])
+        assert torch.equal(counted.float(), output.token_sizes)
+
+
+@torch.no_grad()
+def test_an_image_is_classified_alike_alone_and_in_a_batch(images: Tensor) -> None:
+    model = tiny_model(r=8)
+    alone = torch.cat([model(image[None]).logits for image in images])
+    torch.testing.assert_close(model(images).logits, alone)
+    torch.testing.assert_close(model(images.flip(0)).logits.flip(0), alone)
+
+
+@torch.no_grad()
+def test_images_of_another_size(images: Tensor) -> None:
+    model = tiny_model(r=8)
+    larger = torch.randn(2, 3, 48, 64)
+    output = model(larger, interpolate_pos_encoding=True, output_fusion=True)
+    assert output.token_sizes.sum(1).tolist() == [193, 193]
+    with pytest.raises(ValueError, match="doesn't match model"):
+        model(larger)
+
+
+def test_gradient_checkpointing_changes_no_gradient(images: Tensor) -> None:
+    for step in ("approximate", "precise", "past"):
+        gradients = []
+        for checkpointing in (False, True):
+            model = tiny_model(r=8, one_step_ahead=step).train()
+            if checkpointing:
+                model.gradient_checkpointing_enable()
+            model(images, labels=torch.tensor([0, 1, 2])).loss.backward()
+            gradients.append([p.grad for p in model.parameters()])
+        for plain, checkpointed in zip(*gradients, strict=True):
+            assert plain is not None
+            torch.testing.assert_close(checkpointed, plain)
+
+
+def test_all_weights_get_gradients_through_fusion(images: Tensor) -> None:
+    model = tiny_model(r=8).train()
+    model(images, labels=torch.tensor([0, 1, 2])).loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_drop_path_skips_whole_images_and_keeps_the_mean() -> None:
+    torch.manual_seed(0)
+    x = torch.ones(20_000, 2, 3)
+    dropped = drop_path(x, 0.25, training=True)
+    values = dropped[:, 0, 0]
+    assert sorted(set(values.tolist())) == pytest.approx([0, 4 / 3])
+    assert (dropped == values[:, None, None]).all()
+    assert values.mean().item() == pytest.approx(1, abs=0.02)
+    assert torch.equal(drop_path(x, 0.25, training=False), x)
+
+
+def test_drop_path_rises_with_depth_and_acts_in_training_only(images: Tensor) -> None:
+    model = tiny_model(r=8, drop_path_rate=0.4)
+    rates = [layer.drop_path_rate for layer in model.vit.layers]
+    assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+    assert torch.equal(model(images).logits, model(images).logits)
+    model.train()
+    assert not torch.equal(model(images).logits, model(images).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@torch.no_grad()
+def test_other_precisions(dtype: torch.dtype, images: Tensor) -> None:
+    for settings in ({}, {"one_step_ahead": "precise"}, {"r": 0.3, "fusion_layers": [1, 3]}):
+        model = tiny_model(**{"r": 8, **settings})
+        expected = model(images).logits
+        logits = model.to(dtype)(images).logits
+        assert logits.dtype == dtype
+        tolerance = 0.05 if dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(logits.float(), expected, atol=tolerance, rtol=0)
+
+
+@torch.no_grad()
+def test_one_model_serves_many_threads(images: Tensor) -> None:
+    model = tiny_model(r=8)
+    expected = {r: model(images, r=r).logits for r in range(8)}
+    results: dict[int, Tensor] = {}
+
+    def classify(r: int) -> None:
+        with torch.no_grad():
+            for _ in range(5):
+                results[r] = model(images, r=r).logits
+
+    threads = [threading.Thread(target=classify, args=(r,)) for r in expected]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(results[r], expected[r]) for r in expected)
+
+
+@torch.no_grad()
+def test_the_whole_model_compiles_as_one_graph(images: Tensor) -> None:
+    model = tiny_model(r=8)
+    expected = model(images).logits
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(images).logits, expected)
+
+
+@torch.no_grad()
+def test_the_bare_encoder(images: Tensor) -> None:
+    model = MCTFViTModel(MCTFViTConfig(**TINY, r=8)).eval()
+    output = model(images, output_fusion=True)
+    assert output.last_hidden_state.shape == (3, 33, 24)
+    assert output.pooler_output.shape == (3, 24)
+    assert output.assignment.shape == (3, 65)
+    masked = MCTFViTModel(MCTFViTConfig(**TINY, r=8), use_mask_token=True).eval()
+    hidden = masked(images, bool_masked_pos=torch.ones(3, 64).bool()).last_hidden_state
+    torch.testing.assert_close(hidden[0], hidden[1])
+
+
+def test_attention_kernels_without_a_bias_are_refused() -> None:
+    with pytest.raises(ValueError, match="flex"):
+        tiny_model(attn_implementation="flex_attention")

@@ -1,0 +1,88 @@
+"""A run that was interrupted ends with the weights of one that was not."""
+
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from lightning_modules import HFImageDataModule, MCTFFinetuner
+from tests.conftest import DIGITS
+
+STEPS_PER_EPOCH = 4
+EPOCHS = 3
+
+
+def train(
+    folder: Path, pretrained: Path, ckpt_path: Path | None = None, workers: int = 0, seed: int = 3
+) -> dict[str, Tensor]:
+    """Train to the end, keeping a checkpoint of every step; returns the final weights."""
+    module = MCTFFinetuner(
+        str(pretrained), r=6, r_max=4, learning_rate=1e-2, drop_path_rate=0.2, seed=seed
+    )
+    data = HFImageDataModule(
+        DIGITS,
+        batch_size=16,
+        val_fraction=0.95,
+        crop="padded",
+        flip=True,
+        num_workers=workers,
+        seed=seed,
+    )
+    trainer = L.Trainer(
+        default_root_dir=folder,
+        max_epochs=EPOCHS,
+        accelerator="cpu",
+        logger=False,
+        limit_train_batches=STEPS_PER_EPOCH,
+        limit_val_batches=1,
+        num_sanity_val_steps=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[
+            ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1),
+            ModelCheckpoint(folder, filename="end-of-{epoch}", save_top_k=-1, every_n_epochs=1),
+        ],
+    )
+    trainer.fit(module, data, ckpt_path=ckpt_path)
+    return {name: weight.clone() for name, weight in module.model.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def whole_run(
+    tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Tensor]]:
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, train(folder, tiny_folder)
+
+
+@pytest.mark.parametrize(
+    "checkpoint",
+    [f"step={step}.ckpt" for step in (1, 3, 4, 5, 6, 8, 11)]
+    + ["end-of-epoch=0.ckpt", "end-of-epoch=1.ckpt"],
+)
+def test_resuming_from_any_step_ends_with_the_same_weights(
+    checkpoint: str, whole_run: tuple[Path, dict[str, Tensor]], tiny_folder: Path, tmp_path: Path
+) -> None:
+    folder, expected = whole_run
+    resumed = train(tmp_path, tiny_folder, folder / checkpoint)
+    differing = [name for name in expected if not torch.equal(resumed[name], expected[name])]
+    assert not differing
+
+
+def test_workers_do_not_change_the_weights(
+    whole_run: tuple[Path, dict[str, Tensor]], tiny_folder: Path, tmp_path: Path
+) -> None:
+    _, expected = whole_run
+    with_workers = train(tmp_path, tiny_folder, workers=2)
+    assert all(torch.equal(with_workers[name], expected[name]) for name in expected)
+
+
+def test_another_seed_ends_with_other_weights(
+    whole_run: tuple[Path, dict[str, Tensor]], tiny_folder: Path, tmp_path: Path
+) -> None:
+    _, expected = whole_run
+    other = train(tmp_path, tiny_folder, seed=4)
+    assert not any(torch.equal(other[name], expected[name]) for name in expected)
