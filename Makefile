@@ -10,8 +10,8 @@ setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(RUN)/python -m pip install --constraint constraints.txt torch
-	$(RUN)/python -m pip install --constraint constraints.txt --editable ".[dev]"
+	$(RUN)/python -m pip install --constraint constraints.txt setuptools torch
+	$(RUN)/python -m pip install --constraint constraints.txt --no-build-isolation --editable ".[dev]"
 	@touch $@
 
 demo: $(READY)  ## train, fuse and finetune a small model on handwritten digits

@@ -10,7 +10,8 @@ from datasets import Dataset, load_dataset
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoModelForImageClassification
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from cli.finetuning import finetuning
 from mctf_hf.cost import multiply_accumulates

@@ -9,11 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
-from transformers import (
-    AutoImageProcessor,
-    ViTImageProcessorPil,
-    get_cosine_with_min_lr_schedule_with_warmup,
-)
+from transformers import ViTImageProcessorPil, get_cosine_with_min_lr_schedule_with_warmup
+
+# Older releases hide the top-level name where torchvision is missing, though this needs none.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
 from mctf_hf.configuration_mctf import TokensFused, as_pair

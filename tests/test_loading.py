@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
-    AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
     ViTForImageClassification,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification, MCTFViTModel
 from mctf_hf.conversion import convert_state_dict

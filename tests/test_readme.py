@@ -1,0 +1,29 @@
+"""The README's code runs as it stands, but for the model that it downloads."""
+
+import re
+from pathlib import Path
+
+from tests.conftest import REPOSITORY
+
+README = (REPOSITORY / "README.md").read_text()
+
+
+def test_the_code_runs_and_its_comments_are_true(tiny_folder: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 3
+    names: dict[str, object] = {}
+    for block in blocks:
+        code = block.replace("facebook/deit-small-patch16-224", str(tiny_folder))
+        exec(compile(code, "README.md", "exec"), names)
+    stated = re.findall(r"^(\S.*?)\s+# (\(.*\)|[\d.]+)$", blocks[-1], re.MULTILINE)
+    assert len(stated) == 3
+    for expression, value in stated:
+        found = eval(expression, names)
+        assert (round(found, 3) if isinstance(found, float) else found) == eval(value)
+
+
+def test_the_files_that_it_names_exist() -> None:
+    for target in re.findall(r"\]\(((?!http)[^)]+)\)", README):
+        assert (REPOSITORY / target).exists(), target
+    for config in re.findall(r"configs/\w+\.yaml", README):
+        assert (REPOSITORY / config).exists(), config

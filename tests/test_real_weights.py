@@ -1,0 +1,51 @@
+"""Real weights on real images: accuracy with fusion is that of the official implementation."""
+
+import numpy as np
+import pytest
+import torch
+from datasets import load_dataset
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+from mctf_hf import MCTFViTForImageClassification
+from mctf_hf.cost import multiply_accumulates
+from tests.conftest import SHARED, needs_shared
+
+pytestmark = [
+    needs_shared("data/cifar10"),
+    needs_shared("checkpoints/deit-tiny-cifar10"),
+    pytest.mark.timeout(600),
+]
+
+CHECKPOINT = SHARED / "checkpoints" / "deit-tiny-cifar10"
+# setting -> top-1 in % on the 10,000 test images and GMACs, both of the official implementation.
+OFFICIAL = {
+    "base": ({"r": 0}, 68.62, 0.3667),
+    "r 3": ({"r": 3}, 68.43, 0.2755),
+    "r 5": ({"r": 5}, 67.97, 0.2146),
+    "r 6": ({"r": 6}, 67.20, 0.1911),
+    "fast": ({"r": 0.35, "fusion_layers": [3, 6, 9]}, 67.47, 0.2228),
+}
+
+
+@pytest.fixture(scope="module")
+def test_images() -> tuple[torch.Tensor, torch.Tensor]:
+    rows = load_dataset(str(SHARED / "data" / "cifar10"), split="test")
+    processor = AutoImageProcessor.from_pretrained(CHECKPOINT, backend="pil")
+    pixels = processor([np.asarray(image) for image in rows["image"]], return_tensors="pt")
+    return pixels["pixel_values"], torch.tensor(rows["label"][:])
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+@torch.inference_mode()
+def test_accuracy_equals_the_official_one(
+    name: str, test_images: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    settings, accuracy, gmacs = OFFICIAL[name]
+    model = MCTFViTForImageClassification.from_pretrained(CHECKPOINT, **settings).eval()
+    images, labels = test_images
+    right = sum(
+        (model(batch).logits.argmax(-1) == label).sum().item()
+        for batch, label in zip(images.split(100), labels.split(100), strict=True)
+    )
+    assert 100 * right / len(labels) == pytest.approx(accuracy, abs=0.05)
+    assert multiply_accumulates(model.config) / 1e9 == pytest.approx(gmacs, rel=0.01)
