@@ -1,11 +1,13 @@
 """``mctf demo``: the whole way from a plain model to a faster one, on handwritten digits."""
 
+import dataclasses
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from datasets import Dataset, load_dataset
 from rich.console import Console
 from rich.table import Table
@@ -14,11 +16,11 @@ from transformers import AutoModelForImageClassification
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from cli.finetuning import finetuning
+from mctf_hf.configuration_mctf import FusionConfigMixin
 from mctf_hf.cost import multiply_accumulates
 
 DATASET = "data/digits"
 CONFIGS = {"base": "configs/digits_base.yaml", "finetuned": "configs/digits.yaml"}
-FOLDERS = {"base": "outputs/digits_base/model", "finetuned": "outputs/digits/model"}
 
 
 def demo() -> None:
@@ -38,17 +40,24 @@ def demo() -> None:
     finetuning(["fit", "--config", CONFIGS["finetuned"]])
 
     console.rule("3. Compare")
-    base = AutoModelForImageClassification.from_pretrained(FOLDERS["base"])
-    finetuned = AutoModelForImageClassification.from_pretrained(FOLDERS["finetuned"])
-    settings = {name: getattr(finetuned.config, name) for name in ("reduction", "r")}
-    untrained = AutoModelForImageClassification.from_pretrained(FOLDERS["base"], **settings)
+    folders = {
+        name: yaml.safe_load(Path(config).read_text())["export"]["folder"]
+        for name, config in CONFIGS.items()
+    }
+    base = AutoModelForImageClassification.from_pretrained(folders["base"])
+    finetuned = AutoModelForImageClassification.from_pretrained(folders["finetuned"])
+    settings = {
+        field.name: getattr(finetuned.config, field.name)
+        for field in dataclasses.fields(FusionConfigMixin)
+    }
+    untrained = AutoModelForImageClassification.from_pretrained(folders["base"], **settings)
     models = {
         "base": base.eval(),
         "fused, not finetuned": untrained.eval(),
         "fused and finetuned": finetuned.eval(),
     }
     images = load_dataset(DATASET, split="test")
-    pixel_values = _pixel_values(images, FOLDERS["base"])
+    pixel_values = _pixel_values(images, folders["base"])
     labels = torch.tensor(images["label"][:])
     speeds = images_per_second(list(models.values()), pixel_values[:64])
 
@@ -68,10 +77,10 @@ def demo() -> None:
         )
     console.print(table)
     console.print(
-        f"\nThe finetuned model lies in {FOLDERS['finetuned']}. Load it anywhere with\n\n"
+        f"\nThe finetuned model lies in {folders['finetuned']}. Load it anywhere with\n\n"
         "  from transformers import AutoModelForImageClassification\n"
         "  model = AutoModelForImageClassification.from_pretrained(\n"
-        f'      "{FOLDERS["finetuned"]}", trust_remote_code=True)\n',
+        f'      "{folders["finetuned"]}", trust_remote_code=True)\n',
         highlight=False,
     )
 

@@ -3,10 +3,16 @@
 import warnings
 from collections.abc import Sequence
 
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from lightning_modules import HFImageDataModule, HuggingFaceFolder, MCTFFinetuner, PredictionFile
+from lightning_modules import (
+    BestCheckpoint,
+    HFImageDataModule,
+    HuggingFaceFolder,
+    LastCheckpoint,
+    MCTFFinetuner,
+    PredictionFile,
+)
 
 DESCRIPTION = """Make Vision Transformers faster by fusing tokens (MCTF), and finetune them for it.
 
@@ -19,8 +25,8 @@ class FinetuningCommandLine(LightningCLI):
     """LightningCLI with checkpoints, a Hugging Face folder and a file of predictions built in."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_lightning_class_args(ModelCheckpoint, "best")
-        parser.add_lightning_class_args(ModelCheckpoint, "last")
+        parser.add_lightning_class_args(BestCheckpoint, "best")
+        parser.add_lightning_class_args(LastCheckpoint, "last")
         parser.add_lightning_class_args(HuggingFaceFolder, "export")
         parser.add_lightning_class_args(PredictionFile, "predictions")
         parser.set_defaults(
@@ -28,14 +34,13 @@ class FinetuningCommandLine(LightningCLI):
                 "best.filename": "best-{epoch}-{step}",
                 "best.monitor": "val/accuracy",
                 "best.mode": "max",
-                "last.filename": "last",
-                "last.every_n_train_steps": 100,
-                "last.save_on_train_epoch_end": True,
-                "last.enable_version_counter": False,
             }
         )
         for target in ("model.seed", "data.seed"):
             parser.link_arguments("seed_everything", target, compute_fn=int)
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the settings alone: a checkpoint holds weights and progress, not what to run."""
 
 
 def finetuning(args: Sequence[str] | None = None) -> None:

@@ -1,12 +1,15 @@
 """The console command ``mctf``: one command line for everything the library does."""
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import StrictDataclassError
 from jsonargparse import auto_cli
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from cli.demo import demo
 from cli.finetuning import finetuning
@@ -14,12 +17,23 @@ from cli.finetuning import finetuning
 # Commands beside those of Lightning: each is a function whose arguments are its options.
 COMMANDS: dict[str, Callable[..., Any]] = {"demo": demo}
 
+# What a user can mend: a setting, a file, a dataset, the memory.
+EXPECTED = (
+    ValueError,
+    OSError,
+    RuntimeError,
+    FloatingPointError,
+    DatasetsError,
+    MisconfigurationException,
+    StrictDataclassError,
+)
+
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run ``mctf`` with the given words, or those of the command line.
 
-    What a user can mend (a setting, a file, a dataset) is reported by its message alone, with exit
-    status 1; ``MCTF_DEBUG=1`` shows where it was raised.
+    What a user can mend is reported by its message alone, with exit status 1; ``MCTF_DEBUG=1``
+    shows where it was raised.
     """
     words = list(sys.argv[1:] if args is None else args)
     try:
@@ -27,19 +41,20 @@ def main(args: Sequence[str] | None = None) -> None:
             auto_cli(COMMANDS[words[0]], args=words[1:], prog=f"mctf {words[0]}")
         else:
             finetuning(args)
-    except (ValueError, OSError, FloatingPointError, StrictDataclassError) as error:
+    except EXPECTED as error:
         if os.environ.get("MCTF_DEBUG"):
             raise
-        print(f"mctf: error: {_message(error)}", file=sys.stderr)
+        print(f"mctf: error: {_message(error)}\n(MCTF_DEBUG=1 shows where)", file=sys.stderr)
         sys.exit(1)
 
 
 def _message(error: BaseException) -> str:
-    """The error's own words, without the traceback that a data loading worker adds."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    if lines and lines[0].startswith("Caught "):
-        return lines[-1].partition(": ")[2]
-    return str(error)
+    """The error's own words, without the traceback that a data loading worker puts before them."""
+    text = str(error)
+    if not text.startswith("Caught "):
+        return text
+    raised = list(re.finditer(rf"^(\w+\.)*{type(error).__name__}: ", text, re.MULTILINE))
+    return text[raised[-1].end() :].strip() if raised else text
 
 
 if __name__ == "__main__":

@@ -1,7 +1,14 @@
 """Finetuning with Lightning: the training logic, the data and what surrounds them."""
 
-from .callbacks import HuggingFaceFolder, PredictionFile
+from .callbacks import BestCheckpoint, HuggingFaceFolder, LastCheckpoint, PredictionFile
 from .data import HFImageDataModule
 from .finetuning import MCTFFinetuner
 
-__all__ = ["HFImageDataModule", "HuggingFaceFolder", "MCTFFinetuner", "PredictionFile"]
+__all__ = [
+    "BestCheckpoint",
+    "HFImageDataModule",
+    "HuggingFaceFolder",
+    "LastCheckpoint",
+    "MCTFFinetuner",
+    "PredictionFile",
+]

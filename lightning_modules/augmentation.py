@@ -16,10 +16,10 @@ class FlipAndCrop:
 
     Args:
         size: (height, width) of the result in pixels.
-        crop: ``"none"`` only resizes; ``"padded"`` resizes, pads by an eighth with black on every
-            side and cuts out a random window, as is usual for small images; ``"resized"`` cuts out
-            8 to 100% of the area at an aspect ratio of 3/4 to 4/3 and resizes that (Inception
-            crop, arXiv 1409.4842), as is usual for ImageNet.
+        crop: ``"none"`` leaves the size to the image processor; ``"padded"`` resizes, pads by an
+            eighth with black on every side and cuts out a random window, as is usual for small
+            images; ``"resized"`` cuts out 8 to 100% of the area at an aspect ratio of 3/4 to 4/3
+            and resizes that (Inception crop, arXiv 1409.4842), as is usual for ImageNet.
         flip: mirror half of the images.
         resample: PIL's filter for resizing.
     """
@@ -35,9 +35,8 @@ class FlipAndCrop:
         if self.crop == "resized":
             box = _random_box(image.width, image.height, generator)
             image = image.resize((width, height), resample, box=box)
-        elif image.size != (width, height):
+        elif self.crop == "padded":
             image = image.resize((width, height), resample)
-        if self.crop == "padded":
             pad_x, pad_y = width // 8, height // 8
             image = ImageOps.expand(image, (pad_x, pad_y))
             left = int(generator.integers(2 * pad_x + 1))

@@ -1,19 +1,54 @@
-"""What happens around training: the Hugging Face folder at its end, predictions to a file."""
+"""What happens around training: checkpoints, the Hugging Face folder, predictions to a file."""
 
 import csv
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import BasePredictionWriter, Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import BasePredictionWriter, Callback, Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from mctf_hf.hub import save
+from mctf_hf.hub import check_folder, save
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """ModelCheckpoint that still knows the best one when a resumed run logs to another folder."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict({**state_dict, "dirpath": self.dirpath})
+
+
+class LastCheckpoint(Checkpoint):
+    """Keep the latest state in ``last.ckpt``, beside the other checkpoints.
+
+    Args:
+        every_n_train_steps: optimizer steps between two saves; it is also saved after each epoch.
+    """
+
+    def __init__(self, every_n_train_steps: int = 100):
+        if every_n_train_steps < 1:
+            raise ValueError(
+                f"every_n_train_steps={every_n_train_steps!r} is not allowed: it is at least 1"
+            )
+        self.every_n_train_steps = every_n_train_steps
+        self._saved_step = 0
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step % self.every_n_train_steps == 0:
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._save(trainer)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        directory = getattr(trainer.checkpoint_callback, "dirpath", None)
+        if directory and not trainer.fast_dev_run and trainer.global_step != self._saved_step:
+            self._saved_step = trainer.global_step
+            trainer.save_checkpoint(os.path.join(directory, "last.ckpt"))
 
 
 class HuggingFaceFolder(Callback):
@@ -28,6 +63,10 @@ class HuggingFaceFolder(Callback):
         self.folder = folder
         self.best = best
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit" and self.folder is not None:
+            check_folder(self.folder)  # now, not after hours of training
+
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero or trainer.fast_dev_run or trainer.interrupted:
             return
@@ -35,19 +74,21 @@ class HuggingFaceFolder(Callback):
         if weights:
             state = torch.load(weights, map_location="cpu", weights_only=True)["state_dict"]
             pl_module.load_state_dict(state)
-        folder = self.folder or os.path.join(
-            trainer.log_dir or trainer.default_root_dir, "huggingface"
+        log_dir = trainer.log_dir or trainer.default_root_dir
+        folder = save(
+            pl_module.model,
+            pl_module.image_processor,
+            self.folder or os.path.join(log_dir, "huggingface"),
         )
-        save(pl_module.model, pl_module.image_processor, folder)
         rank_zero_info(f"Hugging Face model ({weights or 'last weights'}): {folder}")
 
     def _best_checkpoint(self, trainer: L.Trainer) -> str | None:
         if not self.best:
             return None
-        kept = [
-            c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor
-        ]
-        return next((c.best_model_path for c in kept if c.best_model_path), None)
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.monitor:
+                return callback.best_model_path or None
+        return None
 
 
 class PredictionFile(BasePredictionWriter):
@@ -71,20 +112,26 @@ class PredictionFile(BasePredictionWriter):
         batch_indices: Sequence[Any],
     ) -> None:
         rows = [row for batch in predictions for row in batch]
+        if trainer.world_size > 1:  # each process has its share, some padded with repetitions
+            shares: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(shares, rows)
+            rows = list({row["file"]: row for share in shares for row in share}.values())
+            rows.sort(key=lambda row: Path(row["file"]))
+        if trainer.is_global_zero:
+            self._write(rows)
+            rank_zero_info(f"{len(rows)} predictions: {self.path}")
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w",
-            dir=self.path.parent,
-            prefix=f".{self.path.name}.",
-            delete=False,
-            newline="",
-            encoding="utf-8",
-        ) as draft:
-            if self.path.suffix == ".csv":
-                writer = csv.DictWriter(draft, fieldnames=["file", "label", "score"])
-                writer.writeheader()
-                writer.writerows(rows)
-            else:
-                draft.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        os.replace(draft.name, self.path)
-        rank_zero_info(f"{len(rows)} predictions: {self.path}")
+        draft = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        try:
+            with draft.open("w", newline="", encoding="utf-8") as file:
+                if self.path.suffix == ".csv":
+                    writer = csv.DictWriter(file, fieldnames=["file", "label", "score"])
+                    writer.writeheader()
+                    writer.writerows(rows)
+                else:
+                    file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            os.replace(draft, self.path)
+        finally:
+            draft.unlink(missing_ok=True)

@@ -10,9 +10,9 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, get_dataset_split_names, load_dataset
+from datasets import ClassLabel, Dataset, Value, get_dataset_split_names, load_dataset
 from datasets import Image as ImageFeature
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 from torch.utils.data import Dataset as TorchDataset
@@ -124,11 +124,17 @@ class HFImageDataModule(L.LightningDataModule):
             order = np.random.default_rng([self.seed, len(val_rows)]).permutation(len(val_rows))
             cut = max(1, round(len(order) * self.val_fraction))
             kept, held_out = np.sort(order[cut:]), np.sort(order[:cut])
+            if train and not len(kept):
+                raise ValueError(
+                    f"val_fraction={self.val_fraction!r} leaves none of the {len(order)} rows of "
+                    f"{val_rows.origin} to train on"
+                )
         self._sets["val"] = LabelledImages(val_rows, Process(processor), indices=held_out)
         if train:
+            sized = {} if self.crop == "none" else {"do_resize": False, "do_center_crop": False}
             self._sets["train"] = LabelledImages(
                 train_rows,
-                Process(processor, do_resize=False, do_center_crop=False),
+                Process(processor, **sized),
                 augment=FlipAndCrop(
                     _output_size(processor), self.crop, self.flip, resample=processor.resample
                 ),
@@ -248,14 +254,22 @@ class Rows:
         self.image_column = _column(rows, "image_column", image_column, ImageFeature, origin)
         label_column = _column(rows, "label_column", label_column, ClassLabel, origin)
         feature = rows.features[label_column]
-        labels = np.asarray(rows[label_column][:])
-        self.label_names = list(feature.names) if isinstance(feature, ClassLabel) else None
-        if labels.dtype.kind not in "iu":
+        if not isinstance(rows.features[self.image_column], ImageFeature):
+            raise ValueError(
+                f"image_column={self.image_column!r} of {origin} holds "
+                f"{rows.features[self.image_column]}: it is to hold images"
+            )
+        integers = isinstance(feature, Value) and feature.dtype.startswith(("int", "uint"))
+        if not integers and not isinstance(feature, ClassLabel):
             raise ValueError(
                 f"label_column={label_column!r} of {origin} holds {feature}: labels are integers "
                 "or class labels (datasets' class_encode_column makes them)"
             )
-        self.labels = labels
+        labels = rows[label_column][:]
+        if None in labels:
+            raise ValueError(f"row {labels.index(None)} of {origin} has no label")
+        self.labels = np.asarray(labels, dtype=np.int64)
+        self.label_names = list(feature.names) if isinstance(feature, ClassLabel) else None
         self.images = rows.select_columns([self.image_column]).cast_column(
             self.image_column, ImageFeature(decode=False)
         )
@@ -270,6 +284,8 @@ class Rows:
             ValueError: if it can't be decoded; the message names the row.
         """
         stored = self.images[index][self.image_column]
+        if stored is None:
+            raise ValueError(f"row {index} of {self.origin} has no image")
         try:
             source = stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"])
             return read_image(source)
@@ -282,7 +298,8 @@ class Rows:
 
 def read_image(source: Any) -> Image.Image:
     """Decode an image file of any mode to RGB."""
-    with Image.open(source) as image:
+    with Image.open(source) as stored:
+        image = ImageOps.exif_transpose(stored)
         if image.mode == "P" and "transparency" in image.info:
             return image.convert("RGBA").convert("RGB")
         return image.convert("RGB")

@@ -1,21 +1,21 @@
 """Finetuning a Vision Transformer with token fusion, by token-reduction consistency."""
 
+import math
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
-from transformers import ViTImageProcessorPil, get_cosine_with_min_lr_schedule_with_warmup
+from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
-# Older releases hide the top-level name where torchvision is missing, though this needs none.
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
-
-from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
-from mctf_hf.configuration_mctf import TokensFused, as_pair
+from lightning_modules.pretrained import load_or_make
+from mctf_hf import MCTFViTConfig
+from mctf_hf.configuration_mctf import TokensFused
 from mctf_hf.losses import TokenReductionConsistency
 
 Batch = dict[str, Any]
@@ -32,13 +32,15 @@ class MCTFFinetuner(L.LightningModule):
         pretrained: id of a model on the Hugging Face Hub or a local folder: a ViT, a DeiT or a
             model of this library. Unset: train from scratch with ``config``.
         config: settings of ``MCTFViTConfig`` for training from scratch.
-        num_labels: classes of a new head. Unset: keep the head of ``pretrained``.
+        num_labels: give the model a new head with so many classes. Unset: keep its own.
         reduction: method of token reduction, ``mctf`` or ``none``. Unset, here and in the next
-            three: as in ``pretrained``.
+            three: as ``pretrained`` has it, or the defaults of ``MCTFViTConfig`` (``mctf`` with an
+            ``r`` of 16) where it is a plain ViT.
         r: tokens that each fusing layer fuses: a count, a fraction, or a list with one per layer.
         fusion_layers: zero-based layers that fuse.
         fusion: further settings of fusion by name, such as ``tau_sim`` or ``pooling``.
-        r_max: the teacher's r stays below this; 0 trains without a teacher.
+        r_max: the teacher's r stays below this, which is at most ``r``; 0 trains without a
+            teacher. Unset: half of ``r``, and 0 without reduction.
         teacher_weight: weight of the teacher's cross-entropy.
         consistency_weight: weight of the distance of class tokens.
         confidence_threshold: images count for consistency if the student gives their label more.
@@ -62,7 +64,7 @@ class MCTFFinetuner(L.LightningModule):
         r: int | float | list[int | float] | None = None,
         fusion_layers: list[int] | None = None,
         fusion: dict[str, Any] | None = None,
-        r_max: int = 8,
+        r_max: int | None = None,
         teacher_weight: float = 1.0,
         consistency_weight: float = 3.0,
         confidence_threshold: float = 0.4,
@@ -76,19 +78,30 @@ class MCTFFinetuner(L.LightningModule):
         seed: int = 0,
     ):
         super().__init__()
-        if r_max < 0:
-            raise ValueError(f"r_max={r_max!r} is not allowed: it is at least 0 (0 for no teacher)")
+        _check_numbers(
+            num_labels=(num_labels, 1, math.inf),
+            teacher_weight=(teacher_weight, 0, math.inf),
+            consistency_weight=(consistency_weight, 0, math.inf),
+            confidence_threshold=(confidence_threshold, 0, 1),
+            label_smoothing=(label_smoothing, 0, 1),
+            learning_rate=(learning_rate, 0, math.inf),
+            reference_batch_size=(reference_batch_size, 1, math.inf),
+            min_learning_rate=(min_learning_rate, 0, math.inf),
+            warmup_epochs=(warmup_epochs, 0, math.inf),
+            weight_decay=(weight_decay, 0, math.inf),
+        )
         self.save_hyperparameters()
         settings = dict(fusion or {}, drop_path_rate=drop_path_rate)
         given = {"reduction": reduction, "r": r, "fusion_layers": fusion_layers}
         settings.update({name: value for name, value in given.items() if value is not None})
-        self.model, self.image_processor = _load(pretrained, config, num_labels, settings)
+        self.model, self.image_processor = load_or_make(pretrained, config, num_labels, settings)
         self.model.train()
-        if self.model.config.reduction == "none" and (r or r_max):
+        if self.model.config.reduction == "none" and r:
             raise ValueError(
-                f"r={r!r} and r_max={r_max!r} have no effect with reduction='none', which "
-                "pretrained or the settings say: set reduction, or leave r unset and r_max 0"
+                f"r={r!r} has no effect with reduction='none', which pretrained or the settings "
+                "say: set reduction, or leave r unset"
             )
+        self.r_max = _teacher_limit(self.model.config, r_max)
         self.num_labels: int = self.model.config.num_labels
         self.loss = TokenReductionConsistency(
             teacher_weight, consistency_weight, confidence_threshold, label_smoothing
@@ -104,18 +117,26 @@ class MCTFFinetuner(L.LightningModule):
         return self.model(pixel_values, r=r, output_fusion=True)
 
     def setup(self, stage: str) -> None:
-        names = getattr(self.trainer.datamodule, "label_names", None)
-        if (
-            stage == "fit"
-            and names is not None
-            and len(names) == self.num_labels
-            and self._unnamed()
-        ):
-            self.model.config.id2label = dict(enumerate(names))
-            self.model.config.label2id = {name: i for i, name in enumerate(names)}
+        """Tell what will run, and agree with the dataset on the names of the classes.
 
-    def _unnamed(self) -> bool:
-        return all(name == f"LABEL_{i}" for i, name in self.model.config.id2label.items())
+        Raises:
+            ValueError: if the dataset has the model's classes in another order.
+        """
+        config = self.model.config
+        fused = ", ".join(map(str, config.tokens_fused(config.num_tokens())))
+        rank_zero_info(f"reduction={config.reduction}: the layers fuse {fused} tokens")
+        names = getattr(self.trainer.datamodule, "label_names", None)
+        if names is None or len(names) != self.num_labels:
+            return
+        own = [config.id2label[i] for i in range(self.num_labels)]
+        if own != names and sorted(own) == sorted(names):
+            raise ValueError(
+                f"the dataset's classes {names} are the model's {own} in another order: reorder "
+                "them (datasets' align_labels_with_mapping), or set num_labels for a new head"
+            )
+        if stage == "fit":
+            config.id2label = dict(enumerate(names))
+            config.label2id = {name: i for i, name in enumerate(names)}
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         torch.manual_seed(_mix(self.hparams["seed"], self._step(), self.global_rank + 1))
@@ -126,34 +147,35 @@ class MCTFFinetuner(L.LightningModule):
     def teacher_r(self, step: int) -> int:
         """The teacher's r in a step, the same in every process: uniform in {0, …, r_max - 1}."""
         generator = torch.Generator().manual_seed(_mix(self.hparams["seed"], step, 0))
-        return int(torch.randint(self.hparams["r_max"], (), generator=generator))
+        return int(torch.randint(self.r_max, (), generator=generator))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        labels = batch["labels"]
-        student = self(batch["pixel_values"])
-        if self.hparams["r_max"]:
+        images, labels = batch["pixel_values"], batch["labels"]
+        student = self(images)
+        if self.r_max:
             r = self.teacher_r(self._step())
-            teacher = self(batch["pixel_values"], r=r)
-            loss = self.loss(
+            teacher = self(images, r=r)
+            total, *parts = self.loss(
                 student.logits, student.class_token, teacher.logits, teacher.class_token, labels
             )
-            parts = {
-                f"train/{name}": value for name, value in loss._asdict().items() if name != "total"
-            }
-            self.log_dict({**parts, "train/teacher_r": float(r)}, batch_size=len(labels))
-            total = loss.total
+            names = ("student", "teacher", "consistency", "passing", "confidence")
+            self._log_step(dict(zip(names, parts, strict=True)), labels)
+            self._log_step({"teacher_r": float(r)}, labels)
         else:
-            total = F.cross_entropy(
-                student.logits, labels, label_smoothing=self.loss.label_smoothing
-            )
+            smoothing = self.loss.label_smoothing
+            total = F.cross_entropy(student.logits, labels, label_smoothing=smoothing)
         if not torch.isfinite(total):
             raise FloatingPointError(
                 f"the loss is {total.item()} at step {self.global_step} of epoch "
                 f"{self.current_epoch}: training stops, checkpoints saved so far are untouched"
             )
-        self.log("train/loss", total, prog_bar=True, batch_size=len(labels))
-        self.log("train/lr", self.optimizers().param_groups[0]["lr"], batch_size=len(labels))
+        self._log_step({"loss": total}, labels, prog_bar=True)
+        self._log_step({"lr": self.optimizers().param_groups[0]["lr"]}, labels)
         return total
+
+    def _log_step(self, values: dict[str, Any], labels: Tensor, prog_bar: bool = False) -> None:
+        named = {f"train/{name}": value for name, value in values.items()}
+        self.log_dict(named, prog_bar=prog_bar, batch_size=len(labels))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate(batch, self.val_metrics, "val/loss")
@@ -162,41 +184,37 @@ class MCTFFinetuner(L.LightningModule):
         self._evaluate(batch, self.test_metrics, "test/loss")
 
     def _evaluate(self, batch: Batch, metrics: MetricCollection, loss_name: str) -> None:
-        logits = self.model(batch["pixel_values"]).logits
-        size = len(logits)
-        metrics.update(logits, batch["labels"])
-        self.log(
-            loss_name, F.cross_entropy(logits, batch["labels"]), batch_size=size, sync_dist=True
-        )
-        self.log_dict(metrics, prog_bar=True, batch_size=size)
+        logits, labels = self.model(batch["pixel_values"]).logits, batch["labels"]
+        metrics.update(logits, labels)
+        loss = F.cross_entropy(logits, labels)
+        self.log(loss_name, loss, batch_size=len(labels), sync_dist=True)
+        self.log_dict(metrics, prog_bar=True, batch_size=len(labels))
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
         scores, indices = self.model(batch["pixel_values"]).logits.softmax(-1).max(-1)
         names = self.model.config.id2label
+        found = zip(batch["files"], indices.tolist(), scores.tolist(), strict=True)
         return [
-            {"file": file, "label": names[index], "score": score}
-            for file, index, score in zip(
-                batch["files"], indices.tolist(), scores.tolist(), strict=True
-            )
+            {"file": file, "label": names[index], "score": score} for file, index, score in found
         ]
 
     def configure_optimizers(self) -> dict[str, Any]:
-        hparams = self.hparams
-        steps = int(self.trainer.estimated_stepping_batches)
-        loader = self.trainer.train_dataloader
-        global_batch = (
-            loader.batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches
-        )
+        hparams, trainer = self.hparams, self.trainer
+        steps = trainer.estimated_stepping_batches
+        if not math.isfinite(steps):
+            raise ValueError("the schedule needs an end: set trainer.max_epochs or max_steps")
+        trainer.fit_loop.setup_data()
+        accumulated = trainer.accumulate_grad_batches
+        global_batch = trainer.train_dataloader.batch_size * trainer.world_size * accumulated
         rate = hparams["learning_rate"] * global_batch / hparams["reference_batch_size"]
         optimizer = torch.optim.AdamW(
             parameter_groups(self.model, hparams["weight_decay"]), lr=rate
         )
+        steps_per_epoch = math.ceil(trainer.num_training_batches / accumulated)
         schedule = get_cosine_with_min_lr_schedule_with_warmup(
             optimizer,
-            num_warmup_steps=round(
-                steps * hparams["warmup_epochs"] / (self.trainer.max_epochs or 1)
-            ),
-            num_training_steps=steps,
+            num_warmup_steps=round(hparams["warmup_epochs"] * steps_per_epoch),
+            num_training_steps=int(steps),
             min_lr=min(hparams["min_learning_rate"], rate),
         )
         return {
@@ -205,23 +223,17 @@ class MCTFFinetuner(L.LightningModule):
         }
 
 
-def _mix(*numbers: int) -> int:
-    """One seed out of several numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-
-
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Parameters with and without weight decay.
 
     Without are vectors (norms, biases) and what the model adds to its input (positions, class,
     distillation and mask tokens).
     """
+    added = ("_token", "_tokens", "position_embeddings")
     decay, no_decay = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            exempt = parameter.ndim < 2 or name.endswith(
-                ("_token", "_tokens", "position_embeddings")
-            )
+            exempt = parameter.ndim < 2 or name.endswith(added)
             (no_decay if exempt else decay).append(parameter)
     return [
         {"params": decay, "weight_decay": weight_decay},
@@ -229,46 +241,31 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
     ]
 
 
-def _load(
-    pretrained: str | None,
-    config: dict[str, Any] | None,
-    num_labels: int | None,
-    settings: dict[str, Any],
-) -> tuple[MCTFViTForImageClassification, Any]:
-    """The model and its image processor, from a checkpoint or from scratch."""
-    labels = {} if num_labels is None else {"num_labels": num_labels}
-    if (pretrained is None) == (config is None):
-        raise ValueError(
-            f"pretrained={pretrained!r} and config={config!r}: set one of them, a checkpoint to "
-            "start from or the settings of a model to train from scratch"
-        )
-    if config is not None:
-        model_config = MCTFViTConfig(**{**config, **labels, **settings})
-        height, width = as_pair(model_config.image_size)
-        processor = ViTImageProcessorPil(size={"height": height, "width": width})
-        return MCTFViTForImageClassification(model_config), processor
-    processor = AutoImageProcessor.from_pretrained(pretrained, backend="pil")
-    model_config = MCTFViTConfig.from_pretrained(pretrained)
-    unknown = sorted(name for name in settings if not hasattr(model_config, name))
-    if unknown:
-        raise ValueError(f"fusion={settings!r} is not allowed: there are no settings {unknown}")
-    new_head = num_labels not in (None, model_config.num_labels)
-    model, report = MCTFViTForImageClassification.from_pretrained(
-        pretrained,
-        **labels,
-        **settings,
-        ignore_mismatched_sizes=new_head,
-        output_loading_info=True,
-    )
-    wrong = [name for name in _weights(report) if not name.startswith("classifier.")]
-    if wrong:
-        raise ValueError(
-            f"{pretrained} does not fit this model: weights missing or of another shape: {wrong}"
-        )
-    return model, processor
+def _mix(*numbers: int) -> int:
+    """One seed out of several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
-def _weights(report: dict[str, Any]) -> list[str]:
-    """Names of the weights that a checkpoint did not fill."""
-    mismatched = [key[0] if isinstance(key, tuple) else key for key in report["mismatched_keys"]]
-    return sorted({*report["missing_keys"], *mismatched})
+def _check_numbers(**settings: tuple[float | None, float, float]) -> None:
+    """Raise ValueError for the first (value, low, high) out of its range; None is in any."""
+    for name, (value, low, high) in settings.items():
+        if value is not None and not low <= value <= high:
+            limit = f" and at most {high}" if math.isfinite(high) else ""
+            raise ValueError(f"{name}={value!r} is not allowed: it is at least {low}{limit}")
+
+
+def _teacher_limit(config: MCTFViTConfig, r_max: int | None) -> int:
+    """The teacher's r stays below this: ``r_max``, or half of the most that a layer fuses.
+
+    Raises:
+        ValueError: if the teacher could fuse more than the student.
+    """
+    most = max(config.tokens_fused(config.num_tokens()))
+    if r_max is None:
+        return most // 2
+    if not 0 <= r_max <= most:
+        raise ValueError(
+            f"r_max={r_max!r} is not allowed: it is at least 0 (no teacher) and at most {most}, "
+            "what the student's layers fuse"
+        )
+    return r_max

@@ -122,7 +122,7 @@ class FusionConfigMixin:
         if r is not None:
             _check_tokens_fused(r)
         if self.reduction == "none":
-            if r:
+            if r and r != [0] * self.num_hidden_layers:
                 raise ValueError(f"r={r!r} has no effect with reduction='none': choose a reduction")
             return (0,) * self.num_hidden_layers
         wanted = self._wanted_by_layer(self.r if r is None else r)
@@ -144,8 +144,9 @@ class FusionConfigMixin:
             raise ValueError(
                 f"r={r!r} has {len(r)} entries: a list has one for each of the {len(layers)} layers"
             )
-        outside = [i for i in layers if r[i] and i not in (self.fusion_layers or layers)]
-        if self.fusion_layers is not None and outside:
+        allowed = layers if self.fusion_layers is None else self.fusion_layers
+        outside = [layer for layer in layers if r[layer] and layer not in allowed]
+        if outside:
             raise ValueError(
                 f"r={r!r} fuses in layers {outside}, which fusion_layers={self.fusion_layers!r} "
                 "leaves out: leave fusion_layers unset or let the list be 0 there"
@@ -197,9 +198,16 @@ class MCTFViTConfig(FusionConfigMixin, ViTConfig):
         if model_type not in ("vit", cls.model_type):
             raise ValueError(
                 f"{pretrained_model_name_or_path} holds a model of type {model_type!r}: "
-                f"{cls.__name__} loads the types 'vit' (ViT, DeiT) and {cls.model_type!r}"
+                f"{cls.__name__} loads the types 'vit' (ViT, DeiT without distillation token) and "
+                f"{cls.model_type!r}"
             )
         return {**settings, "model_type": cls.model_type}, kwargs
+
+    def num_tokens(self, image_size: int | tuple[int, int] | None = None) -> int:
+        """Tokens of an image, prefix tokens included; of the configured size unless given."""
+        height, width = as_pair(self.image_size if image_size is None else image_size)
+        patch_height, patch_width = as_pair(self.patch_size)
+        return (height // patch_height) * (width // patch_width) + self.num_prefix_tokens
 
     def validate_patches(self) -> None:
         """Check that the patches divide the image."""

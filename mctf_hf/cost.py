@@ -23,12 +23,10 @@ def multiply_accumulates(
     Raises:
         ValueError: for an ``r`` that is not allowed.
     """
-    height, width = as_pair(config.image_size if image_size is None else image_size)
     patch_height, patch_width = as_pair(config.patch_size)
-    patches = (height // patch_height) * (width // patch_width)
-    width = config.hidden_size
+    tokens, width = config.num_tokens(image_size), config.hidden_size
+    patches = tokens - config.num_prefix_tokens
     total = patches * width * config.num_channels * patch_height * patch_width
-    tokens = patches + config.num_prefix_tokens
     for fused in config.tokens_fused(tokens, r):
         total += _layer(config, tokens, fused)
         tokens -= fused

@@ -18,14 +18,9 @@ def save(model: PreTrainedModel, image_processor: Any, folder: str | os.PathLike
         The folder.
 
     Raises:
-        FileExistsError: if ``folder`` holds files but no model.
+        FileExistsError: see :func:`check_folder`.
     """
-    folder = Path(folder)
-    occupied = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
-    if occupied and not (folder / "config.json").exists():
-        raise FileExistsError(
-            f"{folder} holds something else than a model: name a new folder or that of a model"
-        )
+    folder = check_folder(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as draft:
         model.save_pretrained(draft)
@@ -40,4 +35,19 @@ def save(model: PreTrainedModel, image_processor: Any, folder: str | os.PathLike
     }:
         if stale.name not in names:
             stale.unlink()
+    return folder
+
+
+def check_folder(folder: str | os.PathLike) -> Path:
+    """The folder, if a model may be saved there.
+
+    Raises:
+        FileExistsError: if it is a file, or holds files but no model.
+    """
+    folder = Path(folder)
+    occupied = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
+    if occupied and not (folder / "config.json").exists():
+        raise FileExistsError(
+            f"{folder} holds something else than a model: name a new folder or that of a model"
+        )
     return folder

@@ -20,10 +20,14 @@ def bipartition(num_prefix_tokens: int) -> tuple[slice, slice]:
 
 
 def similarity(tokens: Tensor, num_prefix_tokens: int) -> Tensor:
-    """Cosine similarity of alpha to beta tokens, in [0, 1]: (b, n, d) -> (b, n_alpha, n_beta)."""
+    """Cosine similarity of alpha to beta tokens, in [0, 1]: (b, n, d) -> (b, n_alpha, n_beta).
+
+    At least in float32, also under autocast: half precision could not tell similar tokens apart.
+    """
     alpha, beta = bipartition(num_prefix_tokens)
-    unit = F.normalize(tokens, dim=-1)
-    return (unit[:, alpha] @ unit[:, beta].mT + 1) / 2
+    with torch.autocast(tokens.device.type, enabled=False):
+        unit = F.normalize(tokens.to(torch.promote_types(tokens.dtype, torch.float32)), dim=-1)
+        return (unit[:, alpha] @ unit[:, beta].mT + 1) / 2
 
 
 def attraction(
@@ -53,7 +57,7 @@ def attraction(
     precision = torch.promote_types(tokens.dtype, torch.float32)
     alpha, beta = bipartition(num_prefix_tokens)
     if tau_sim:
-        scores = similarity(tokens, num_prefix_tokens).to(precision)
+        scores = similarity(tokens, num_prefix_tokens)
         scores = scores if tau_sim == 1 else scores.clamp(min=0).pow(1 / tau_sim)
     else:
         sides = tokens[:, alpha].shape[1], tokens[:, beta].shape[1]

@@ -90,11 +90,16 @@ class FusionAttentionMixin:
         return x.unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)  # [b, h, n, d / h]
 
     def attention_map(self, hidden_states: Tensor, attention_bias: Tensor | None) -> Tensor:
-        """Softmax attention map: (b, n, d) and a bias (b, 1, 1, n) on the keys -> (b, h, n, n)."""
+        """Softmax attention map: (b, n, d) and a bias (b, 1, 1 or n, n) on scores -> (b, h, n, n).
+
+        A boolean bias is a mask: it is true where there is to be attention.
+        """
         query = self._heads(self.q_proj(hidden_states)) * self.scaling
         key = self._heads(self.k_proj(hidden_states))
         scores = query @ key.mT
-        if attention_bias is not None:
+        if attention_bias is not None and attention_bias.dtype == torch.bool:
+            scores = scores.masked_fill(~attention_bias, -torch.inf)
+        elif attention_bias is not None:
             scores = scores + attention_bias
         precision = torch.promote_types(scores.dtype, torch.float32)
         return scores.softmax(-1, dtype=precision).to(scores.dtype)

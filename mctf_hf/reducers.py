@@ -75,9 +75,9 @@ class MCTFReducer:
             r: how many tokens to fuse.
             num_prefix_tokens: how many tokens at the front take no part.
         """
-        informativeness = attention.mean(
-            (1, 2), dtype=torch.promote_types(tokens.dtype, torch.float32)
-        )
+        precision = torch.promote_types(tokens.dtype, torch.float32)
+        informativeness = attention.mean((1, 2), dtype=precision)  # [b, n]
+        informativeness = informativeness.clamp(min=torch.finfo(precision).tiny)  # a divisor
         scores = attraction(
             tokens,
             informativeness,

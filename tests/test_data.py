@@ -12,10 +12,11 @@ from datasets import ClassLabel, Dataset, Features, Value, load_dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 from sklearn.datasets import load_digits
-from transformers import ViTImageProcessorPil
+from transformers import DeiTImageProcessorPil, ViTImageProcessorPil
 
 from lightning_modules import HFImageDataModule
 from lightning_modules.augmentation import FlipAndCrop
+from lightning_modules.data import read_image
 from tests.conftest import DIGITS
 
 PROCESSOR = ViTImageProcessorPil(size={"height": 32, "width": 32})
@@ -143,6 +144,7 @@ def test_a_broken_image_is_named_by_its_row(workers: int, tmp_path: Path) -> Non
         ({"image_column": "img"}, "image_column='img': .* has the columns photo, kind, weight"),
         ({"label_column": "y"}, "label_column='y': .* has the columns photo, kind, weight"),
         ({"label_column": "weight"}, "label_column='weight' .* labels are integers"),
+        ({"image_column": "kind"}, "image_column='kind' .* it is to hold images"),
         ({"train_split": "training"}, "has no split 'training': it has train"),
         ({"val_split": "dev"}, "has no split 'dev': it has train"),
         ({"num_labels": 1}, "row 1 of .* has the label 1: the model has the classes 0 to 0"),
@@ -225,7 +227,8 @@ def test_crops_keep_size_and_range(crop: str) -> None:
     image = Image.effect_noise((50, 37), 80).convert("RGB")
     augment = FlipAndCrop((24, 32), crop, flip=True)
     results = {augment(image, np.random.default_rng(seed)).tobytes() for seed in range(20)}
-    assert augment(image, np.random.default_rng(0)).size == (32, 24)
+    size = (50, 37) if crop == "none" else (32, 24)
+    assert augment(image, np.random.default_rng(0)).size == size
     assert len(results) == 2 if crop == "none" else len(results) > 15
 
 
@@ -255,3 +258,44 @@ def test_a_crop_of_a_very_long_image_is_its_middle() -> None:
 def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"{message} is not allowed"):
         HFImageDataModule(DIGITS, **settings)
+
+
+def test_rows_without_image_or_label_are_named(tmp_path: Path) -> None:
+    features = Features({"photo": ImageFeature(), "kind": ClassLabel(names=["a", "b"])})
+    images = [{"bytes": PNG, "path": None}] * 3
+
+    def write(name: str, **columns: Any) -> str:
+        (tmp_path / name).mkdir()
+        rows = Dataset.from_dict({"photo": images, "kind": [0, 1, 0], **columns}, features=features)
+        rows.to_parquet(tmp_path / name / "train.parquet")
+        return str(tmp_path / name)
+
+    data = data_module(write("imageless", photo=[images[0], None, images[0]]), val_split="train")
+    data.setup("fit")
+    with pytest.raises(ValueError, match="row 1 of .* has no image"):
+        list(data.val_dataloader())
+    with pytest.raises(ValueError, match="row 2 of .* has no label"):
+        data_module(write("unlabelled", kind=[0, 1, None]), val_split="train").setup("fit")
+    with pytest.raises(ValueError, match="val_fraction=0.9 leaves none of the 3 rows"):
+        data_module(write("small"), val_fraction=0.9).setup("fit")
+
+
+def test_photos_are_turned_upright(tmp_path: Path) -> None:
+    photo = Image.new("RGB", (40, 20))
+    photo.paste((255, 255, 255), (0, 0, 20, 20))
+    orientation = Image.Exif()
+    orientation[0x0112] = 6  # the camera was held sideways: turn by 90 degrees clockwise
+    photo.save(tmp_path / "photo.jpg", exif=orientation)
+    upright = read_image(tmp_path / "photo.jpg")
+    assert upright.size == (20, 40)
+    assert upright.getpixel((10, 5))[0] > 250 and upright.getpixel((10, 35))[0] < 5
+
+
+def test_processors_that_crop_give_their_crop_in_training_too() -> None:
+    processor = DeiTImageProcessorPil(size={"height": 256, "width": 256}, crop_size=224)
+    for crop in ("none", "resized", "padded"):
+        data = data_module(crop=crop)
+        data.trainer.lightning_module.image_processor = processor
+        data.setup("fit")
+        assert data._sets["train"][0]["pixel_values"].shape == (3, 224, 224)
+        assert data._sets["val"][0]["pixel_values"].shape == (3, 224, 224)

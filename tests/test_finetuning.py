@@ -1,6 +1,7 @@
 """The training logic: what is drawn, decayed, scheduled, logged, and what stops it."""
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from safetensors.torch import load_file, save_file
 
 from lightning_modules import HFImageDataModule, MCTFFinetuner
 from lightning_modules.finetuning import parameter_groups
@@ -186,8 +188,16 @@ def test_a_new_head_is_named_after_the_datasets_classes(tmp_path: Path, tiny_fol
         ({"config": TINY}, "set one of them"),
         ({"fusion": {"tau": 3}}, r"there are no settings \['tau'\]"),
         ({"r_max": -1}, "r_max=-1 is not allowed"),
-        ({"reduction": "none", "r": 4}, "have no effect with reduction='none'"),
-        ({"reduction": "none", "r": None}, "have no effect with reduction='none'"),
+        (
+            {"r_max": 7, "r": 6},
+            "r_max=7 is not allowed: it is at least 0 .no teacher. and at most 6",
+        ),
+        ({"reduction": "none", "r": 4}, "r=4 has no effect with reduction='none'"),
+        ({"fusion": {"to_dict": 1}}, r"there are no settings \['to_dict'\]"),
+        ({"pretrained": None, "config": {"hiden_size": 24}}, r"no settings \['hiden_size'\]"),
+        ({"learning_rate": -1.0}, "learning_rate=-1.0 is not allowed: it is at least 0"),
+        ({"label_smoothing": 2.0}, "label_smoothing=2.0 is not allowed: .* at most 1"),
+        ({"num_labels": 0}, "num_labels=0 is not allowed: it is at least 1"),
     ],
 )
 def test_settings_that_contradict_each_other(
@@ -209,3 +219,63 @@ def test_fusion_settings_reach_the_model_and_unset_ones_stay(
     module.image_processor.save_pretrained(tmp_path / "m")
     again = MCTFFinetuner(str(tmp_path / "m"), fusion_layers=None).model.config
     assert (again.r, again.tau_sim, again.pooling) == ([0, 1, 2, 3, 0], 2, "mean")
+
+
+def test_checkpoints_that_do_not_fit_are_refused_by_name(tiny_folder: Path, tmp_path: Path) -> None:
+    weights = load_file(tiny_folder / "model.safetensors")
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(tiny_folder, folder)
+
+    def rewrite(**changes: Any) -> None:
+        kept = {name: value for name, value in {**weights, **changes}.items() if value is not None}
+        save_file(kept, folder / "model.safetensors", {"format": "pt"})
+
+    positions = "vit.embeddings.position_embeddings"
+    for changes, message in (
+        ({positions: torch.zeros(1, 17, 24)}, rf"of another shape: \['{positions}'\]"),
+        ({positions: None}, rf"missing or of another shape: \['{positions}'\]"),
+        ({"classifier.weight": None}, "set num_labels for a new head"),
+    ):
+        rewrite(**changes)
+        with pytest.raises(ValueError, match=f"{folder} does not fit this model: .*{message}"):
+            MCTFFinetuner(str(folder), r=6)
+    rewrite(**{"classifier.weight": None, "classifier.bias": None})
+    assert MCTFFinetuner(str(folder), r=6, num_labels=10).num_labels == 10
+
+
+def test_without_r_max_the_teacher_stays_below_half_of_r(tiny_folder: Path) -> None:
+    for settings, limit in (({"r": 6}, 3), ({"r": 0}, 0), ({"reduction": "none"}, 0)):
+        assert MCTFFinetuner(str(tiny_folder), **settings).r_max == limit
+
+
+def test_the_schedule_may_be_given_in_steps_but_must_end(tiny_folder: Path, tmp_path: Path) -> None:
+    module = MCTFFinetuner(str(tiny_folder), r=6, warmup_epochs=1, learning_rate=1e-3)
+    run = trainer(
+        tmp_path, max_epochs=-1, max_steps=12, logger=CSVLogger(tmp_path, name="", version="")
+    )
+    run.fit(module, digits())
+    rates = [float(row["train/lr"]) for row in _metrics(tmp_path) if row["train/lr"]]
+    assert len(rates) == 12
+    assert rates.index(max(rates)) == 5  # after one epoch of five steps
+    with pytest.raises(ValueError, match=r"set trainer.max_epochs or max_steps"):
+        trainer(tmp_path, max_epochs=-1).fit(MCTFFinetuner(str(tiny_folder), r=6), digits())
+
+
+def test_num_labels_makes_a_new_head_even_of_the_same_size(tiny_folder: Path) -> None:
+    old = load_file(tiny_folder / "model.safetensors")["classifier.weight"]
+    kept = MCTFFinetuner(str(tiny_folder), r=6).model.classifier.weight
+    new = MCTFFinetuner(str(tiny_folder), r=6, num_labels=10).model.classifier.weight
+    assert torch.equal(kept, old)
+    assert new.shape == old.shape and not torch.equal(new, old)
+
+
+def test_classes_in_another_order_are_not_mixed_up(tiny_folder: Path, tmp_path: Path) -> None:
+    module = MCTFFinetuner(str(tiny_folder), r=6)
+    module.model.config.id2label = {i: str(9 - i) for i in range(10)}
+    with pytest.raises(ValueError, match="in another order"):
+        trainer(tmp_path).test(module, digits(), verbose=False)
+    module.model.config.id2label = {i: f"class {i}" for i in range(10)}
+    trainer(tmp_path).test(module, digits(), verbose=False)
+    assert module.model.config.id2label[3] == "class 3"
+    trainer(tmp_path).fit(module, digits())
+    assert module.model.config.id2label[3] == "3"

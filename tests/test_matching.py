@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mctf_hf import MCTFViTConfig
 from mctf_hf.fusion import Reduction, fuse, fuse_attention, fuse_sizes
-from mctf_hf.matching import attraction, bipartite_soft_matching, bipartition
+from mctf_hf.matching import attraction, bipartite_soft_matching, bipartition, similarity
 from mctf_hf.reducers import build_reducer
 from tests.conftest import Golden
 
@@ -57,6 +57,8 @@ def layers(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, int, int, dict[str,
     n = prefix + patches
     tokens = torch.randn(batch, n, width, generator=generator).to(dtype)
     attention = torch.randn(batch, heads, n, n, generator=generator).softmax(-1).to(dtype)
+    if draw(st.booleans()):  # a token that nothing attends to
+        attention[..., draw(st.integers(0, n - 1))] = 0
     sizes = torch.randint(1, 9, (batch, n), generator=generator).to(
         torch.promote_types(dtype, torch.float32)
     )
@@ -172,3 +174,11 @@ def test_criteria_by_hand() -> None:
     assert scores(0, 0, 1) == pytest.approx(1 / 8)
     assert scores(0, 0, 0) == 1
     assert scores(1, 3, 3) == pytest.approx(1 / 8)
+
+
+def test_similarity_tells_similar_tokens_apart_under_autocast() -> None:
+    tokens = 1 + 0.02 * torch.randn(1, 21, 64, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = similarity(tokens, num_prefix_tokens=1)
+    torch.testing.assert_close(scores, similarity(tokens, num_prefix_tokens=1))
+    assert scores.unique().numel() > 50

@@ -29,6 +29,14 @@ def golden_model(case: dict[str, Any], **settings: Any) -> MCTFViTForImageClassi
     return model
 
 
+def test_all_reference_cases_are_there() -> None:
+    assert (len(GOLDEN.cases), len(Golden("fusion").cases), len(Golden("train").cases)) == (
+        13,
+        48,
+        3,
+    )
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", GOLDEN.cases)
 @torch.no_grad()
@@ -72,6 +80,9 @@ def test_an_attention_mask_is_for_models_that_do_not_fuse(images: Tensor) -> Non
     model.load_state_dict(plain.state_dict())
     expected = plain(images, attention_mask=mask).logits
     torch.testing.assert_close(model(images, attention_mask=mask, r=0).logits, expected)
+    shown = model(images, attention_mask=mask, r=0, output_attentions=True)
+    torch.testing.assert_close(shown.logits, expected)
+    assert all((attention[..., 60:] == 0).all() for attention in shown.attentions)
     with pytest.raises(ValueError, match="attention_mask is not allowed where tokens are fused"):
         model(images, attention_mask=mask)
 
@@ -192,6 +203,17 @@ def test_other_precisions(dtype: torch.dtype, images: Tensor) -> None:
         assert logits.dtype == dtype
         tolerance = 0.05 if dtype == torch.bfloat16 else 1e-5
         torch.testing.assert_close(logits.float(), expected, atol=tolerance, rtol=0)
+
+
+@torch.no_grad()
+def test_under_autocast_the_same_tokens_fuse(images: Tensor) -> None:
+    model = tiny_model(r=8, fusion_layers=[1])
+    expected = model(images, output_fusion=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(images, output_fusion=True)
+    agreeing = (output.assignment == expected.assignment).float().mean()
+    assert agreeing > 0.9
+    torch.testing.assert_close(output.logits.float(), expected.logits, atol=0.05, rtol=0)
 
 
 @torch.no_grad()

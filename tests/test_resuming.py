@@ -8,7 +8,12 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from lightning_modules import HFImageDataModule, MCTFFinetuner
+from lightning_modules import (
+    BestCheckpoint,
+    HFImageDataModule,
+    LastCheckpoint,
+    MCTFFinetuner,
+)
 from tests.conftest import DIGITS
 
 STEPS_PER_EPOCH = 4
@@ -44,6 +49,7 @@ def train(
         callbacks=[
             ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1),
             ModelCheckpoint(folder, filename="end-of-{epoch}", save_top_k=-1, every_n_epochs=1),
+            LastCheckpoint(every_n_train_steps=5),
         ],
     )
     trainer.fit(module, data, ckpt_path=ckpt_path)
@@ -86,3 +92,26 @@ def test_another_seed_ends_with_other_weights(
     _, expected = whole_run
     other = train(tmp_path, tiny_folder, seed=4)
     assert not any(torch.equal(other[name], expected[name]) for name in expected)
+
+
+def test_the_last_checkpoint_is_the_last_state(whole_run: tuple[Path, dict[str, Tensor]]) -> None:
+    folder, expected = whole_run
+    last = torch.load(folder / "last.ckpt", weights_only=False)
+    assert last["global_step"] == STEPS_PER_EPOCH * EPOCHS
+    for name, weight in expected.items():
+        assert torch.equal(last["state_dict"][f"model.{name}"], weight)
+
+
+def test_a_resumed_run_that_logs_elsewhere_remembers_the_best(tmp_path: Path) -> None:
+    def checkpoint(folder: Path) -> BestCheckpoint:
+        return BestCheckpoint(folder, monitor="val/accuracy", mode="max")
+
+    best = checkpoint(tmp_path / "version_0")
+    best.best_model_score = torch.tensor(0.9)
+    best.best_model_path = str(tmp_path / "version_0" / "best.ckpt")
+    best.best_k_models = {best.best_model_path: best.best_model_score}
+    resumed = checkpoint(tmp_path / "version_1")
+    resumed.load_state_dict(best.state_dict())
+    assert resumed.best_model_score == best.best_model_score
+    assert resumed.best_k_models == best.best_k_models
+    assert resumed.best_model_path == best.best_model_path

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,10 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from cli.main import main
 from tests.conftest import DIGITS, REPOSITORY
 from tests.test_data import PNG, encoded, write_dataset
 
@@ -65,6 +69,8 @@ def test_fit_leaves_checkpoints_logs_and_a_model_that_loads(finished: Path) -> N
     checkpoints = sorted(path.name for path in finished.rglob("*.ckpt"))
     assert len(checkpoints) == 2
     assert checkpoints[0].startswith("best-epoch=") and checkpoints[1] == "last.ckpt"
+    last = torch.load(next(finished.rglob("last.ckpt")), weights_only=False)
+    assert last["global_step"] == 2 * 36
     rows = list(csv.DictReader((finished / "run" / "metrics.csv").open()))
     assert sum(bool(row["val/accuracy"]) for row in rows) == 2
     assert (finished / "run" / "config.yaml").exists()
@@ -117,15 +123,15 @@ def test_validate_and_test_report_accuracy(finished: Path) -> None:
             "--trainer.logger", "false",
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        prefix = {"validate": "val", "test": "test"}[command]
-        assert f"{prefix}/accuracy" in done.stdout
+        split = {"validate": "val", "test": "test"}[command]
+        (shown,) = re.findall(rf"{split}/accuracy +│ +([\d.]+)", done.stdout)
+        assert 0 <= float(shown) <= 1
+        assert "the layers fuse 0, 6, 6, 6, 6 tokens" in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
 def test_predict_writes_file_label_and_score(finished: Path, tmp_path: Path, suffix: str) -> None:
     (tmp_path / "photos").mkdir()
-    from PIL import Image
-
     for i, level in enumerate((0, 90, 255)):
         Image.new("L", (20, 20), level).save(tmp_path / "photos" / f"{i}.png")
     output = tmp_path / "out" / f"labels.{suffix}"
@@ -141,8 +147,16 @@ def test_predict_writes_file_label_and_score(finished: Path, tmp_path: Path, suf
         else [json.loads(line) for line in text.splitlines()]
     )
     assert [Path(row["file"]).name for row in rows] == ["0.png", "1.png", "2.png"]
-    assert all(row["label"] in "0123456789" and 0.1 <= float(row["score"]) <= 1 for row in rows)
+    model = AutoModelForImageClassification.from_pretrained(finished / "model").eval()
+    processor = AutoImageProcessor.from_pretrained(finished / "model", backend="pil")
+    for row in rows:
+        image = Image.open(row["file"]).convert("RGB")
+        logits = model(**processor(image, return_tensors="pt")).logits
+        score, index = logits.softmax(-1).max(-1)
+        assert row["label"] == model.config.id2label[index.item()]
+        assert float(row["score"]) == pytest.approx(score.item(), rel=1e-4)
     assert [path.name for path in output.parent.iterdir()] == [output.name]
+    assert output.stat().st_mode & 0o444 == 0o444
 
 
 @pytest.mark.parametrize(
@@ -159,6 +173,10 @@ def test_predict_writes_file_label_and_score(finished: Path, tmp_path: Path, suf
         (["--data.dataset", "/nowhere"], "dataset='/nowhere': there is no such folder"),
         (["--model.pretrained", "/nowhere"], "/nowhere"),
         (["--model.num_labels", "7"], "the model has the classes 0 to 6"),
+        (
+            ["--model.r_max", "9"],
+            "r_max=9 is not allowed: it is at least 0 (no teacher) and at most 6",
+        ),
     ],
 )
 def test_a_mistake_gets_one_clear_message(
@@ -172,8 +190,6 @@ def test_a_mistake_gets_one_clear_message(
 
 
 def test_a_broken_image_in_a_worker_is_named(tiny_folder: Path, tmp_path: Path) -> None:
-    from PIL import Image
-
     jpeg = encoded(Image.effect_noise((64, 64), 50), "jpeg")
     rows = [(PNG, 0)] * 20 + [(jpeg[: len(jpeg) // 2], 1)] + [(PNG, 1)] * 20
     folder = write_dataset(tmp_path / "set", rows)
@@ -184,6 +200,32 @@ def test_a_broken_image_in_a_worker_is_named(tiny_folder: Path, tmp_path: Path) 
     assert done.returncode == 1
     assert f"mctf: error: row 20 of {folder}, split train holds no readable image" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("config", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=str)
+def test_recipes_are_complete_and_without_mistakes(
+    config: Path, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit) as finished:
+        main(["fit", "--config", str(config), "--print_config"])
+    assert finished.value.code == 0
+    settings = yaml.safe_load(capsys.readouterr().out)
+    given = yaml.safe_load(config.read_text())
+    for section in ("model", "data", "trainer"):
+        assert (
+            settings[section].items()
+            >= {name: value for name, value in given[section].items() if name != "logger"}.items()
+        )
+
+
+def test_a_folder_of_something_else_is_refused_before_training(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "documents").mkdir()
+    (tmp_path / "documents" / "thesis.txt").write_text("mine")
+    done = mctf(*fit_words(tmp_path, tiny_folder), "--export.folder", tmp_path / "documents")
+    assert done.returncode == 1 and "holds something else than a model" in done.stderr
+    assert not list(tmp_path.rglob("*.ckpt"))
 
 
 def test_help_names_every_command_and_setting() -> None:

@@ -1,0 +1,70 @@
+"""The model to finetune and its image processor, from a checkpoint or from scratch."""
+
+import dataclasses
+from typing import Any
+
+from transformers import ViTImageProcessorPil
+
+# Older releases hide the top-level name where torchvision is missing, though this needs none.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
+from mctf_hf.configuration_mctf import FusionConfigMixin, as_pair
+
+
+def load_or_make(
+    pretrained: str | None,
+    config: dict[str, Any] | None,
+    num_labels: int | None,
+    fusion: dict[str, Any],
+) -> tuple[MCTFViTForImageClassification, Any]:
+    """A classifier with the given settings of fusion, and its image processor.
+
+    Args:
+        pretrained: id of a model on the Hub or a local folder, or None for a model from scratch.
+        config: settings of ``MCTFViTConfig`` for a model from scratch, or None.
+        num_labels: give the model a new head with so many classes; None keeps its own.
+        fusion: settings of fusion by name, which replace those of the model.
+
+    Raises:
+        ValueError: for settings that do not exist, or weights that do not fit; all are named.
+    """
+    if (pretrained is None) == (config is None):
+        raise ValueError(
+            f"pretrained={pretrained!r} and config={config!r}: set one of them, a checkpoint to "
+            "start from or the settings of a model to train from scratch"
+        )
+    _check_names("fusion", fusion, FusionConfigMixin)
+    labels = {} if num_labels is None else {"num_labels": num_labels}
+    if config is not None:
+        _check_names("config", config, MCTFViTConfig, "num_labels")
+        model_config = MCTFViTConfig(**{**config, **labels, **fusion})
+        height, width = as_pair(model_config.image_size)
+        processor = ViTImageProcessorPil(size={"height": height, "width": width})
+        return MCTFViTForImageClassification(model_config), processor
+
+    processor = AutoImageProcessor.from_pretrained(pretrained, backend="pil")
+    model, report = MCTFViTForImageClassification.from_pretrained(
+        pretrained, **labels, **fusion, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    mismatched = {key[0] if isinstance(key, tuple) else key for key in report["mismatched_keys"]}
+    wrong = sorted(mismatched | set(report["missing_keys"]))
+    if num_labels is not None:
+        wrong = [name for name in wrong if not name.startswith("classifier.")]
+        model.classifier.reset_parameters()
+        model.config.id2label = {i: f"LABEL_{i}" for i in range(num_labels)}
+        model.config.label2id = {name: i for i, name in model.config.id2label.items()}
+    if wrong:
+        headless = all(name.startswith("classifier.") for name in wrong)
+        raise ValueError(
+            f"{pretrained} does not fit this model: weights missing or of another shape: {wrong}"
+            + (" (set num_labels for a new head)" if headless else "")
+        )
+    return model, processor
+
+
+def _check_names(setting: str, given: dict[str, Any], known: type, *more: str) -> None:
+    names = {field.name for field in dataclasses.fields(known)} | set(more)
+    unknown = sorted(set(given) - names)
+    if unknown:
+        raise ValueError(f"{setting}={given!r} is not allowed: there are no settings {unknown}")
