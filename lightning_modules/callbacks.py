@@ -68,19 +68,17 @@ class HuggingFaceFolder(Callback):
             check_folder(self.folder)  # now, not after hours of training
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.is_global_zero or trainer.fast_dev_run or trainer.interrupted:
+        if trainer.fast_dev_run or trainer.interrupted:
             return
+        log_dir = trainer.log_dir or trainer.default_root_dir  # all processes agree on it
         weights = self._best_checkpoint(trainer)
         if weights:
             state = torch.load(weights, map_location="cpu", weights_only=True)["state_dict"]
             pl_module.load_state_dict(state)
-        log_dir = trainer.log_dir or trainer.default_root_dir
-        folder = save(
-            pl_module.model,
-            pl_module.image_processor,
-            self.folder or os.path.join(log_dir, "huggingface"),
-        )
-        rank_zero_info(f"Hugging Face model ({weights or 'last weights'}): {folder}")
+        if trainer.is_global_zero:
+            folder = self.folder or os.path.join(log_dir, "huggingface")
+            save(pl_module.model, pl_module.image_processor, folder)
+            rank_zero_info(f"Hugging Face model ({weights or 'last weights'}): {folder}")
 
     def _best_checkpoint(self, trainer: L.Trainer) -> str | None:
         if not self.best:

@@ -228,6 +228,26 @@ def test_a_folder_of_something_else_is_refused_before_training(
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
+def test_two_processes_train_and_predict_together(tiny_folder: Path, tmp_path: Path) -> None:
+    together = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    done = mctf(
+        *fit_words(tmp_path, tiny_folder), *together, "--trainer.max_epochs", "1",
+        "--trainer.limit_train_batches", "4",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "photos").mkdir()
+    for i in range(5):  # an odd number, so that one process repeats an image
+        Image.new("L", (20, 20), 50 * i).save(tmp_path / "photos" / f"{i}.png")
+    done = mctf(
+        "predict", "--model.pretrained", tmp_path / "model", "--trainer.accelerator", "cpu",
+        "--data.predict_folder", tmp_path / "photos", "--predictions.path", tmp_path / "p.csv",
+        "--trainer.logger", "false", *together,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader((tmp_path / "p.csv").open()))
+    assert [Path(row["file"]).name for row in rows] == [f"{i}.png" for i in range(5)]
+
+
 def test_help_names_every_command_and_setting() -> None:
     overview = mctf("--help").stdout
     assert all(word in overview for word in ("fit", "validate", "test", "predict", "demo"))
