@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mctf_hf import MCTFViTConfig
 
@@ -77,3 +79,27 @@ def test_settings_are_checked_when_they_are_changed() -> None:
     with pytest.raises(StrictDataclassError, match="r=-1 is not allowed"):
         config.r = -1
     assert config.r == 16
+
+
+COUNT = st.one_of(st.integers(0, 300), st.floats(0.01, 0.99))
+
+
+@given(
+    num_tokens=st.integers(2, 400),
+    r=st.one_of(COUNT, st.lists(COUNT, min_size=12, max_size=12)),
+    layers=st.none() | st.sets(st.integers(0, 11)).map(sorted),
+    min_tokens=st.integers(1, 50),
+)
+def test_the_schedule_never_takes_more_than_there_is(
+    num_tokens: int, r: Any, layers: list[int] | None, min_tokens: int
+) -> None:
+    layers = None if isinstance(r, list) else layers
+    config = MCTFViTConfig(r=r, fusion_layers=layers, min_tokens=min_tokens)
+    wanted = r if isinstance(r, list) else [r] * 12
+    for layer, count in enumerate(config.tokens_fused(num_tokens)):
+        patches = num_tokens - 1
+        asked = int(patches * wanted[layer]) if 0 < wanted[layer] < 1 else wanted[layer]
+        fuses = isinstance(r, list) or (layer in layers if layers is not None else layer > 0)
+        room = max(0, min(patches // 2, num_tokens - min_tokens))
+        assert count == (min(asked, room) if fuses else 0)
+        num_tokens -= count
