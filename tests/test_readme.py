@@ -22,6 +22,11 @@ def test_the_code_runs_and_its_comments_are_true(tiny_folder: Path) -> None:
         assert (round(found, 3) if isinstance(found, float) else found) == eval(value)
 
 
+def test_nothing_is_left_to_fill_in() -> None:
+    for page in (REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")):
+        assert "<!--" not in page.read_text(), page
+
+
 def test_the_files_that_it_names_exist() -> None:
     for target in re.findall(r"\]\(((?!http)[^)]+)\)", README):
         assert (REPOSITORY / target).exists(), target
