@@ -378,7 +378,7 @@ class ResumableSampler(DistributedSampler):
 
     start = 0
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[tuple[int, int]]:
         for index in islice(super().__iter__(), self.start, None):
             yield self.epoch, index
 
@@ -394,7 +394,7 @@ class ResumableDataLoader(DataLoader):
         super().__init__(*args, **kwargs)
         self.batches_done = batches_done
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Any]:
         self.sampler.start = self.batches_done() * (self.batch_size or 1)
         yield from super().__iter__()
 

@@ -75,7 +75,7 @@ def test_fit_leaves_checkpoints_logs_and_a_model_that_loads(finished: Path) -> N
     assert sum(bool(row["val/accuracy"]) for row in rows) == 2
     assert (finished / "run" / "config.yaml").exists()
     model = AutoModelForImageClassification.from_pretrained(finished / "model").eval()
-    assert (model.config.r, model.config.id2label[3]) == (6, "LABEL_3".replace("LABEL_", ""))
+    assert (model.config.r, model.config.id2label[3]) == (6, "3")
     best = torch.load(next(finished.rglob("best-*.ckpt")), weights_only=False)["state_dict"]
     for name, weight in model.state_dict().items():
         assert torch.equal(best[f"model.{name}"], weight)
