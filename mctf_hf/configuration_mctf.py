@@ -80,7 +80,7 @@ class FusionConfigMixin:
             message names the setting, the value and the values allowed.
     """
 
-    reduction: str = field(default="mctf", metadata=_one_of("reduction", "mctf", "none"))
+    reduction: str = field(default="mctf", metadata=_one_of("reduction", "mctf", "tome", "none"))
     r: TokensFused = field(default=16, metadata={"validator": _check_tokens_fused})
     fusion_layers: list[int] | None = field(default=None, metadata={"validator": _check_layers})
     tau_sim: float | int = field(default=1.0, metadata=_number("tau_sim", 0))

@@ -8,38 +8,50 @@ one assignment with the other.
 Shapes: ``b`` images, ``n`` tokens before and ``m`` tokens after the reduction, ``d`` channels.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-class Reduction(NamedTuple):
+@dataclass(eq=False)
+class Reduction:
     """How ``n`` tokens become ``num_tokens``.
 
     Attributes:
         assignment: (b, n) int64, the index in [0, num_tokens) of the new token that a token joins.
-        weights: (b, n), the coefficient of each token in its new token. Mean pooling has weights
-            that sum to 1 over the members of a new token. ``None`` stands for elementwise maximum.
+        weights: (b, n), the coefficient of each token in its new token. ``None`` stands for
+            elementwise maximum. See :meth:`normalize_weights` for means.
         num_tokens: how many tokens are left.
+        rows: (b * n,) int64, the assignment as rows of the flattened (b * num_tokens, …) result.
+            It is made here once, for all that is fused by this reduction.
     """
 
     assignment: Tensor
     weights: Tensor | None
     num_tokens: int
 
+    def __post_init__(self) -> None:
+        first = torch.arange(
+            0,
+            self.assignment.shape[0] * self.num_tokens,
+            self.num_tokens,
+            device=self.assignment.device,
+        )
+        self.rows = (self.assignment + first[:, None]).flatten()
 
-def _rows(assignment: Tensor, num_tokens: int) -> Tensor:
-    """Row of each token's new token in the flattened (b * num_tokens, …) result: (b * n,)."""
-    offsets = torch.arange(assignment.shape[0], device=assignment.device) * num_tokens
-    return (assignment + offsets[:, None]).flatten()
+    def normalize_weights(self) -> None:
+        """Let the weights of each new token's members sum to 1, so that fusing is a mean."""
+        if self.weights is not None:
+            total = sum_members(self.weights, self)
+            self.weights = self.weights / unfuse(total, self)
 
 
-def sum_by_assignment(x: Tensor, assignment: Tensor, num_tokens: int) -> Tensor:
-    """Add up the rows that share a new token: (b, n, …) -> (b, num_tokens, …)."""
-    total = x.new_zeros(x.shape[0] * num_tokens, *x.shape[2:])
-    total = total.index_add(0, _rows(assignment, num_tokens), x.flatten(0, 1))
-    return total.unflatten(0, (x.shape[0], num_tokens))
+def sum_members(x: Tensor, reduction: Reduction) -> Tensor:
+    """Add up the rows that share a new token: (b, n, …) -> (b, m, …)."""
+    total = x.new_zeros(x.shape[0] * reduction.num_tokens, *x.shape[2:])
+    total.index_add_(0, reduction.rows, x.flatten(0, 1))
+    return total.view(x.shape[0], reduction.num_tokens, *x.shape[2:])
 
 
 def fuse(x: Tensor, reduction: Reduction) -> Tensor:
@@ -48,19 +60,18 @@ def fuse(x: Tensor, reduction: Reduction) -> Tensor:
         index = reduction.assignment[:, :, None].expand_as(x)
         empty = x.new_zeros(x.shape[0], reduction.num_tokens, x.shape[2])
         return empty.scatter_reduce(1, index, x, "amax", include_self=False)
-    weighted = x * reduction.weights[:, :, None].to(x.dtype)
-    return sum_by_assignment(weighted, reduction.assignment, reduction.num_tokens)
+    return sum_members(x * reduction.weights[:, :, None].to(x.dtype), reduction)
 
 
 def unfuse(x: Tensor, reduction: Reduction) -> Tensor:
-    """Give every old position its new token's row: (b, m, d) -> (b, n, d)."""
-    rows = x.flatten(0, 1).index_select(0, _rows(reduction.assignment, reduction.num_tokens))
-    return rows.unflatten(0, reduction.assignment.shape)
+    """Give every old position its new token's row: (b, m, …) -> (b, n, …)."""
+    rows = x.flatten(0, 1).index_select(0, reduction.rows)
+    return rows.view(*reduction.assignment.shape, *x.shape[2:])
 
 
 def fuse_sizes(sizes: Tensor, reduction: Reduction) -> Tensor:
     """Sizes add up: (b, n) -> (b, m)."""
-    return sum_by_assignment(sizes, reduction.assignment, reduction.num_tokens)
+    return sum_members(sizes, reduction)
 
 
 def fuse_attention(attention: Tensor, reduction: Reduction) -> Tensor:
@@ -68,7 +79,8 @@ def fuse_attention(attention: Tensor, reduction: Reduction) -> Tensor:
 
     Columns of fused tokens are summed, rows are pooled like the tokens: ``R A C`` of MCTF
     (arXiv 2403.10030, section 3.3). No layer needs it to compute its output, see
-    :meth:`FusionAttentionMixin.forward`; it serves ``output_attentions`` and maximum pooling.
+    :meth:`~.attention.FusionAttentionMixin.forward`; it serves ``output_attentions`` and maximum
+    pooling.
 
     Args:
         attention: (b, h, n, n).
@@ -82,7 +94,7 @@ def fuse_attention(attention: Tensor, reduction: Reduction) -> Tensor:
         None if reduction.weights is None else reduction.weights.repeat_interleave(heads, 0),
         reduction.num_tokens,
     )
-    columns = sum_by_assignment(attention.flatten(0, 1).mT, by_head.assignment, by_head.num_tokens)
+    columns = sum_members(attention.flatten(0, 1).mT, by_head)
     return fuse(columns.mT, by_head).unflatten(0, attention.shape[:2])
 
 

@@ -8,9 +8,10 @@ Shapes: ``b`` images, ``n`` tokens of which the first ``p`` are prefix tokens, `
 ``n_alpha`` and ``n_beta`` patch tokens on the two sides.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 
 def bipartition(num_prefix_tokens: int) -> tuple[slice, slice]:
@@ -25,9 +26,12 @@ def similarity(tokens: Tensor, num_prefix_tokens: int) -> Tensor:
     At least in float32, also under autocast: half precision could not tell similar tokens apart.
     """
     alpha, beta = bipartition(num_prefix_tokens)
-    with torch.autocast(tokens.device.type, enabled=False):
-        unit = F.normalize(tokens.to(torch.promote_types(tokens.dtype, torch.float32)), dim=-1)
-        return (unit[:, alpha] @ unit[:, beta].mT + 1) / 2
+    tokens = tokens.to(_precision(tokens))
+    unit = tokens / torch.linalg.vector_norm(tokens, dim=-1, keepdim=True).clamp_(min=1e-12)
+    half = unit.new_full((1, 1, 1), 0.5)
+    autocast = not tokens.is_cpu or torch.is_autocast_enabled("cpu")
+    with torch.autocast(tokens.device.type, enabled=False) if autocast else nullcontext():
+        return torch.baddbmm(half, unit[:, alpha], unit[:, beta].mT, alpha=0.5)
 
 
 def attraction(
@@ -43,38 +47,41 @@ def attraction(
     """Product of the three criteria of MCTF (equations 4 to 7), each to the power 1 / tau.
 
     Similar tokens attract, so do uninformative ones and small ones. A temperature of 0 switches a
-    criterion off. Informativeness and size enter relative to the image's least informative and
-    smallest token, as a product of one factor per token, so no pairwise map of them is built.
+    criterion off. Informativeness and size enter as one factor per token, so no pairwise map of
+    them is built; informativeness is relative to the image's least informative token.
 
     Args:
         tokens: (b, n, d), the layer's input.
         informativeness: (b, n), positive; how much attention each token receives.
-        sizes: (b, n), how many patches each token stands for; ``None`` if all stand for one.
+        sizes: (b, n), how many patches each token stands for, at least 1; ``None`` if all stand
+            for one.
 
     Returns:
         (b, n_alpha, n_beta), in float32 or the tokens' own precision where that is higher.
     """
-    precision = torch.promote_types(tokens.dtype, torch.float32)
     alpha, beta = bipartition(num_prefix_tokens)
     if tau_sim:
         scores = similarity(tokens, num_prefix_tokens)
-        scores = scores if tau_sim == 1 else scores.clamp(min=0).pow(1 / tau_sim)
+        if tau_sim != 1:
+            scores = scores.clamp_(min=0).pow_(1 / tau_sim)
     else:
         sides = tokens[:, alpha].shape[1], tokens[:, beta].shape[1]
-        scores = tokens.new_ones(tokens.shape[0], *sides, dtype=precision)
-    for quantity, tau in ((informativeness, tau_info), (sizes, tau_size)):
-        if tau and quantity is not None:
-            inverse = quantity.to(precision).reciprocal()
-            factor = (inverse / inverse.amax(1, keepdim=True)).pow(1 / tau)
-            scores = scores * factor[:, alpha, None] * factor[:, None, beta]
+        scores = tokens.new_ones(tokens.shape[0], *sides, dtype=_precision(tokens))
+    factor = None
+    if tau_info:
+        relative = informativeness / informativeness.amin(1, keepdim=True)
+        factor = relative.pow(-1 / tau_info)
+    if tau_size and sizes is not None:
+        small = sizes.pow(-1 / tau_size)
+        factor = small if factor is None else factor * small
+    if factor is not None:
+        factor = factor.to(scores.dtype)
+        scores = scores.mul_(factor[:, alpha, None]).mul_(factor[:, None, beta])
     return scores
 
 
-def _descending_rank(scores: Tensor) -> Tensor:
-    """Place of each score, the highest at 0: (b, n) -> (b, n) int64."""
-    order = scores.argsort(1, descending=True)
-    places = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
-    return torch.empty_like(order).scatter(1, order, places)
+def _precision(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def bipartite_soft_matching(
@@ -92,40 +99,38 @@ def bipartite_soft_matching(
     if there is none). It is part of the method, for the next layer splits by position.
 
     Args:
-        scores: (b, n_alpha, n_beta), from :func:`attraction`.
+        scores: (b, n_alpha, n_beta), from :func:`attraction`. They are overwritten.
         r: how many tokens to fuse, at most half of the ``n_alpha + n_beta`` patch tokens.
 
     Returns:
         The assignment (b, n) of every token to its new index, and the number of tokens left.
     """
     batch, num_alpha, num_beta = scores.shape
-    device = scores.device
+    num_tokens = num_prefix_tokens + num_alpha + num_beta
     forward, backward = (r // 2, r - r // 2) if bidirectional else (r, 0)
-    first_beta = num_prefix_tokens + num_alpha - forward
+    left = torch.arange(num_prefix_tokens, num_tokens - r, device=scores.device).expand(batch, -1)
+    left_alpha, left_beta = left[:, : num_alpha - forward], left[:, num_alpha - forward :]
+    assignment = left.new_zeros(batch, num_tokens)
+    if num_prefix_tokens > 1:
+        assignment[:, :num_prefix_tokens] = torch.arange(num_prefix_tokens, device=scores.device)
+    alpha, beta = bipartition(num_prefix_tokens)
+    alpha_index, beta_index = assignment[:, alpha], assignment[:, beta]  # views
 
     best, partner_of_alpha = scores.max(2)  # [b, n_alpha]
+    order = best.argsort(1, descending=True)
+    leaving, staying = order[:, :forward], order[:, forward:]
     if num_prefix_tokens:
-        leaving = torch.zeros_like(best, dtype=torch.bool)
-        leaving = leaving.scatter(1, best.topk(forward, sorted=False).indices, True)
-        alpha_index = num_prefix_tokens - 1 + (~leaving).cumsum(1)
-    else:
-        rank = _descending_rank(best)
-        leaving = rank < forward
-        alpha_index = rank - forward
+        staying = staying.sort(1).values
+    alpha_index.scatter_(1, staying, left_alpha)
 
     if backward:
-        best, partner_of_beta = scores.masked_fill(leaving[:, :, None], -torch.inf).max(1)
-        rank = _descending_rank(best)
-        beta_index = torch.where(
-            rank < backward, alpha_index.gather(1, partner_of_beta), first_beta - backward + rank
-        )
+        gone = leaving[:, :, None].expand(-1, -1, num_beta)
+        best, partner_of_beta = scores.scatter_(1, gone, -torch.inf).max(1)  # [b, n_beta]
+        order = best.argsort(1, descending=True)
+        joining, staying = order[:, :backward], order[:, backward:]
+        beta_index.scatter_(1, staying, left_beta)
+        beta_index.scatter_(1, joining, alpha_index.gather(1, partner_of_beta.gather(1, joining)))
     else:
-        beta_index = first_beta + torch.arange(num_beta, device=device).expand(batch, -1)
-    alpha_index = torch.where(leaving, beta_index.gather(1, partner_of_alpha), alpha_index)
-
-    alpha, beta = bipartition(num_prefix_tokens)
-    num_tokens = num_prefix_tokens + num_alpha + num_beta
-    assignment = torch.arange(num_tokens, device=device).repeat(batch, 1)
-    assignment[:, alpha] = alpha_index
-    assignment[:, beta] = beta_index
+        beta_index.copy_(left_beta)
+    alpha_index.scatter_(1, leaving, beta_index.gather(1, partner_of_alpha.gather(1, leaving)))
     return assignment, num_tokens - r

@@ -5,13 +5,13 @@ What is new is in the layer: attend, fuse if this layer fuses, MLP. Shapes: ``b`
 tokens before and ``m`` after a layer's fusion, ``d`` channels, ``h`` heads.
 """
 
+import math
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
@@ -30,9 +30,13 @@ from transformers.models.vit.modeling_vit import (
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .attention import Attention, FusionAttentionMixin
 from .configuration_mctf import MCTFViTConfig, TokensFused
-from .fusion import Reduction, compose, fuse, fuse_attention, fuse_sizes, unfuse
-from .reducers import Stage, build_reducer
+from .fusion import Reduction, compose, fuse, fuse_sizes
+from .reducers import Signal, Stage, build_reducer
+
+# The widest activation of the images that a CPU takes through the layers at once.
+SLICE_BYTES = 12 * 2**20
 
 # Old checkpoints name their weights differently; transformers renames them by class name.
 register_checkpoint_conversion_mapping(
@@ -68,91 +72,16 @@ class MCTFImageClassifierOutput(ImageClassifierOutput):
     class_token: Tensor | None = None
 
 
-class FusionAttentionMixin:
-    """Self-attention whose map can be had before the tokens it will be applied to.
-
-    Goes before any attention class of transformers that has ``q_proj``, ``k_proj``, ``v_proj``,
-    ``o_proj`` or ``out_proj``, ``scaling``, ``num_attention_heads`` and ``attention_dropout``.
-    """
-
-    if TYPE_CHECKING:
-        q_proj: nn.Linear
-        k_proj: nn.Linear
-        v_proj: nn.Linear
-        o_proj: nn.Linear
-        out_proj: nn.Linear
-        scaling: float
-        num_attention_heads: int
-        attention_dropout: float
-        training: bool
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)  # [b, h, n, d / h]
-
-    def attention_map(self, hidden_states: Tensor, attention_bias: Tensor | None) -> Tensor:
-        """Softmax attention map: (b, n, d) and a bias (b, 1, 1 or n, n) on scores -> (b, h, n, n).
-
-        A boolean bias is a mask: it is true where there is to be attention.
-        """
-        query = self._heads(self.q_proj(hidden_states)) * self.scaling
-        key = self._heads(self.k_proj(hidden_states))
-        scores = query @ key.mT
-        if attention_bias is not None and attention_bias.dtype == torch.bool:
-            scores = scores.masked_fill(~attention_bias, -torch.inf)
-        elif attention_bias is not None:
-            scores = scores + attention_bias
-        precision = torch.promote_types(scores.dtype, torch.float32)
-        return scores.softmax(-1, dtype=precision).to(scores.dtype)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        attention_map: Tensor | None = None,
-        reduction: Reduction | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attend among ``hidden_states``, (b, n, d), by the backend that the model is set to.
-
-        With an ``attention_map``, (b, h, n, n), that map is applied instead. If a ``reduction``
-        has turned the n tokens that it is about into the m tokens of ``hidden_states``, the map is
-        reduced too, to ``R A C`` with ``C`` summing columns and ``R`` pooling rows (MCTF, section
-        3.3). As ``(R A C) V = R (A (C V))`` and ``C V`` only repeats the rows of ``V`` at the old
-        positions, no map is fused but for maximum pooling, which is not linear.
-
-        Returns:
-            The attention output (b, m, d), and the map (b, h, m, m) if ``output_attentions``.
-        """
-        if attention_map is None:
-            return super().forward(hidden_states, attention_mask, **kwargs)
-        value = self.v_proj(hidden_states)  # [b, m, d]
-        if reduction is None:
-            output = self._attend(attention_map, value)
-        elif reduction.weights is None:
-            attention_map = fuse_attention(attention_map, reduction)
-            output = self._attend(attention_map, value)
-        else:
-            output = fuse(self._attend(attention_map, unfuse(value, reduction)), reduction)
-            if kwargs.get("output_attentions"):
-                attention_map = fuse_attention(attention_map, reduction)
-        project = self.o_proj if hasattr(self, "o_proj") else self.out_proj
-        return project(output), attention_map
-
-    def _attend(self, attention_map: Tensor, value: Tensor) -> Tensor:
-        attention_map = F.dropout(attention_map, self.attention_dropout, self.training)
-        return (attention_map @ self._heads(value)).transpose(1, 2).flatten(2)
-
-
 class MCTFViTAttention(FusionAttentionMixin, ViTAttention):
     """ViT's self-attention, with or without fusion."""
 
 
-def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
+def drop_path(x: Tensor, rate: float) -> Tensor:
     """Zero whole images' branches with probability ``rate``, scaling up the rest: (b, …) -> (b, …).
 
     Stochastic depth, arXiv 1603.09382.
     """
-    if not training or not rate:
+    if not rate:
         return x
     keep = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(1 - rate)
     return x * keep / (1 - rate)
@@ -191,45 +120,53 @@ class MCTFViTLayer(ViTLayer):
             fused so far, and the assignment (b, n), ``None`` where this layer fuses nothing.
         """
         stage = self.reducer.stage if self.reducer is not None and r else None
-        reduction = assignment = attention_map = None
-
+        shown = self.reducer is not None and bool(kwargs.get("output_attentions"))
         normed = self.layernorm_before(hidden_states)
         bias = self._size_bias(token_sizes, attention_mask, normed.dtype)
-        if stage is not None or self._shows_attention(kwargs):
+        attention = reduction = reassigned = None
+        if stage is not None or shown:
+            # Where it only ranks tokens, or belongs to all of them, no gradient flows through it.
             with torch.set_grad_enabled(torch.is_grad_enabled() and stage is not Stage.RECOMPUTE):
-                attention_map = self.attention.attention_map(normed, bias)
+                attention = self.attention.look_ahead(
+                    normed, bias, hold_map=shown or self._holds_map(normed, stage)
+                )
+
         if stage in (Stage.REUSE, Stage.RECOMPUTE):
             hidden_states, token_sizes, reduction = self._reduce(
-                hidden_states, attention_map, token_sizes, r
+                hidden_states, attention, token_sizes, r
             )
-            assignment = reduction.assignment
+            reassigned = reduction
             normed = self.layernorm_before(hidden_states)
         if stage is Stage.RECOMPUTE:
             bias = self._size_bias(token_sizes, None, normed.dtype)
-            reduction = attention_map = None
-            if self._shows_attention(kwargs):
-                attention_map = self.attention.attention_map(normed, bias)
+            attention = reduction = None
+            if shown:
+                attention = self.attention.look_ahead(normed, bias, hold_map=True)
 
-        output, _ = self.attention(
-            normed, bias, attention_map=attention_map, reduction=reduction, **kwargs
-        )
+        output, _ = self.attention(normed, bias, attention=attention, reduction=reduction, **kwargs)
         hidden_states = self._add(hidden_states, output)
-        output = self.mlp(self.layernorm_after(hidden_states))
-        hidden_states = self._add(hidden_states, output)
-
-        if stage is Stage.AFTER_MLP:
-            hidden_states, token_sizes, reduction = self._reduce(
-                hidden_states, attention_map, token_sizes, r
+        if stage is Stage.AFTER_ATTENTION:
+            hidden_states, token_sizes, reassigned = self._reduce(
+                hidden_states, attention, token_sizes, r
             )
-            assignment = reduction.assignment
-        return hidden_states, token_sizes, assignment
+        hidden_states = self._add(hidden_states, self.mlp(self.layernorm_after(hidden_states)))
+        if stage is Stage.AFTER_MLP:
+            hidden_states, token_sizes, reassigned = self._reduce(
+                hidden_states, attention, token_sizes, r
+            )
+        return hidden_states, token_sizes, None if reassigned is None else reassigned.assignment
 
-    def _shows_attention(self, kwargs: dict[str, Any]) -> bool:
-        """Whether the map is asked for, which the fast attention kernels do not give."""
-        return self.reducer is not None and bool(kwargs.get("output_attentions"))
+    def _holds_map(self, normed: Tensor, stage: Stage | None) -> bool:
+        """Whether attention's map is worth computing as such, once."""
+        if self.reducer.signal is not Signal.ATTENTION_RECEIVED:
+            return False
+        fuses_map = stage is Stage.REUSE and self.reducer.pooling == "max"
+        return fuses_map or self.attention.holds_map(normed)
 
     def _add(self, residual: Tensor, branch: Tensor) -> Tensor:
-        return residual + drop_path(self.dropout(branch), self.drop_path_rate, self.training)
+        if not self.training:
+            return residual + branch
+        return residual + drop_path(self.dropout(branch), self.drop_path_rate)
 
     def _size_bias(
         self, token_sizes: Tensor | None, attention_mask: Tensor | None, dtype: torch.dtype
@@ -240,20 +177,26 @@ class MCTFViTLayer(ViTLayer):
         return token_sizes.log().to(dtype)[:, None, None, :]
 
     def _reduce(
-        self,
-        hidden_states: Tensor,
-        attention_map: Tensor | None,
-        token_sizes: Tensor | None,
-        r: int,
+        self, hidden_states: Tensor, attention: Attention, token_sizes: Tensor | None, r: int
     ) -> tuple[Tensor, Tensor, Reduction]:
-        assert self.reducer is not None and attention_map is not None
-        reduction = self.reducer(
-            hidden_states, attention_map, token_sizes, r=r, num_prefix_tokens=self.num_prefix_tokens
-        )
+        reduction = self._choose(hidden_states, attention, token_sizes, r)
         if token_sizes is None:
             precision = torch.promote_types(hidden_states.dtype, torch.float32)
             token_sizes = hidden_states.new_ones(hidden_states.shape[:2], dtype=precision)
         return fuse(hidden_states, reduction), fuse_sizes(token_sizes, reduction), reduction
+
+    @torch.no_grad()
+    def _choose(
+        self, hidden_states: Tensor, attention: Attention, token_sizes: Tensor | None, r: int
+    ) -> Reduction:
+        keys = self.reducer.signal is Signal.KEYS
+        return self.reducer(
+            hidden_states,
+            attention.mean_keys() if keys else attention.received(),
+            token_sizes,
+            r=r,
+            num_prefix_tokens=self.num_prefix_tokens,
+        )
 
 
 class MCTFPreTrainedMixin:
@@ -359,6 +302,50 @@ class MCTFViTModel(MCTFPreTrainedMixin, ViTModel):
         mask = create_bidirectional_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
         )
+        size = self._slice_size(hidden_states, mask, kwargs)
+        if size < hidden_states.shape[0]:
+            slices = [
+                self._run_layers(images, None, fused_by_layer, output_fusion, **kwargs)
+                for images in hidden_states.split(size)
+            ]
+            return tuple(
+                None if parts[0] is None else torch.cat(parts)
+                for parts in zip(*slices, strict=True)
+            )
+        return self._run_layers(hidden_states, mask, fused_by_layer, output_fusion, **kwargs)
+
+    def _slice_size(
+        self, hidden_states: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+    ) -> int:
+        """How many images go through all layers at once.
+
+        On a CPU, activations that outgrow its cache cost more than they save, and allocating them
+        anew in each layer costs most. So a batch goes through in slices, if nothing but the final
+        hidden states is asked for and no graph is recorded.
+        """
+        batch, num_tokens = hidden_states.shape[:2]
+        whole = (
+            not hidden_states.is_cpu
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
+            or mask is not None
+            or any(kwargs.get(f"output_{name}") for name in ("attentions", "hidden_states"))
+        )
+        if whole:
+            return batch
+        widest = num_tokens * self.config.intermediate_size * hidden_states.element_size()
+        slices = math.ceil(batch * widest / SLICE_BYTES)
+        return math.ceil(batch / min(slices, batch))
+
+    def _run_layers(
+        self,
+        hidden_states: Tensor,
+        mask: Tensor | None,
+        fused_by_layer: tuple[int, ...],
+        output_fusion: bool,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         token_sizes = assignment = None
         if output_fusion:
             batch, num_tokens = hidden_states.shape[:2]

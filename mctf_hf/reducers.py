@@ -7,13 +7,13 @@ a layer it acts and, called with that layer's tokens, attention and sizes, retur
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .fusion import Reduction, sum_by_assignment
-from .matching import attraction, bipartite_soft_matching
+from .fusion import Reduction
+from .matching import attraction, bipartite_soft_matching, similarity
 
 
 class Stage(Enum):
@@ -21,7 +21,15 @@ class Stage(Enum):
 
     REUSE = "before attention, whose map is fused along with the tokens"
     RECOMPUTE = "before attention, which is then computed among the tokens left"
+    AFTER_ATTENTION = "between attention and MLP"
     AFTER_MLP = "after the layer has run in full"
+
+
+class Signal(Enum):
+    """What of a layer's attention tells a reducer about the tokens."""
+
+    ATTENTION_RECEIVED = "attention that each token receives, mean over heads and queries: (b, n)"
+    KEYS = "keys, mean over heads: (b, n, d / h)"
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,8 @@ class MCTFReducer:
     ahead, reused for the fused tokens (``approximate``) or only to rank them (``precise``), or the
     attention of the layer already done (``past``).
     """
+
+    signal: ClassVar = Signal.ATTENTION_RECEIVED
 
     stage: Stage
     tau_sim: float
@@ -56,11 +66,10 @@ class MCTFReducer:
             pooling=config.pooling,
         )
 
-    @torch.no_grad()
     def __call__(
         self,
         tokens: Tensor,
-        attention: Tensor,
+        signal: Tensor,
         sizes: Tensor | None,
         *,
         r: int,
@@ -70,14 +79,12 @@ class MCTFReducer:
 
         Args:
             tokens: (b, n, d), before any normalisation.
-            attention: (b, h, n, n), each row summing to 1.
+            signal: (b, n), the attention that each token receives.
             sizes: (b, n), how many patches each token stands for; ``None`` if all stand for one.
             r: how many tokens to fuse.
             num_prefix_tokens: how many tokens at the front take no part.
         """
-        precision = torch.promote_types(tokens.dtype, torch.float32)
-        informativeness = attention.mean((1, 2), dtype=precision)  # [b, n]
-        informativeness = informativeness.clamp(min=torch.finfo(precision).tiny)  # a divisor
+        informativeness = signal.clamp(min=torch.finfo(signal.dtype).tiny)  # a divisor
         scores = attraction(
             tokens,
             informativeness,
@@ -91,10 +98,9 @@ class MCTFReducer:
             scores, r, num_prefix_tokens=num_prefix_tokens, bidirectional=self.bidirectional
         )
         weights = self._pooling_weights(informativeness, sizes)
-        if weights is not None:
-            total = sum_by_assignment(weights, assignment, num_tokens)
-            weights = weights / total.gather(1, assignment)
-        return Reduction(assignment, weights, num_tokens)
+        reduction = Reduction(assignment, weights, num_tokens)
+        reduction.normalize_weights()
+        return reduction
 
     def _pooling_weights(self, informativeness: Tensor, sizes: Tensor | None) -> Tensor | None:
         """How much each token counts in its pool, before normalisation: (b, n)."""
@@ -107,9 +113,56 @@ class MCTFReducer:
         return torch.ones_like(informativeness)
 
 
-_REDUCERS = {"mctf": MCTFReducer}
+@dataclass(frozen=True)
+class ToMeReducer:
+    """Token Merging (ToMe, ICLR 2023, arXiv 2210.09461, section 3).
+
+    After attention, the tokens whose keys are most similar are merged, one-directionally, into the
+    mean weighted by their sizes.
+    """
+
+    signal: ClassVar = Signal.KEYS
+    stage: ClassVar = Stage.AFTER_ATTENTION
+
+    @classmethod
+    def from_config(cls, config: Any) -> "ToMeReducer":
+        return cls()
+
+    def __call__(
+        self,
+        tokens: Tensor,
+        signal: Tensor,
+        sizes: Tensor | None,
+        *,
+        r: int,
+        num_prefix_tokens: int,
+    ) -> Reduction:
+        """Choose ``r`` tokens to merge.
+
+        Args:
+            tokens: (b, n, d), of which nothing is asked.
+            signal: (b, n, d / h), the mean of the keys of all heads.
+            sizes: (b, n), how many patches each token stands for; ``None`` if all stand for one.
+            r: how many tokens to merge.
+            num_prefix_tokens: how many tokens at the front take no part.
+        """
+        assignment, num_tokens = bipartite_soft_matching(
+            similarity(signal, num_prefix_tokens),
+            r,
+            num_prefix_tokens=num_prefix_tokens,
+            bidirectional=False,
+        )
+        weights = torch.ones_like(signal[:, :, 0], dtype=torch.float32) if sizes is None else sizes
+        reduction = Reduction(assignment, weights, num_tokens)
+        reduction.normalize_weights()
+        return reduction
 
 
-def build_reducer(config: Any) -> MCTFReducer | None:
+Reducer = MCTFReducer | ToMeReducer
+
+_REDUCERS: dict[str, type[Reducer]] = {"mctf": MCTFReducer, "tome": ToMeReducer}
+
+
+def build_reducer(config: Any) -> Reducer | None:
     """The reducer that a configuration asks for; ``None`` for ``reduction="none"``."""
     return None if config.reduction == "none" else _REDUCERS[config.reduction].from_config(config)

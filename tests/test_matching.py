@@ -21,7 +21,8 @@ def reduce(
 ) -> Reduction:
     reducer = build_reducer(MCTFViTConfig(**fusion))
     assert reducer is not None
-    return reducer(tokens, attention, sizes, r=r, num_prefix_tokens=prefix)
+    received = attention.mean((1, 2), dtype=torch.promote_types(tokens.dtype, torch.float32))
+    return reducer(tokens, received, sizes, r=r, num_prefix_tokens=prefix)
 
 
 @pytest.mark.parametrize("case", GOLDEN.cases)

@@ -176,12 +176,12 @@ def test_all_weights_get_gradients_through_fusion(images: Tensor) -> None:
 def test_drop_path_skips_whole_images_and_keeps_the_mean() -> None:
     torch.manual_seed(0)
     x = torch.ones(20_000, 2, 3)
-    dropped = drop_path(x, 0.25, training=True)
+    dropped = drop_path(x, 0.25)
     values = dropped[:, 0, 0]
     assert sorted(set(values.tolist())) == pytest.approx([0, 4 / 3])
     assert (dropped == values[:, None, None]).all()
     assert values.mean().item() == pytest.approx(1, abs=0.02)
-    assert torch.equal(drop_path(x, 0.25, training=False), x)
+    assert torch.equal(drop_path(x, 0), x)
 
 
 def test_drop_path_rises_with_depth_and_acts_in_training_only(images: Tensor) -> None:
