@@ -1,11 +1,12 @@
 """A token reduction as data: which token goes where, and with which weight.
 
-Every method of this library ends in the same small value, a :class:`Reduction`. It says of each
-token the index of the new token that it becomes part of, and how much it counts there. Fusing is
-then one weighted scatter, broadcasting back one gather, and two reductions compose by gathering
-one assignment with the other.
+Every method of this library ends in the same small value, a :class:`Reduction`. Each new token
+starts from one old token that is kept, and every other old token is merged into a new one. So
+fusing is a gather of what is kept and a weighted scatter of the few that are merged, broadcasting
+back is a gather, and two reductions compose by gathering one assignment with the other.
 
 Shapes: ``b`` images, ``n`` tokens before and ``m`` tokens after the reduction, ``d`` channels.
+Tokens are addressed by their row in the flattened (b * n, …) and (b * m, …) tensors.
 """
 
 from dataclasses import dataclass
@@ -16,57 +17,91 @@ from torch import Tensor
 
 @dataclass(eq=False)
 class Reduction:
-    """How ``n`` tokens become ``num_tokens``.
+    """How ``n`` tokens become ``m``.
 
     Attributes:
-        assignment: (b, n) int64, the index in [0, num_tokens) of the new token that a token joins.
-        weights: (b, n), the coefficient of each token in its new token. ``None`` stands for
-            elementwise maximum. See :meth:`normalize_weights` for means.
-        num_tokens: how many tokens are left.
-        rows: (b * n,) int64, the assignment as rows of the flattened (b * num_tokens, …) result.
-            It is made here once, for all that is fused by this reduction.
+        batch: how many images.
+        rows: (b * n,) int64, the new row that each old row becomes part of.
+        kept: (b * m,) int64, the old row that each new row starts from.
+        merged: (b * (n - m),) int64, the old rows that are not kept.
+        weights: (b, n), the coefficient of each token in its new token; ``None`` stands for
+            elementwise maximum. See :meth:`weigh`.
     """
 
-    assignment: Tensor
-    weights: Tensor | None
-    num_tokens: int
+    batch: int
+    rows: Tensor
+    kept: Tensor
+    merged: Tensor
+    weights: Tensor | None = None
 
     def __post_init__(self) -> None:
-        first = torch.arange(
-            0,
-            self.assignment.shape[0] * self.num_tokens,
-            self.num_tokens,
-            device=self.assignment.device,
-        )
-        self.rows = (self.assignment + first[:, None]).flatten()
+        self.destination = self.rows.index_select(0, self.merged)  # new rows, (b * (n - m),)
 
-    def normalize_weights(self) -> None:
-        """Let the weights of each new token's members sum to 1, so that fusing is a mean."""
-        if self.weights is not None:
-            total = sum_members(self.weights, self)
-            self.weights = self.weights / unfuse(total, self)
+    @classmethod
+    def from_assignment(
+        cls, assignment: Tensor, num_tokens: int, weights: Tensor | None = None
+    ) -> "Reduction":
+        """Reduction of (b, n) tokens to ``num_tokens``, each of which some token is assigned to."""
+        batch, num_old = assignment.shape
+        positions = torch.arange(num_old, device=assignment.device).expand(batch, -1)
+        kept = positions.new_full((batch, num_tokens), num_old)
+        kept = kept.scatter_reduce(1, assignment, positions, "amin")
+        is_kept = torch.zeros_like(assignment).scatter(1, kept, 1)
+        merged = is_kept.argsort(dim=1, stable=True)[:, : num_old - num_tokens]
+        image = torch.arange(batch, device=assignment.device)[:, None]
+        old, new = image * num_old, image * num_tokens
+        rows = (assignment + new, kept + old, merged + old)
+        reduction = cls(batch, *(row.flatten() for row in rows))
+        reduction.weights = weights
+        return reduction
+
+    @property
+    def assignment(self) -> Tensor:
+        """(b, n) int64, the index in [0, m) of the new token that each token joins."""
+        return images_rows(self.rows, self.batch, self.kept.shape[0] // self.batch)
+
+    def weigh(self, weights: Tensor) -> None:
+        """Let fusing be the mean with these weights, (b, n): those of a new token sum to 1."""
+        flat = weights.flatten()
+        total = flat.index_select(0, self.kept)
+        total.index_add_(0, self.destination, flat.index_select(0, self.merged))
+        self.weights = (flat / total.index_select(0, self.rows)).view(weights.shape)
+
+
+def images_rows(rows: Tensor, batch: int, num_tokens: int) -> Tensor:
+    """Row in its own image of each row of the flattened (b * num_tokens, …): (b * n,) -> (b, n)."""
+    first = torch.arange(0, batch * num_tokens, num_tokens, device=rows.device)
+    return rows.view(batch, -1) - first[:, None]
 
 
 def sum_members(x: Tensor, reduction: Reduction) -> Tensor:
     """Add up the rows that share a new token: (b, n, …) -> (b, m, …)."""
-    total = x.new_zeros(x.shape[0] * reduction.num_tokens, *x.shape[2:])
-    total.index_add_(0, reduction.rows, x.flatten(0, 1))
-    return total.view(x.shape[0], reduction.num_tokens, *x.shape[2:])
+    flat = x.flatten(0, 1)
+    total = flat.index_select(0, reduction.kept)
+    total = total.index_add_(0, reduction.destination, flat.index_select(0, reduction.merged))
+    return total.view(x.shape[0], -1, *x.shape[2:])
 
 
 def fuse(x: Tensor, reduction: Reduction) -> Tensor:
     """Pool the members of each new token: (b, n, d) -> (b, m, d)."""
+    flat = x.flatten(0, 1)
+    kept = flat.index_select(0, reduction.kept)
+    merged = flat.index_select(0, reduction.merged)
     if reduction.weights is None:
-        index = reduction.assignment[:, :, None].expand_as(x)
-        empty = x.new_zeros(x.shape[0], reduction.num_tokens, x.shape[2])
-        return empty.scatter_reduce(1, index, x, "amax", include_self=False)
-    return sum_members(x * reduction.weights[:, :, None].to(x.dtype), reduction)
+        into = reduction.destination[:, None].expand_as(merged)
+        fused = kept.scatter_reduce(0, into, merged, "amax")
+    else:
+        weights = reduction.weights.to(x.dtype).view(-1, 1)
+        fused = kept * weights.index_select(0, reduction.kept)
+        merged = merged * weights.index_select(0, reduction.merged)
+        fused.index_add_(0, reduction.destination, merged)
+    return fused.view(x.shape[0], -1, x.shape[2])
 
 
 def unfuse(x: Tensor, reduction: Reduction) -> Tensor:
     """Give every old position its new token's row: (b, m, …) -> (b, n, …)."""
     rows = x.flatten(0, 1).index_select(0, reduction.rows)
-    return rows.view(*reduction.assignment.shape, *x.shape[2:])
+    return rows.view(x.shape[0], -1, *x.shape[2:])
 
 
 def fuse_sizes(sizes: Tensor, reduction: Reduction) -> Tensor:
@@ -88,16 +123,13 @@ def fuse_attention(attention: Tensor, reduction: Reduction) -> Tensor:
     Returns:
         (b, h, m, m).
     """
-    heads = attention.shape[1]
-    by_head = Reduction(
-        reduction.assignment.repeat_interleave(heads, 0),
-        None if reduction.weights is None else reduction.weights.repeat_interleave(heads, 0),
-        reduction.num_tokens,
-    )
-    columns = sum_members(attention.flatten(0, 1).mT, by_head)
-    return fuse(columns.mT, by_head).unflatten(0, attention.shape[:2])
+    rows_last = attention.permute(0, 3, 1, 2).contiguous()  # [b, n keys, h, n queries]
+    columns = sum_members(rows_last, reduction)  # [b, m, h, n]
+    by_query = columns.permute(0, 3, 2, 1).flatten(2)  # [b, n, h * m]
+    fused = fuse(by_query, reduction)  # [b, m, h * m]
+    return fused.unflatten(2, (attention.shape[1], -1)).transpose(1, 2)
 
 
 def compose(first: Tensor, then: Tensor) -> Tensor:
-    """Assignment of two reductions in a row: (b, n) and (b, m) -> (b, n)."""
-    return then.gather(1, first)
+    """New rows of two reductions in a row: (b * n,) and (b * m,) -> (b * n,)."""
+    return then.index_select(0, first)

@@ -13,6 +13,8 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from .fusion import Reduction
+
 
 def bipartition(num_prefix_tokens: int) -> tuple[slice, slice]:
     """Positions of the alpha and of the beta tokens: the even and the odd ones after the prefix."""
@@ -86,7 +88,7 @@ def _precision(x: Tensor) -> torch.dtype:
 
 def bipartite_soft_matching(
     scores: Tensor, r: int, *, num_prefix_tokens: int, bidirectional: bool = True
-) -> tuple[Tensor, int]:
+) -> Reduction:
     """Let the ``r`` most attracted tokens join the token they are attracted to most.
 
     Forward, ``r // 2`` alpha tokens join their best beta token. Backward, the remaining beta
@@ -103,34 +105,39 @@ def bipartite_soft_matching(
         r: how many tokens to fuse, at most half of the ``n_alpha + n_beta`` patch tokens.
 
     Returns:
-        The assignment (b, n) of every token to its new index, and the number of tokens left.
+        The reduction, without weights.
     """
     batch, num_alpha, num_beta = scores.shape
     num_tokens = num_prefix_tokens + num_alpha + num_beta
     forward, backward = (r // 2, r - r // 2) if bidirectional else (r, 0)
-    left = torch.arange(num_prefix_tokens, num_tokens - r, device=scores.device).expand(batch, -1)
-    left_alpha, left_beta = left[:, : num_alpha - forward], left[:, num_alpha - forward :]
-    assignment = left.new_zeros(batch, num_tokens)
-    if num_prefix_tokens > 1:
-        assignment[:, :num_prefix_tokens] = torch.arange(num_prefix_tokens, device=scores.device)
-    alpha, beta = bipartition(num_prefix_tokens)
-    alpha_index, beta_index = assignment[:, alpha], assignment[:, beta]  # views
+    first = torch.arange(0, batch * num_tokens, num_tokens, device=scores.device)[:, None]
+    alpha, beta = (first + side.start for side in bipartition(num_prefix_tokens))
+
+    def rows(side: Tensor, index: Tensor) -> Tensor:
+        return torch.add(side, index, alpha=2)
 
     best, partner_of_alpha = scores.max(2)  # [b, n_alpha]
     order = best.argsort(1, descending=True)
     leaving, staying = order[:, :forward], order[:, forward:]
     if num_prefix_tokens:
         staying = staying.sort(1).values
-    alpha_index.scatter_(1, staying, left_alpha)
-
+    merged = [rows(alpha, leaving)]
+    partner = [rows(beta, partner_of_alpha.gather(1, leaving))]
     if backward:
         gone = leaving[:, :, None].expand(-1, -1, num_beta)
         best, partner_of_beta = scores.scatter_(1, gone, -torch.inf).max(1)  # [b, n_beta]
         order = best.argsort(1, descending=True)
-        joining, staying = order[:, :backward], order[:, backward:]
-        beta_index.scatter_(1, staying, left_beta)
-        beta_index.scatter_(1, joining, alpha_index.gather(1, partner_of_beta.gather(1, joining)))
+        betas = rows(beta, order)
+        merged.append(betas[:, :backward])
+        partner.append(rows(alpha, partner_of_beta.gather(1, order[:, :backward])))
     else:
-        beta_index.copy_(left_beta)
-    alpha_index.scatter_(1, leaving, beta_index.gather(1, partner_of_alpha.gather(1, leaving)))
-    return assignment, num_tokens - r
+        betas = rows(beta, torch.arange(num_beta, device=scores.device))
+    prefix = [first + i for i in range(num_prefix_tokens)]
+    kept = torch.cat([*prefix, rows(alpha, staying), betas[:, backward:]], 1).flatten()
+    all_merged, all_partners = torch.cat(merged, 1).flatten(), torch.cat(partner, 1).flatten()
+
+    new = kept.new_zeros(batch * num_tokens)
+    new.scatter_(0, kept, torch.arange(kept.shape[0], device=scores.device))
+    for _ in range(1 + bidirectional):  # an alpha's partner may have joined another alpha
+        new.scatter_(0, all_merged, new.index_select(0, all_partners))
+    return Reduction(batch, new, kept, all_merged)

@@ -32,7 +32,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention import Attention, FusionAttentionMixin
 from .configuration_mctf import MCTFViTConfig, TokensFused
-from .fusion import Reduction, compose, fuse, fuse_sizes
+from .fusion import Reduction, compose, fuse, fuse_sizes, images_rows
 from .reducers import Signal, Stage, build_reducer
 
 # The widest activation of the images that a CPU takes through the layers at once.
@@ -117,7 +117,8 @@ class MCTFViTLayer(ViTLayer):
 
         Returns:
             The hidden states (b, m, d), the sizes (b, m), still ``None`` where nothing has been
-            fused so far, and the assignment (b, n), ``None`` where this layer fuses nothing.
+            fused so far, and the new row of each token in the flattened (b * m, …), a tensor
+            (b * n,), ``None`` where this layer fuses nothing.
         """
         stage = self.reducer.stage if self.reducer is not None and r else None
         shown = self.reducer is not None and bool(kwargs.get("output_attentions"))
@@ -154,7 +155,7 @@ class MCTFViTLayer(ViTLayer):
             hidden_states, token_sizes, reassigned = self._reduce(
                 hidden_states, attention, token_sizes, r
             )
-        return hidden_states, token_sizes, None if reassigned is None else reassigned.assignment
+        return hidden_states, token_sizes, None if reassigned is None else reassigned.rows
 
     def _holds_map(self, normed: Tensor, stage: Stage | None) -> bool:
         """Whether attention's map is worth computing as such, once."""
@@ -346,18 +347,19 @@ class MCTFViTModel(MCTFPreTrainedMixin, ViTModel):
         output_fusion: bool,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        token_sizes = assignment = None
+        token_sizes = rows = None
         if output_fusion:
             batch, num_tokens = hidden_states.shape[:2]
-            assignment = torch.arange(num_tokens, device=hidden_states.device).repeat(batch, 1)
+            rows = torch.arange(batch * num_tokens, device=hidden_states.device)
         for layer, fused in zip(self.layers, fused_by_layer, strict=True):
             hidden_states, token_sizes, reassigned = layer(
                 hidden_states, mask, token_sizes, fused, **kwargs
             )
-            if assignment is not None and reassigned is not None:
-                assignment = compose(assignment, reassigned)
-        if assignment is None:
+            if rows is not None and reassigned is not None:
+                rows = compose(rows, reassigned)
+        if rows is None:
             return hidden_states, None, None
+        assignment = images_rows(rows, *hidden_states.shape[:2])
         if token_sizes is None:
             token_sizes = torch.ones_like(assignment, dtype=torch.float32)
         return hidden_states, token_sizes, assignment

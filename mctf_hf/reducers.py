@@ -94,18 +94,15 @@ class MCTFReducer:
             tau_info=self.tau_info,
             tau_size=self.tau_size,
         )
-        assignment, num_tokens = bipartite_soft_matching(
+        reduction = bipartite_soft_matching(
             scores, r, num_prefix_tokens=num_prefix_tokens, bidirectional=self.bidirectional
         )
-        weights = self._pooling_weights(informativeness, sizes)
-        reduction = Reduction(assignment, weights, num_tokens)
-        reduction.normalize_weights()
+        if self.pooling != "max":
+            reduction.weigh(self._pooling_weights(informativeness, sizes))
         return reduction
 
-    def _pooling_weights(self, informativeness: Tensor, sizes: Tensor | None) -> Tensor | None:
+    def _pooling_weights(self, informativeness: Tensor, sizes: Tensor | None) -> Tensor:
         """How much each token counts in its pool, before normalisation: (b, n)."""
-        if self.pooling == "max":
-            return None
         if self.pooling == "attention_size":
             return informativeness if sizes is None else informativeness * sizes
         if self.pooling == "size" and sizes is not None:
@@ -146,15 +143,14 @@ class ToMeReducer:
             r: how many tokens to merge.
             num_prefix_tokens: how many tokens at the front take no part.
         """
-        assignment, num_tokens = bipartite_soft_matching(
+        reduction = bipartite_soft_matching(
             similarity(signal, num_prefix_tokens),
             r,
             num_prefix_tokens=num_prefix_tokens,
             bidirectional=False,
         )
         weights = torch.ones_like(signal[:, :, 0], dtype=torch.float32) if sizes is None else sizes
-        reduction = Reduction(assignment, weights, num_tokens)
-        reduction.normalize_weights()
+        reduction.weigh(weights)
         return reduction
 
 

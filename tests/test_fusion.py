@@ -9,36 +9,40 @@ from mctf_hf.fusion import (
     fuse,
     fuse_attention,
     fuse_sizes,
+    images_rows,
     unfuse,
 )
 
 
-def example(batch: int = 2, n: int = 9, m: int = 5) -> Reduction:
+def example(batch: int = 2, n: int = 9, m: int = 5, weighted: bool = True) -> Reduction:
     generator = torch.Generator().manual_seed(0)
     assignment = torch.stack(
         [
-            torch.cat([torch.arange(m), torch.randint(m, (n - m,), generator=generator)])
+            torch.cat([torch.arange(m), torch.randint(m, (n - m,), generator=generator)])[
+                torch.randperm(n, generator=generator)
+            ]
             for _ in range(batch)
         ]
     )
-    weights = torch.rand(batch, n, generator=generator)
-    reduction = Reduction(assignment, weights, m)
-    reduction.normalize_weights()
+    reduction = Reduction.from_assignment(assignment, m)
+    assert torch.equal(reduction.assignment, assignment)
+    if weighted:
+        reduction.weigh(torch.rand(batch, n, generator=generator))
     return reduction
 
 
 def as_matrix(reduction: Reduction) -> torch.Tensor:
     """(b, m, n): one where a token joins a new token."""
-    joins = reduction.assignment[:, None] == torch.arange(reduction.num_tokens)[None, :, None]
+    joins = reduction.assignment[:, None] == torch.arange(5)[None, :, None]
     return joins.float()
 
 
 def test_fusing_by_hand() -> None:
     x = torch.tensor([[[1.0], [10.0], [100.0]]])
     assignment = torch.tensor([[1, 0, 1]])
-    mean = Reduction(assignment, torch.tensor([[0.25, 1.0, 0.75]]), 2)
+    mean = Reduction.from_assignment(assignment, 2, torch.tensor([[0.25, 1.0, 0.75]]))
     assert fuse(x, mean).tolist() == [[[10.0], [75.25]]]
-    assert fuse(x, Reduction(assignment, None, 2)).tolist() == [[[10.0], [100.0]]]
+    assert fuse(x, Reduction.from_assignment(assignment, 2)).tolist() == [[[10.0], [100.0]]]
     assert fuse_sizes(torch.tensor([[1.0, 2.0, 3.0]]), mean).tolist() == [[2.0, 4.0]]
     assert unfuse(torch.tensor([[[5.0], [7.0]]]), mean).tolist() == [[[7.0], [5.0], [7.0]]]
 
@@ -69,14 +73,18 @@ def test_fusing_twice_equals_the_composition() -> None:
     first, then = example(n=9, m=5), example(n=5, m=2)
     sizes = torch.ones(2, 9)
     twice = fuse_sizes(fuse_sizes(sizes, first), then)
-    once = fuse_sizes(sizes, Reduction(compose(first.assignment, then.assignment), None, 2))
-    assert torch.equal(twice, once)
+    rows = images_rows(compose(first.rows, then.rows), 2, 2)
+    assert torch.equal(twice, fuse_sizes(sizes, Reduction.from_assignment(rows, 2)))
 
 
-@pytest.mark.parametrize("weights", [True, False])
-def test_gradients_flow_through_fusing(weights: bool) -> None:
-    reduction = example()
-    if not weights:
-        reduction = Reduction(reduction.assignment, None, reduction.num_tokens)
+@pytest.mark.parametrize("weighted", [True, False])
+def test_gradients_flow_through_fusing(weighted: bool) -> None:
+    reduction = example(weighted=weighted)
     x = torch.randn(2, 9, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: fuse(x, reduction), x)
+
+
+def test_weights_are_relative_to_the_other_members() -> None:
+    reduction = Reduction.from_assignment(torch.tensor([[1, 0, 1]]), 2)
+    reduction.weigh(torch.tensor([[1.0, 5.0, 3.0]]))
+    assert reduction.weights.tolist() == [[0.25, 1.0, 0.75]]
