@@ -1,14 +1,14 @@
 """``mctf demo``: the whole way from a plain model to a faster one, on handwritten digits."""
 
 import dataclasses
-import statistics
-import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from datasets import Dataset, load_dataset
+from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -16,11 +16,17 @@ from transformers import AutoModelForImageClassification
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from cli.finetuning import finetuning
+from cli.measuring import images_per_second
 from mctf_hf.configuration_mctf import FusionConfigMixin
 from mctf_hf.cost import multiply_accumulates
 
 DATASET = "data/digits"
 CONFIGS = {"base": "configs/digits_base.yaml", "finetuned": "configs/digits.yaml"}
+
+
+def main(args: Sequence[str]) -> None:
+    """Read the command line and run :func:`demo`."""
+    auto_cli(demo, args=list(args), prog="mctf demo")
 
 
 def demo() -> None:
@@ -59,7 +65,9 @@ def demo() -> None:
     images = load_dataset(DATASET, split="test")
     pixel_values = _pixel_values(images, folders["base"])
     labels = torch.tensor(images["label"][:])
-    speeds = images_per_second(list(models.values()), pixel_values[:64])
+    with torch.inference_mode():
+        runs = [lambda model=model: model(pixel_values[:64]) for model in models.values()]
+        speeds = images_per_second(runs, 64)
 
     threads = torch.get_num_threads()
     table = Table(title=f"{len(labels)} test images; speed in batches of 64, {threads} threads")
@@ -96,16 +104,3 @@ def accuracy(model: Any, pixel_values: Tensor, labels: Tensor) -> float:
     """Fraction of images classified right."""
     predicted = torch.cat([model(batch).logits.argmax(-1) for batch in pixel_values.split(100)])
     return (predicted == labels).float().mean().item()
-
-
-@torch.inference_mode()
-def images_per_second(models: list[Any], pixel_values: Tensor, rounds: int = 20) -> list[float]:
-    """Median speed of each model, timed in turns so that all meet the same machine."""
-    seconds: list[list[float]] = [[] for _ in models]
-    for timed in range(-2, rounds):
-        for model, times in zip(models, seconds, strict=True):
-            start = time.perf_counter()
-            model(pixel_values)
-            if timed >= 0:
-                times.append(time.perf_counter() - start)
-    return [len(pixel_values) / statistics.median(times) for times in seconds]

@@ -17,7 +17,7 @@ from lightning_modules import (
 DESCRIPTION = """Make Vision Transformers faster by fusing tokens (MCTF), and finetune them for it.
 
 Beside the subcommands below, `mctf demo` trains, fuses and finetunes a small model on handwritten
-digits. Every command has its own --help.
+digits, and `mctf benchmark` times models side by side. Every command has its own --help.
 """
 
 

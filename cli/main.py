@@ -4,18 +4,19 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import StrictDataclassError
-from jsonargparse import auto_cli
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from cli.demo import demo
+from cli import benchmark, demo
 from cli.finetuning import finetuning
 
-# Commands beside those of Lightning: each is a function whose arguments are its options.
-COMMANDS: dict[str, Callable[..., Any]] = {"demo": demo}
+# Commands beside those of Lightning, which take the words that follow theirs.
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "demo": demo.main,
+    "benchmark": benchmark.main,
+}
 
 # What a user can mend: a setting, a file, a dataset, the memory.
 EXPECTED = (
@@ -38,7 +39,7 @@ def main(args: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if args is None else args)
     try:
         if words and words[0] in COMMANDS:
-            auto_cli(COMMANDS[words[0]], args=words[1:], prog=f"mctf {words[0]}")
+            COMMANDS[words[0]](words[1:])
         else:
             finetuning(args)
     except EXPECTED as error:

@@ -16,6 +16,7 @@ from transformers import get_cosine_with_min_lr_schedule_with_warmup
 from lightning_modules.pretrained import load_or_make
 from mctf_hf import MCTFViTConfig
 from mctf_hf.configuration_mctf import TokensFused
+from mctf_hf.cost import resolve_r
 from mctf_hf.losses import TokenReductionConsistency
 
 Batch = dict[str, Any]
@@ -36,7 +37,8 @@ class MCTFFinetuner(L.LightningModule):
         reduction: method of token reduction, ``mctf`` or ``none``. Unset, here and in the next
             three: as ``pretrained`` has it, or the defaults of ``MCTFViTConfig`` (``mctf`` with an
             ``r`` of 16) where it is a plain ViT.
-        r: tokens that each fusing layer fuses: a count, a fraction, or a list with one per layer.
+        r: tokens that each fusing layer fuses: a count, a fraction, a list with one per layer, or
+            ``auto:0.56`` for the list that leaves 56% of the multiply-accumulates.
         fusion_layers: zero-based layers that fuse.
         fusion: further settings of fusion by name, such as ``tau_sim`` or ``pooling``.
         r_max: the teacher's r stays below this, which is at most ``r``; 0 trains without a
@@ -61,7 +63,7 @@ class MCTFFinetuner(L.LightningModule):
         config: dict[str, Any] | None = None,
         num_labels: int | None = None,
         reduction: str | None = None,
-        r: int | float | list[int | float] | None = None,
+        r: int | float | list[int | float] | str | None = None,
         fusion_layers: list[int] | None = None,
         fusion: dict[str, Any] | None = None,
         r_max: int | None = None,
@@ -92,10 +94,17 @@ class MCTFFinetuner(L.LightningModule):
         )
         self.save_hyperparameters()
         settings = dict(fusion or {}, drop_path_rate=drop_path_rate)
-        given = {"reduction": reduction, "r": r, "fusion_layers": fusion_layers}
+        budget = r if isinstance(r, str) else None
+        given = {
+            "reduction": reduction,
+            "r": None if budget else r,
+            "fusion_layers": fusion_layers,
+        }
         settings.update({name: value for name, value in given.items() if value is not None})
         self.model, self.image_processor = load_or_make(pretrained, config, num_labels, settings)
         self.model.train()
+        if budget:
+            self.model.config.r = resolve_r(self.model.config, budget)
         if self.model.config.reduction == "none" and r:
             raise ValueError(
                 f"r={r!r} has no effect with reduction='none', which pretrained or the settings "
@@ -112,9 +121,14 @@ class MCTFFinetuner(L.LightningModule):
         self.val_metrics = MetricCollection(metrics, prefix="val/")
         self.test_metrics = MetricCollection(metrics, prefix="test/").clone()
 
-    def forward(self, pixel_values: Tensor, r: TokensFused | None = None) -> Any:
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        r: TokensFused | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Any:
         """Classify images, (b, channels, height, width); see ``MCTFViTForImageClassification``."""
-        return self.model(pixel_values, r=r, output_fusion=True)
+        return self.model(pixel_values, r=r, output_fusion=True, inputs_embeds=inputs_embeds)
 
     def setup(self, stage: str) -> None:
         """Tell what will run, and agree with the dataset on the names of the classes.
@@ -150,11 +164,12 @@ class MCTFFinetuner(L.LightningModule):
         return int(torch.randint(self.r_max, (), generator=generator))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        images, labels = batch["pixel_values"], batch["labels"]
-        student = self(images)
+        labels = batch["labels"]
+        embedded = self.model.base_model.embeddings(batch["pixel_values"])  # for both passes
+        student = self(inputs_embeds=embedded)
         if self.r_max:
             r = self.teacher_r(self._step())
-            teacher = self(images, r=r)
+            teacher = self(inputs_embeds=embedded, r=r)
             total, *parts = self.loss(
                 student.logits, student.class_token, teacher.logits, teacher.class_token, labels
             )

@@ -15,9 +15,10 @@ from torch.nn import functional as F
 
 from .fusion import Reduction, fuse, fuse_attention, unfuse
 
-# One image's attention map is held up to this size. A larger one is gone through in blocks of rows
-# of about this size, and once more by a kernel that needs no map when it is applied.
+# One image's attention map is held up to this size. A larger one is gone through in blocks of rows,
+# small enough for a CPU's cache, and once more by a kernel that needs no map when it is applied.
 MAP_BYTES = 8 * 2**20
+BLOCK_BYTES = 4 * 2**20
 
 
 class Attention(NamedTuple):
@@ -59,7 +60,7 @@ class Attention(NamedTuple):
         if self.map is not None:
             return self.map.mean((1, 2), dtype=_precision(self.map))
         heads, num_tokens = self.key.shape[1:3]
-        rows = max(1, MAP_BYTES // (heads * num_tokens * self.key.element_size()))
+        rows = max(1, BLOCK_BYTES // (heads * num_tokens * self.key.element_size()))
         blocks = [
             self.rows(start, start + rows).sum((1, 2), dtype=_precision(self.key))
             for start in range(0, num_tokens, rows)
@@ -88,6 +89,7 @@ class FusionAttentionMixin:
         v_proj: nn.Linear
         o_proj: nn.Linear
         out_proj: nn.Linear
+        config: Any
         scaling: float
         num_attention_heads: int
         attention_dropout: float
@@ -144,7 +146,7 @@ class FusionAttentionMixin:
         shown = attention.map
         if reduction is None:
             output = self._attend(attention, value)
-        elif reduction.weights is None:
+        elif reduction.kept_weights is None:
             assert attention.map is not None
             shown = fuse_attention(attention.map, reduction)
             output = self._attend(attention._replace(map=shown), value)

@@ -55,13 +55,15 @@ class FusionConfigMixin:
     """Settings of token fusion, shared by the configurations of all backbones.
 
     Args:
-        reduction: which method reduces the tokens: ``"mctf"``, or ``"none"`` for the plain model.
+        reduction: which method reduces the tokens: ``"mctf"``, ``"tome"`` (Token Merging, arXiv
+            2210.09461), or ``"none"`` for the plain model.
         r: how many tokens a fusing layer fuses away: a count (1, 2, …), a fraction in (0, 1) of
             the patch tokens that reach the layer, 0 for none, or a list of these with one entry
             per layer.
-        fusion_layers: zero-based indices of the layers that fuse. ``None``: all but the first, or
-            those with an entry above 0 where ``r`` is a list.
-        tau_sim: temperature of the similarity criterion; 0 switches it off.
+        fusion_layers: zero-based indices of the layers that fuse. ``None``: all but the first (all
+            for ``"tome"``), or those with an entry above 0 where ``r`` is a list.
+        tau_sim: temperature of the similarity criterion; 0 switches it off. This and the settings
+            down to ``pooling`` are those of ``"mctf"``.
         tau_info: temperature of the informativeness criterion; 0 switches it off.
         tau_size: temperature of the size criterion; 0 switches it off.
         bidirectional: fuse half of the tokens forward and half backward, or all forward.
@@ -81,7 +83,9 @@ class FusionConfigMixin:
     """
 
     reduction: str = field(default="mctf", metadata=_one_of("reduction", "mctf", "tome", "none"))
-    r: TokensFused = field(default=16, metadata={"validator": _check_tokens_fused})
+    r: int | float | list[int | float] = field(
+        default=16, metadata={"validator": _check_tokens_fused}
+    )
     fusion_layers: list[int] | None = field(default=None, metadata={"validator": _check_layers})
     tau_sim: float | int = field(default=1.0, metadata=_number("tau_sim", 0))
     tau_info: float | int = field(default=20.0, metadata=_number("tau_info", 0))
@@ -138,7 +142,8 @@ class FusionConfigMixin:
     def _wanted_by_layer(self, r: TokensFused) -> Sequence[int | float]:
         layers = range(self.num_hidden_layers)
         if not isinstance(r, (list, tuple)):
-            fusing = range(1, len(layers)) if self.fusion_layers is None else self.fusion_layers
+            default = layers if self.reduction == "tome" else layers[1:]
+            fusing = default if self.fusion_layers is None else self.fusion_layers
             return [r if layer in fusing else 0 for layer in layers]
         if len(r) != len(layers):
             raise ValueError(

@@ -6,6 +6,8 @@ what this library executes: attention is applied to the values of all n old posi
 official code applies an n' x n' map, and the similarity of the tokens counts too.
 """
 
+from typing import Any
+
 from .configuration_mctf import MCTFViTConfig, TokensFused, as_pair
 
 _LAYERNORM = 5
@@ -33,6 +35,74 @@ def multiply_accumulates(
     return total + _LAYERNORM * tokens * width + width * (config.num_labels or 0)
 
 
+def r_for_budget(
+    config: MCTFViTConfig, fraction: float, *, image_size: int | None = None
+) -> tuple[int, list[int | float]]:
+    """The r that brings the multiply-accumulates nearest to a budget, from below.
+
+    Args:
+        fraction: the budget, as a part of what the model costs without fusion.
+        image_size: height and width in pixels, instead of the configuration's own.
+
+    Returns:
+        The constant r; and a list with one r per layer, which comes nearer: starting from the
+        constant r it fuses less, first layers first, for as long as the budget allows.
+
+    Raises:
+        ValueError: for a fraction outside (0, 1], a budget that no r meets, or a configuration
+            that reduces nothing.
+    """
+    if isinstance(fraction, bool) or not 0 < fraction <= 1:
+        raise ValueError(f"budget {fraction!r} is not allowed: it is above 0 and at most 1")
+    if config.reduction == "none":
+        raise ValueError("reduction='none' meets no budget: choose a reduction")
+    tokens = config.num_tokens(image_size)
+    budget = fraction * multiply_accumulates(config, r=0, image_size=image_size)
+
+    def cost(r: TokensFused) -> int:
+        return multiply_accumulates(config, r=r, image_size=image_size)
+
+    most = max(1, (tokens - config.num_prefix_tokens) // 2)
+    fitting = (r for r in range(most + 1) if cost(r) <= budget)
+    constant = next(fitting, None)
+    if constant is None:
+        least = cost(most) / cost(0)
+        raise ValueError(
+            f"budget {fraction!r} is not allowed: with r={most}, the most that these settings can "
+            f"fuse, {least:.3f} of the cost remain"
+        )
+    schedule: list[int | float] = list(config.tokens_fused(tokens, constant))
+    changed = True
+    while changed:
+        changed = False
+        for layer, fused in enumerate(schedule):
+            less = [*schedule[:layer], fused - 1, *schedule[layer + 1 :]]
+            if fused and cost(less) <= budget:
+                schedule, changed = list(config.tokens_fused(tokens, less)), True
+    return constant, schedule
+
+
+def resolve_r(config: MCTFViTConfig, r: Any, *, image_size: int | None = None) -> Any:
+    """Turn ``"auto:0.56"`` into the schedule of :func:`r_for_budget`; leave any other r alone.
+
+    Raises:
+        ValueError: for text of another form, and as :func:`r_for_budget`.
+    """
+    if not isinstance(r, str):
+        return r
+    kind, _, fraction = r.partition(":")
+    try:
+        if kind != "auto":
+            raise ValueError
+        budget = float(fraction)
+    except ValueError:
+        raise ValueError(
+            f"r={r!r} is not allowed: text is auto:FRACTION, such as auto:0.56 for the r that "
+            "leaves 56% of the multiply-accumulates"
+        ) from None
+    return r_for_budget(config, budget, image_size=image_size)[1]
+
+
 def _layer(config: MCTFViTConfig, tokens: int, fused: int) -> int:
     """One layer in which ``tokens`` become ``tokens - fused``."""
     width = config.hidden_size
@@ -41,8 +111,13 @@ def _layer(config: MCTFViTConfig, tokens: int, fused: int) -> int:
         return tokens * (4 * projection + 2 * norm) + 2 * score + _mlp(config, tokens)
     patches = tokens - config.num_prefix_tokens
     alpha = patches // 2
-    matching = alpha * (patches - alpha) * width if config.tau_sim else 0
+    compares = config.tau_sim or config.reduction != "mctf"
+    matching = alpha * (patches - alpha) * width if compares else 0
     left = tokens - fused
+    if config.reduction == "tome":
+        matching //= config.num_attention_heads  # keys, mean over heads, instead of tokens
+        attention = tokens * (4 * projection + norm) + 2 * score
+        return attention + matching + left * norm + _mlp(config, left)
     if config.one_step_ahead == "past":
         return matching + _layer(config, tokens, 0)
     before = 2 * tokens * projection + score + tokens * norm  # queries, keys, map of all tokens

@@ -24,23 +24,23 @@ class Reduction:
         rows: (b * n,) int64, the new row that each old row becomes part of.
         kept: (b * m,) int64, the old row that each new row starts from.
         merged: (b * (n - m),) int64, the old rows that are not kept.
-        weights: (b, n), the coefficient of each token in its new token; ``None`` stands for
-            elementwise maximum. See :meth:`weigh`.
+        kept_weights: (b * m, 1), the coefficients of the rows that are kept, in their new row;
+            ``None`` stands for elementwise maximum. See :meth:`weigh`.
+        merged_weights: (b * (n - m), 1), those of the rows that are merged.
     """
 
     batch: int
     rows: Tensor
     kept: Tensor
     merged: Tensor
-    weights: Tensor | None = None
+    kept_weights: Tensor | None = None
+    merged_weights: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.destination = self.rows.index_select(0, self.merged)  # new rows, (b * (n - m),)
 
     @classmethod
-    def from_assignment(
-        cls, assignment: Tensor, num_tokens: int, weights: Tensor | None = None
-    ) -> "Reduction":
+    def from_assignment(cls, assignment: Tensor, num_tokens: int) -> "Reduction":
         """Reduction of (b, n) tokens to ``num_tokens``, each of which some token is assigned to."""
         batch, num_old = assignment.shape
         positions = torch.arange(num_old, device=assignment.device).expand(batch, -1)
@@ -51,9 +51,7 @@ class Reduction:
         image = torch.arange(batch, device=assignment.device)[:, None]
         old, new = image * num_old, image * num_tokens
         rows = (assignment + new, kept + old, merged + old)
-        reduction = cls(batch, *(row.flatten() for row in rows))
-        reduction.weights = weights
-        return reduction
+        return cls(batch, *(row.flatten() for row in rows))
 
     @property
     def assignment(self) -> Tensor:
@@ -61,11 +59,12 @@ class Reduction:
         return images_rows(self.rows, self.batch, self.kept.shape[0] // self.batch)
 
     def weigh(self, weights: Tensor) -> None:
-        """Let fusing be the mean with these weights, (b, n): those of a new token sum to 1."""
-        flat = weights.flatten()
-        total = flat.index_select(0, self.kept)
-        total.index_add_(0, self.destination, flat.index_select(0, self.merged))
-        self.weights = (flat / total.index_select(0, self.rows)).view(weights.shape)
+        """Let fusing be the mean with these weights, (b, n), positive."""
+        flat = weights.view(-1, 1)
+        kept, merged = flat.index_select(0, self.kept), flat.index_select(0, self.merged)
+        total = kept.index_add(0, self.destination, merged)
+        self.kept_weights = kept / total
+        self.merged_weights = merged / total.index_select(0, self.destination)
 
 
 def images_rows(rows: Tensor, batch: int, num_tokens: int) -> Tensor:
@@ -87,13 +86,12 @@ def fuse(x: Tensor, reduction: Reduction) -> Tensor:
     flat = x.flatten(0, 1)
     kept = flat.index_select(0, reduction.kept)
     merged = flat.index_select(0, reduction.merged)
-    if reduction.weights is None:
+    if reduction.kept_weights is None or reduction.merged_weights is None:
         into = reduction.destination[:, None].expand_as(merged)
         fused = kept.scatter_reduce(0, into, merged, "amax")
     else:
-        weights = reduction.weights.to(x.dtype).view(-1, 1)
-        fused = kept * weights.index_select(0, reduction.kept)
-        merged = merged * weights.index_select(0, reduction.merged)
+        fused = kept * reduction.kept_weights.to(x.dtype)
+        merged = merged * reduction.merged_weights.to(x.dtype)
         fused.index_add_(0, reduction.destination, merged)
     return fused.view(x.shape[0], -1, x.shape[2])
 

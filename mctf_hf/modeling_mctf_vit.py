@@ -158,10 +158,12 @@ class MCTFViTLayer(ViTLayer):
         return hidden_states, token_sizes, None if reassigned is None else reassigned.rows
 
     def _holds_map(self, normed: Tensor, stage: Stage | None) -> bool:
-        """Whether attention's map is worth computing as such, once."""
-        if self.reducer.signal is not Signal.ATTENTION_RECEIVED:
+        """Whether attention's map is computed as such, once."""
+        if self.attention.config._attn_implementation == "eager":
+            return True
+        if self.reducer is None or self.reducer.signal is not Signal.ATTENTION_RECEIVED:
             return False
-        fuses_map = stage is Stage.REUSE and self.reducer.pooling == "max"
+        fuses_map = stage is Stage.REUSE and getattr(self.reducer, "pooling", None) == "max"
         return fuses_map or self.attention.holds_map(normed)
 
     def _add(self, residual: Tensor, branch: Tensor) -> Tensor:
@@ -178,8 +180,9 @@ class MCTFViTLayer(ViTLayer):
         return token_sizes.log().to(dtype)[:, None, None, :]
 
     def _reduce(
-        self, hidden_states: Tensor, attention: Attention, token_sizes: Tensor | None, r: int
+        self, hidden_states: Tensor, attention: Attention | None, token_sizes: Tensor | None, r: int
     ) -> tuple[Tensor, Tensor, Reduction]:
+        assert attention is not None
         reduction = self._choose(hidden_states, attention, token_sizes, r)
         if token_sizes is None:
             precision = torch.promote_types(hidden_states.dtype, torch.float32)
@@ -190,6 +193,7 @@ class MCTFViTLayer(ViTLayer):
     def _choose(
         self, hidden_states: Tensor, attention: Attention, token_sizes: Tensor | None, r: int
     ) -> Reduction:
+        assert self.reducer is not None
         keys = self.reducer.signal is Signal.KEYS
         return self.reducer(
             hidden_states,
@@ -247,12 +251,13 @@ class MCTFViTModel(MCTFPreTrainedMixin, ViTModel):
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
         self,
-        pixel_values: Tensor,
+        pixel_values: Tensor | None = None,
         bool_masked_pos: Tensor | None = None,
         interpolate_pos_encoding: bool | None = None,
         attention_mask: Tensor | None = None,
         r: TokensFused | None = None,
         output_fusion: bool = False,
+        inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> MCTFModelOutput:
         """Encode images.
@@ -264,18 +269,25 @@ class MCTFViTModel(MCTFPreTrainedMixin, ViTModel):
             attention_mask: (b, n), only without fusion.
             r: tokens to fuse per layer in this call, in any form that the configuration takes.
             output_fusion: fill ``token_sizes`` and ``assignment``.
+            inputs_embeds: (b, n, d), what ``model.embeddings`` makes of images, instead of
+                ``pixel_values``; for several passes over the same images.
 
         Raises:
-            ValueError: for images of another size, an ``r`` that is not allowed, or an
-                ``attention_mask`` where tokens are fused.
+            ValueError: for images of another size, an ``r`` that is not allowed, an
+                ``attention_mask`` where tokens are fused, or unless exactly one of
+                ``pixel_values`` and ``inputs_embeds`` is given.
         """
-        embedded = self.embeddings(
-            pixel_values.to(self.dtype),
-            bool_masked_pos=bool_masked_pos,
-            interpolate_pos_encoding=interpolate_pos_encoding,
-        )
+        if (pixel_values is None) == (inputs_embeds is None):
+            raise ValueError("give either pixel_values or inputs_embeds")
+        if inputs_embeds is None:
+            assert pixel_values is not None
+            inputs_embeds = self.embeddings(
+                pixel_values.to(self.dtype),
+                bool_masked_pos=bool_masked_pos,
+                interpolate_pos_encoding=interpolate_pos_encoding,
+            )
         hidden_states, token_sizes, assignment = self._encode(
-            embedded, attention_mask, r, output_fusion, **kwargs
+            inputs_embeds, attention_mask, r, output_fusion, **kwargs
         )
         hidden_states = self.layernorm(hidden_states)
         return MCTFModelOutput(
@@ -300,20 +312,18 @@ class MCTFViTModel(MCTFPreTrainedMixin, ViTModel):
                 "attention_mask is not allowed where tokens are fused: leave it out, or set r=0 "
                 "or reduction='none'"
             )
-        mask = create_bidirectional_mask(
+        mask: Any = create_bidirectional_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
         )
         size = self._slice_size(hidden_states, mask, kwargs)
-        if size < hidden_states.shape[0]:
-            slices = [
-                self._run_layers(images, None, fused_by_layer, output_fusion, **kwargs)
-                for images in hidden_states.split(size)
-            ]
-            return tuple(
-                None if parts[0] is None else torch.cat(parts)
-                for parts in zip(*slices, strict=True)
-            )
-        return self._run_layers(hidden_states, mask, fused_by_layer, output_fusion, **kwargs)
+        if size == hidden_states.shape[0]:
+            return self._run_layers(hidden_states, mask, fused_by_layer, output_fusion, **kwargs)
+        slices = [
+            self._run_layers(images, mask, fused_by_layer, output_fusion, **kwargs)
+            for images in hidden_states.split(size)
+        ]
+        parts: Any = zip(*slices, strict=True)
+        return tuple(None if part[0] is None else torch.cat(part) for part in parts)  # type: ignore
 
     def _slice_size(
         self, hidden_states: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
@@ -383,12 +393,13 @@ class MCTFViTForImageClassification(MCTFPreTrainedMixin, ViTForImageClassificati
     @can_return_tuple
     def forward(
         self,
-        pixel_values: Tensor,
+        pixel_values: Tensor | None = None,
         labels: Tensor | None = None,
         interpolate_pos_encoding: bool | None = None,
         attention_mask: Tensor | None = None,
         r: TokensFused | None = None,
         output_fusion: bool = False,
+        inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> MCTFImageClassifierOutput:
         """Classify images; arguments as of :meth:`MCTFViTModel.forward`.
@@ -402,6 +413,7 @@ class MCTFViTForImageClassification(MCTFPreTrainedMixin, ViTForImageClassificati
             attention_mask=attention_mask,
             r=r,
             output_fusion=output_fusion,
+            inputs_embeds=inputs_embeds,
             **kwargs,
         )
         class_token = outputs.last_hidden_state[:, 0]

@@ -8,13 +8,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
-from mctf_hf.cost import multiply_accumulates
+from mctf_hf.cost import multiply_accumulates, r_for_budget, resolve_r
+from mctf_hf.presets import preset
 from tests.conftest import TINY
 
-SIZES = {"deit_t": (192, 3), "deit_s": (384, 6), "deit_b": (768, 12)}
 FAST = {"r": 0.35, "fusion_layers": [3, 6, 9]}
 # G, of the official implementations, which apply a fused map: up to 1.5% below what runs here.
-PUBLISHED = {
+PUBLISHED: dict[str, list[tuple[Any, float]]] = {
     "deit_t": [(0, 1.258), (8, 0.983), (13, 0.809), (16, 0.709), (20, 0.600), (FAST, 0.748)],
     "deit_s": [(0, 4.608), (8, 3.603), (13, 2.972), (16, 2.602), (20, 2.194), (FAST, 2.756)],
     "deit_b": [(0, 17.583), (8, 13.756), (13, 11.357), (16, 9.936), (20, 8.364), (FAST, 10.554)],
@@ -25,15 +25,7 @@ PUBLISHED = {
     ("size", "r", "published"), [(size, *row) for size, rows in PUBLISHED.items() for row in rows]
 )
 def test_published_numbers(size: str, r: Any, published: float) -> None:
-    width, heads = SIZES[size]
-    settings = r if isinstance(r, dict) else {"r": r}
-    config = MCTFViTConfig(
-        hidden_size=width,
-        num_attention_heads=heads,
-        intermediate_size=4 * width,
-        num_labels=1000,
-        **settings,
-    )
+    config = preset(size, **(r if isinstance(r, dict) else {"r": r}))
     ratio = multiply_accumulates(config) / 1e9 / published
     assert 0.9995 < ratio < (1.0005 if r == 0 else 1.015)
 
@@ -46,6 +38,7 @@ def test_published_numbers(size: str, r: Any, published: float) -> None:
         {"r": 6, "one_step_ahead": "precise"},
         {"r": 6, "one_step_ahead": "past", "fusion_layers": [0, 1, 4]},
         {"r": 6, "tau_sim": 0},
+        {"r": 6, "reduction": "tome"},
         FAST | {"fusion_layers": [1, 3]},
         {"reduction": "none"},
     ],
@@ -71,3 +64,48 @@ def test_r_and_image_size_of_one_call() -> None:
     config = MCTFViTConfig(r=16)
     assert multiply_accumulates(config, r=0) > multiply_accumulates(config)
     assert multiply_accumulates(config, image_size=384) > 2 * multiply_accumulates(config)
+
+
+@pytest.mark.parametrize("reduction", ["mctf", "tome"])
+@pytest.mark.parametrize("fraction", [0.95, 0.7, 0.56, 0.4])
+def test_a_budget_is_met_from_below(reduction: str, fraction: float) -> None:
+    config = preset("deit_s", reduction=reduction)
+    constant, schedule = r_for_budget(config, fraction)
+
+    def cost(r: Any) -> float:
+        return multiply_accumulates(config, r=r) / multiply_accumulates(config, r=0)
+
+    assert cost(constant) <= fraction < cost(constant - 1)
+    assert cost(constant) <= cost(schedule) <= fraction
+    assert fraction - cost(schedule) < 0.002
+    for layer, fused in enumerate(schedule):  # nothing more can be left unfused
+        less = [*schedule[:layer], max(0, fused - 1), *schedule[layer + 1 :]]
+        assert not fused or cost(less) > fraction
+    assert resolve_r(config, f"auto:{fraction}") == schedule
+    assert r_for_budget(config, 1) == (0, [0] * 12)
+
+
+def test_a_budget_of_the_layers_that_fuse_and_of_another_image_size() -> None:
+    _, schedule = r_for_budget(preset("deit_t", fusion_layers=[3, 6, 9]), 0.7, image_size=384)
+    assert [layer for layer, fused in enumerate(schedule) if fused] == [3, 6, 9]
+    assert sum(schedule) > 196
+
+
+@pytest.mark.parametrize(
+    ("r", "settings", "message"),
+    [
+        ("auto:0.1", {}, r"budget 0.1 is not allowed: with r=98, the most .* 0\.217 of the cost"),
+        ("auto:1.5", {}, "budget 1.5 is not allowed: it is above 0 and at most 1"),
+        ("auto:0.5", {"reduction": "none"}, "reduction='none' meets no budget"),
+        ("half", {}, "r='half' is not allowed: text is auto:FRACTION"),
+        ("auto:much", {}, "r='auto:much' is not allowed: text is auto:FRACTION"),
+    ],
+)
+def test_budgets_that_cannot_be_met_are_refused(r: str, settings: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve_r(preset("deit_s", **settings), r)
+
+
+def test_unknown_presets_are_refused() -> None:
+    with pytest.raises(ValueError, match="preset 'deit_x' is not known: it is one of deit_t, "):
+        preset("deit_x")

@@ -8,12 +8,19 @@ import torch
 from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification
 
-from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification, MCTFViTModel
+import mctf_hf.attention
+from mctf_hf import (
+    MCTFViTConfig,
+    MCTFViTForImageClassification,
+    MCTFViTModel,
+    modeling_mctf_vit,
+)
 from mctf_hf.conversion import convert_state_dict
 from mctf_hf.modeling_mctf_vit import drop_path
 from tests.conftest import TINY, Golden, tiny_model
 
 GOLDEN = Golden("deit")
+TOME = Golden("tome")
 FUSION = (
     "tau_sim", "tau_info", "tau_size", "bidirectional", "one_step_ahead", "pooling",
     "proportional_attention", "r",
@@ -30,11 +37,8 @@ def golden_model(case: dict[str, Any], **settings: Any) -> MCTFViTForImageClassi
 
 
 def test_all_reference_cases_are_there() -> None:
-    assert (len(GOLDEN.cases), len(Golden("fusion").cases), len(Golden("train").cases)) == (
-        13,
-        48,
-        3,
-    )
+    files = (GOLDEN, TOME, Golden("fusion"), Golden("train"))
+    assert [len(file.cases) for file in files] == [13, 3, 48, 3]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -50,6 +54,28 @@ def test_output_equals_the_official_one(name: str, attention: str) -> None:
     if case["r"]:
         torch.testing.assert_close(output.token_sizes, GOLDEN[f"{name}/token_size"], **EXACT)
         assert torch.equal(output.assignment, GOLDEN[f"{name}/source"])
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", TOME.cases)
+@torch.no_grad()
+def test_tome_equals_the_official_one(name: str, attention: str) -> None:
+    case = TOME.cases[name]
+    model = tiny_model(
+        reduction="tome",
+        r=case["r"],
+        proportional_attention=case["proportional_attention"],
+        attn_implementation=attention,
+    )
+    model.load_state_dict(convert_state_dict(TOME.weights("tome/model."), source="timm"))
+    output = model(TOME[f"{name}/pixel_values"], output_fusion=True)
+    torch.testing.assert_close(output.logits, TOME[f"{name}/logits"], **EXACT)
+    torch.testing.assert_close(output.token_sizes, TOME[f"{name}/token_size"], **EXACT)
+    assert torch.equal(output.assignment, TOME[f"{name}/source"])
+
+
+def test_tome_fuses_in_all_layers_by_default() -> None:
+    assert MCTFViTConfig(r=8, reduction="tome").tokens_fused(197) == (8,) * 12
 
 
 @pytest.mark.parametrize("settings", [{"reduction": "none"}, {"r": 0}])
@@ -258,3 +284,85 @@ def test_the_bare_encoder(images: Tensor) -> None:
 def test_attention_kernels_without_a_bias_are_refused() -> None:
     with pytest.raises(ValueError, match="flex"):
         tiny_model(attn_implementation="flex_attention")
+
+
+VARIANTS = (
+    {"r": 8},
+    {"r": 8, "one_step_ahead": "precise"},
+    {"r": 8, "one_step_ahead": "past"},
+    {"r": 8, "pooling": "max"},
+    {"r": 0.3, "fusion_layers": [1, 3]},
+    {"r": 8, "reduction": "tome"},
+    {"reduction": "none"},
+)
+
+
+@pytest.mark.parametrize("settings", VARIANTS)
+@torch.no_grad()
+def test_slices_of_a_batch_change_nothing(
+    settings: dict[str, Any], images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, sizes = tiny_model(**settings), []
+    expected = model(images.repeat(3, 1, 1, 1), output_fusion=True)
+    model.vit.layers[0].register_forward_hook(lambda _, args, __: sizes.append(len(args[0])))
+    monkeypatch.setattr(modeling_mctf_vit, "SLICE_BYTES", 65 * 96 * 4 * 2)  # two images'
+    output = model(images.repeat(3, 1, 1, 1), output_fusion=True)
+    assert sizes == [2, 2, 2, 2, 1]
+    torch.testing.assert_close(tuple(output.values()), tuple(expected.values()))
+    assert model(images).keys() == {"logits"}
+    sizes.clear()
+    assert len(model(images, output_hidden_states=True).hidden_states) == 6
+    with torch.enable_grad():
+        model(images)
+    assert sizes == [3, 3]
+
+
+@pytest.mark.parametrize("settings", VARIANTS)
+def test_maps_too_large_to_be_held_change_nothing(
+    settings: dict[str, Any], images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = []
+    for held in (True, False):
+        if not held:
+            monkeypatch.setattr(mctf_hf.attention, "MAP_BYTES", 0)
+            monkeypatch.setattr(mctf_hf.attention, "BLOCK_BYTES", 2 * 65 * 4 * 10)  # ten rows
+        model = tiny_model(**settings).train()
+        output = model(images, labels=torch.tensor([0, 1, 2]), output_fusion=True)
+        output.loss.backward()
+        gradients = [p.grad for p in model.parameters()]
+        results.append((output.logits, output.assignment, gradients))
+    torch.testing.assert_close(results[1], results[0])
+
+
+def test_two_passes_can_share_their_embedding(images: Tensor) -> None:
+    model = tiny_model(r=8)
+    embedded = model.vit.embeddings(images)
+    assert torch.equal(model(inputs_embeds=embedded).logits, model(images).logits)
+    for given in ({}, {"pixel_values": images, "inputs_embeds": embedded}):
+        with pytest.raises(ValueError, match="either pixel_values or inputs_embeds"):
+            model(**given)
+
+
+@torch.no_grad()
+def test_a_batch_of_another_size_recompiles_nothing(images: Tensor) -> None:
+    torch._dynamo.reset()
+    model = tiny_model(r=8)
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
+    for batch in (2, 3, 7, 3):
+        pixels = images[:1].repeat(batch, 1, 1, 1)
+        torch.testing.assert_close(compiled(pixels).logits, model(pixels).logits)
+    assert len(graphs) == 1
+
+
+@torch.no_grad()
+def test_what_is_compiled_computes_the_same(images: Tensor) -> None:
+    torch._dynamo.reset()
+    model = tiny_model(r=8, num_hidden_layers=2)
+    compiled = torch.compile(model, fullgraph=True)
+    torch.testing.assert_close(compiled(images).logits, model(images).logits)

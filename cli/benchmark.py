@@ -1,0 +1,214 @@
+"""``mctf benchmark``: cost, speed and memory of models, measured side by side."""
+
+import json
+import platform
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from datasets import load_dataset
+from jsonargparse import ArgumentParser
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import ViTImageProcessorPil
+
+from cli.contestants import Contestant, make
+from cli.measuring import peak_bytes, seconds_in_rounds
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Row = dict[str, Any]
+
+
+def main(args: Sequence[str]) -> None:
+    """Read the command line and run :func:`benchmark`."""
+    parser = ArgumentParser(
+        prog="mctf benchmark",
+        description="Time models side by side, in turns, and compare each with the first.",
+    )
+    parser.add_argument(
+        "models",
+        nargs="+",
+        help="NAME[,setting=value…]: a preset (deit_t, deit_s, deit_b), a folder or a Hub id. "
+        "Without any setting of fusion it is the plain model of transformers. Settings are those "
+        "of fusion (r=16, r=auto:0.56, reduction=tome, fusion_layers=[3,6,9], …), "
+        "attn_implementation, compile, and slice=16 to feed it 16 images at a time.",
+    )
+    parser.add_function_arguments(benchmark, skip={"models"})
+    settings = parser.parse_args(list(args)).as_dict()
+    benchmark(**settings)
+
+
+def benchmark(
+    models: list[str],
+    batch_sizes: Sequence[int] = (1, 16),
+    image_size: int | None = None,
+    images: str | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    threads: int | None = None,
+    rounds: int = 20,
+    output: str | None = None,
+    plot: str | None = None,
+) -> None:
+    """Time models in interleaved rounds and compare each with the first.
+
+    Args:
+        models: see above.
+        batch_sizes: images per call, one table for each.
+        image_size: height and width; unset, those of the first model.
+        images: local folder or Hub id of a dataset with a column ``image``, whose first images
+            are used; unset, random numbers.
+        dtype: float32, bfloat16 or float16.
+        device: cpu or cuda.
+        threads: threads of the CPU; unset, PyTorch's own choice.
+        rounds: timings of each model, whose median counts.
+        output: JSON file to write.
+        plot: PNG file to draw.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not allowed: it is one of {', '.join(DTYPES)}")
+    for name, value in {"rounds": rounds, "threads": threads, "image_size": image_size}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value!r} is not allowed: it is at least 1")
+    if not batch_sizes or min(batch_sizes) < 1:
+        raise ValueError(f"batch_sizes={batch_sizes!r} is not allowed: each is at least 1")
+    for file in (output, plot):
+        if file is not None and not Path(file).resolve().parent.is_dir():
+            raise FileNotFoundError(f"{file} cannot be written: its folder does not exist")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    contestants = [make(words, image_size, DTYPES[dtype], device) for words in models]
+    pixels = _pixel_values(images, max(batch_sizes), image_size or contestants[0].image_size)
+    pixels = pixels.to(device, DTYPES[dtype])
+
+    console = Console()
+    environment = _environment(device, dtype, pixels.shape[-1], images, rounds)
+    rows: list[Row] = []
+    for batch in batch_sizes:
+        measured = compare(contestants, pixels[:batch], rounds=rounds, device=device)
+        console.print(_table(measured, batch, environment))
+        rows += measured
+    if output is not None:
+        text = json.dumps({"environment": environment, "results": rows}, indent=2)
+        Path(output).write_text(text + "\n")
+    if plot is not None:
+        _plot(rows, environment).savefig(plot, dpi=120)
+
+
+@torch.inference_mode()
+def compare(
+    contestants: Sequence[Contestant], pixel_values: Tensor, *, rounds: int, device: str = "cpu"
+) -> list[Row]:
+    """Measure all contestants on the same images, (b, channels, height, width).
+
+    Returns:
+        A row for each: GMACs of one image, images per second, latency of a batch in milliseconds
+        (median and 95th percentile), peak memory in MiB beyond the weights, ratio of speed to the
+        first contestant's, and efficiency: that ratio over the ratio of multiply-accumulates.
+    """
+    runs = [lambda model=c.model: model(pixel_values) for c in contestants]
+    for run in runs:
+        run()  # compiles, where that is asked for
+    memory = [peak_bytes(run, device=device) for run in runs]
+    seconds = seconds_in_rounds(runs, rounds=rounds, device=device)
+    rows: list[Row] = []
+    for contestant, times, peak in zip(contestants, seconds, memory, strict=True):
+        median = statistics.median(times)
+        first = rows[0] if rows else None
+        gmacs = contestant.multiply_accumulates / 1e9
+        ratio = 1.0 if first is None else first["latency_p50_ms"] / (1000 * median)
+        rows.append(
+            {
+                "model": contestant.name,
+                "batch_size": len(pixel_values),
+                "gmacs": gmacs,
+                "images_per_second": len(pixel_values) / median,
+                "latency_p50_ms": 1000 * median,
+                "latency_p95_ms": 1000 * _percentile(times, 95),
+                "peak_memory_mib": peak / 2**20,
+                "ratio": ratio,
+                "efficiency": 1.0 if first is None else ratio / (first["gmacs"] / gmacs),
+            }
+        )
+    return rows
+
+
+def _percentile(values: list[float], percent: int) -> float:
+    return sorted(values)[min(len(values) - 1, round(percent / 100 * (len(values) - 1)))]
+
+
+def _pixel_values(images: str | None, count: int, size: int) -> Tensor:
+    if images is None:
+        return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+    splits = load_dataset(images)
+    rows = splits[next(iter(splits))]
+    if "image" not in rows.column_names:
+        raise ValueError(f"{images} has no column 'image', only {rows.column_names}")
+    if len(rows) < count:
+        raise ValueError(f"{images} has {len(rows)} images: batches of {count} need as many")
+    processor = ViTImageProcessorPil(size={"height": size, "width": size})
+    rgb = [image.convert("RGB") for image in rows[:count]["image"]]
+    return processor(rgb, return_tensors="pt")["pixel_values"]
+
+
+def _environment(
+    device: str, dtype: str, size: int, images: str | None, rounds: int
+) -> dict[str, Any]:
+    cuda = device.startswith("cuda")
+    return {
+        "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+        "dtype": dtype,
+        "image_size": size,
+        "images": images or "random",
+        "rounds": rounds,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _table(rows: list[Row], batch: int, environment: dict[str, Any]) -> Table:
+    where = f"{environment['device']}, {environment['threads']} threads, {environment['dtype']}"
+    table = Table(title=f"batches of {batch}, {environment['image_size']} px; {where}")
+    table.add_column("model", overflow="fold")
+    for heading in ("GMACs", "images/s", "p50 ms", "p95 ms", "peak MiB", "ratio", "efficiency"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            row["model"],
+            f"{row['gmacs']:.3f}",
+            f"{row['images_per_second']:,.1f}",
+            f"{row['latency_p50_ms']:,.1f}",
+            f"{row['latency_p95_ms']:,.1f}",
+            f"{row['peak_memory_mib']:,.1f}",
+            f"{row['ratio']:.2f}x",
+            f"{row['efficiency']:.2f}",
+        )
+    return table
+
+
+def _plot(rows: list[Row], environment: dict[str, Any]) -> Figure:
+    """Speed over cost, one panel for each batch size; the line is what the GMACs promise."""
+    batches = sorted({row["batch_size"] for row in rows})
+    figure = Figure(figsize=(5 * len(batches), 4), layout="constrained")
+    for axes, batch in zip(
+        figure.subplots(1, len(batches), squeeze=False)[0], batches, strict=True
+    ):
+        measured = [row for row in rows if row["batch_size"] == batch]
+        first = measured[0]
+        costs = sorted(row["gmacs"] for row in measured)
+        ideal = [first["images_per_second"] * first["gmacs"] / cost for cost in costs]
+        axes.plot(costs, ideal, color="0.7", linestyle="--", label="what the GMACs promise")
+        for row in measured:
+            axes.scatter(row["gmacs"], row["images_per_second"], label=row["model"])
+        axes.set_xlabel("GMACs per image")
+        axes.set_ylabel("images per second")
+        axes.set_ylim(bottom=0)
+        axes.set_title(f"batches of {batch}, {environment['dtype']}")
+        axes.legend(fontsize="small")
+    return figure

@@ -1,0 +1,133 @@
+"""Models that ``mctf benchmark`` compares, made from words such as ``deit_s,r=16,compile``."""
+
+import copy
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForImageClassification, ViTForImageClassification
+
+from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
+from mctf_hf.configuration_mctf import FusionConfigMixin
+from mctf_hf.cost import multiply_accumulates, resolve_r
+from mctf_hf.presets import PRESETS, preset
+
+FUSION = tuple(field.name for field in fields(FusionConfigMixin))
+SETTINGS = (*FUSION, "attn_implementation", "compile", "slice")
+
+
+@dataclass
+class Contestant:
+    """A model to be timed.
+
+    Attributes:
+        name: the words that it was made from.
+        model: classifies (b, channels, height, width).
+        multiply_accumulates: of one image.
+        image_size: height and width of the images that it was made for.
+    """
+
+    name: str
+    model: nn.Module
+    multiply_accumulates: int
+    image_size: int
+
+
+def make(words: str, image_size: int | None, dtype: torch.dtype, device: str) -> Contestant:
+    """Make a model from ``NAME[,setting=value…]``.
+
+    Args:
+        words: NAME is a preset, a local folder or an id on the Hub. A preset, or a plain ViT's
+            checkpoint, with no setting of fusion is the plain model of transformers; with one, it
+            is this library's. ``compile`` compiles it, ``slice=16`` feeds it 16 images at a time.
+        image_size: height and width, if they are not to be the model's own.
+
+    Raises:
+        ValueError: for an unknown name or setting, or a value that is not allowed.
+    """
+    name, settings = _parse(words)
+    compiled, slice_size = settings.pop("compile", False), settings.pop("slice", None)
+    attention = {k: settings.pop(k) for k in ("attn_implementation",) if k in settings}
+    torch.manual_seed(0)
+    if name in PRESETS:
+        sizes = {} if image_size is None else {"image_size": image_size}
+        config = preset(name, **sizes)
+        config = preset(name, **sizes, **_resolved(config, settings, image_size))
+        if settings:
+            model = MCTFViTForImageClassification._from_config(config, **attention)
+        else:
+            plain = {k: v for k, v in config.to_dict().items() if k not in (*FUSION, "model_type")}
+            plain_config = ViTForImageClassification.config_class(**plain)
+            model = ViTForImageClassification._from_config(plain_config, **attention)
+    elif Path(name).is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        plain_type = AutoConfig.from_pretrained(name).model_type
+        config = MCTFViTConfig.from_pretrained(name)
+        if settings or plain_type == MCTFViTConfig.model_type:
+            settings = _resolved(config, settings, image_size)
+            model = MCTFViTForImageClassification.from_pretrained(name, **settings, **attention)
+            config = model.config
+        else:
+            model = AutoModelForImageClassification.from_pretrained(name, **attention)
+    else:
+        raise ValueError(
+            f"model {name!r} is not known: it is a preset ({', '.join(PRESETS)}), a folder, or an "
+            "id on the Hub such as org/name"
+        )
+    r = None if isinstance(model, MCTFViTForImageClassification) else 0
+    cost = multiply_accumulates(config, r=r, image_size=image_size)
+    other_size = image_size not in (None, config.image_size)
+    model = Classifier(model.eval().to(device, dtype), other_size, slice_size)
+    if compiled:
+        model.model = torch.compile(model.model, fullgraph=True, mode=_mode(compiled))
+    return Contestant(words, model, cost, image_size or config.image_size)
+
+
+class Classifier(nn.Module):
+    """A model that is handed images, whole batches or slices of them, and gives logits."""
+
+    def __init__(self, model: nn.Module, interpolate: bool, slice_size: int | None):
+        super().__init__()
+        self.model = model
+        self.options = {"interpolate_pos_encoding": True} if interpolate else {}
+        self.slice_size = slice_size
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        parts = pixel_values.split(self.slice_size or len(pixel_values))
+        logits = [self.model(part, **self.options).logits for part in parts]
+        return torch.cat(logits) if len(logits) > 1 else logits[0]
+
+
+def _parse(words: str) -> tuple[str, dict[str, Any]]:
+    name, *pairs = re.split(r",(?![^\[]*\])", words)  # not at the commas of a list
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if key not in SETTINGS:
+            raise ValueError(
+                f"setting {key!r} of {words!r} is not known: it is one of {', '.join(SETTINGS)}"
+            )
+        settings[key] = yaml.safe_load(value) if equals else True
+    size = settings.get("slice", 1)
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise ValueError(f"slice={size!r} of {words!r} is not allowed: it is a count of images")
+    return name, settings
+
+
+def _resolved(config: MCTFViTConfig, settings: dict[str, Any], size: int | None) -> dict[str, Any]:
+    """The settings, with an r that is given as a budget worked out."""
+    if not isinstance(settings.get("r"), str):
+        return settings
+    config = copy.deepcopy(config)
+    for key, value in settings.items():
+        if key != "r":
+            setattr(config, key, value)
+    config.validate()
+    return {**settings, "r": resolve_r(config, settings["r"], image_size=size)}
+
+
+def _mode(compiled: Any) -> str | None:
+    return None if compiled is True else str(compiled)

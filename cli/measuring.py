@@ -1,0 +1,74 @@
+"""Speed and memory of models, side by side in one process."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+Run = Callable[[], object]
+
+
+def seconds_in_rounds(
+    runs: Sequence[Run], *, rounds: int, warmup: int = 2, device: str = "cpu"
+) -> list[list[float]]:
+    """Time each of ``runs`` once per round, A B C A B C …, so that all meet the same machine.
+
+    Args:
+        rounds: how many timings of each are returned, after ``warmup`` rounds that are not.
+        device: ``cpu``, or ``cuda`` for the GPU's own clock.
+
+    Returns:
+        For each of ``runs`` its seconds by round.
+    """
+    seconds: list[list[float]] = [[] for _ in runs]
+    for timed in range(-warmup, rounds):
+        for run, times in zip(runs, seconds, strict=True):
+            elapsed = _seconds_cuda(run) if device.startswith("cuda") else _seconds(run)
+            if timed >= 0:
+                times.append(elapsed)
+    return seconds
+
+
+def _seconds(run: Run) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _seconds_cuda(run: Run) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def peak_bytes(run: Run, *, device: str = "cpu") -> int:
+    """Most bytes of tensors that live at once while ``run`` runs, beyond those before it.
+
+    On a CPU they are counted from the allocator's own records, on a GPU by its allocator.
+    """
+    if device.startswith("cuda"):
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as records:
+        run()
+    live = peak = 0
+    events = records.profiler.kineto_results.events()
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak
+
+
+def images_per_second(runs: Sequence[Run], batch: int, rounds: int = 20) -> list[float]:
+    """Median speed of each of ``runs``, which classify ``batch`` images."""
+    return [batch / statistics.median(times) for times in seconds_in_rounds(runs, rounds=rounds)]
