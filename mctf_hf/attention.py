@@ -41,7 +41,9 @@ class Attention(NamedTuple):
 
     def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows of the attention map: (b, h, stop - start, n)."""
-        query, key = self.query[:, :, start:stop], self.key
+        query, key = self.query, self.key
+        if (start, stop) != (0, None):
+            query = query[:, :, start:stop]
         batch, heads, num_rows = query.shape[:3]
         if self.bias is None:
             bias = query.new_zeros(1, 1, 1)

@@ -24,6 +24,7 @@ class Reduction:
         rows: (b * n,) int64, the new row that each old row becomes part of.
         kept: (b * m,) int64, the old row that each new row starts from.
         merged: (b * (n - m),) int64, the old rows that are not kept.
+        destination: (b * (n - m),) int64, the new rows that these are merged into.
         kept_weights: (b * m, 1), the coefficients of the rows that are kept, in their new row;
             ``None`` stands for elementwise maximum. See :meth:`weigh`.
         merged_weights: (b * (n - m), 1), those of the rows that are merged.
@@ -33,11 +34,9 @@ class Reduction:
     rows: Tensor
     kept: Tensor
     merged: Tensor
+    destination: Tensor
     kept_weights: Tensor | None = None
     merged_weights: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        self.destination = self.rows.index_select(0, self.merged)  # new rows, (b * (n - m),)
 
     @classmethod
     def from_assignment(cls, assignment: Tensor, num_tokens: int) -> "Reduction":
@@ -50,7 +49,7 @@ class Reduction:
         merged = is_kept.argsort(dim=1, stable=True)[:, : num_old - num_tokens]
         image = torch.arange(batch, device=assignment.device)[:, None]
         old, new = image * num_old, image * num_tokens
-        rows = (assignment + new, kept + old, merged + old)
+        rows = (assignment + new, kept + old, merged + old, assignment.gather(1, merged) + new)
         return cls(batch, *(row.flatten() for row in rows))
 
     @property
@@ -90,8 +89,8 @@ def fuse(x: Tensor, reduction: Reduction) -> Tensor:
         into = reduction.destination[:, None].expand_as(merged)
         fused = kept.scatter_reduce(0, into, merged, "amax")
     else:
-        fused = kept * reduction.kept_weights.to(x.dtype)
-        merged = merged * reduction.merged_weights.to(x.dtype)
+        fused = kept.mul_(reduction.kept_weights.to(x.dtype))
+        merged.mul_(reduction.merged_weights.to(x.dtype))
         fused.index_add_(0, reduction.destination, merged)
     return fused.view(x.shape[0], -1, x.shape[2])
 

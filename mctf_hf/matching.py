@@ -118,10 +118,11 @@ def bipartite_soft_matching(
 
     best, partner_of_alpha = scores.max(2)  # [b, n_alpha]
     order = best.argsort(1, descending=True)
-    leaving, staying = order[:, :forward], order[:, forward:]
+    leaving, alphas = order[:, :forward], rows(alpha, order)
+    staying = alphas[:, forward:]
     if num_prefix_tokens:
         staying = staying.sort(1).values
-    merged = [rows(alpha, leaving)]
+    merged = [alphas[:, :forward]]
     partner = [rows(beta, partner_of_alpha.gather(1, leaving))]
     if backward:
         gone = leaving[:, :, None].expand(-1, -1, num_beta)
@@ -132,12 +133,13 @@ def bipartite_soft_matching(
         partner.append(rows(alpha, partner_of_beta.gather(1, order[:, :backward])))
     else:
         betas = rows(beta, torch.arange(num_beta, device=scores.device))
-    prefix = [first + i for i in range(num_prefix_tokens)]
-    kept = torch.cat([*prefix, rows(alpha, staying), betas[:, backward:]], 1).flatten()
+    prefix = [first + i if i else first for i in range(num_prefix_tokens)]
+    kept = torch.cat([*prefix, staying, betas[:, backward:]], 1).flatten()
     all_merged, all_partners = torch.cat(merged, 1).flatten(), torch.cat(partner, 1).flatten()
 
     new = kept.new_zeros(batch * num_tokens)
     new.scatter_(0, kept, torch.arange(kept.shape[0], device=scores.device))
     for _ in range(1 + bidirectional):  # an alpha's partner may have joined another alpha
-        new.scatter_(0, all_merged, new.index_select(0, all_partners))
-    return Reduction(batch, new, kept, all_merged)
+        destination = new.index_select(0, all_partners)
+        new.scatter_(0, all_merged, destination)
+    return Reduction(batch, new, kept, all_merged, destination)
