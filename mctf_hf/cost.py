@@ -97,8 +97,8 @@ def resolve_r(config: MCTFViTConfig, r: Any, *, image_size: int | None = None) -
         budget = float(fraction)
     except ValueError:
         raise ValueError(
-            f"r={r!r} is not allowed: text is auto:FRACTION, such as auto:0.56 for the r that "
-            "leaves 56% of the multiply-accumulates"
+            f"r={r!r} is not allowed: r is a count, a fraction, a list of these, or auto:FRACTION, "
+            "such as auto:0.56 for what leaves 56% of the multiply-accumulates"
         ) from None
     return r_for_budget(config, budget, image_size=image_size)[1]
 

@@ -97,8 +97,8 @@ def test_a_budget_of_the_layers_that_fuse_and_of_another_image_size() -> None:
         ("auto:0.1", {}, r"budget 0.1 is not allowed: with r=98, the most .* 0\.217 of the cost"),
         ("auto:1.5", {}, "budget 1.5 is not allowed: it is above 0 and at most 1"),
         ("auto:0.5", {"reduction": "none"}, "reduction='none' meets no budget"),
-        ("half", {}, "r='half' is not allowed: text is auto:FRACTION"),
-        ("auto:much", {}, "r='auto:much' is not allowed: text is auto:FRACTION"),
+        ("half", {}, "r='half' is not allowed: r is a count, a fraction, a list"),
+        ("auto:much", {}, "r='auto:much' is not allowed: r is a count, a fraction, a list"),
     ],
 )
 def test_budgets_that_cannot_be_met_are_refused(r: str, settings: Any, message: str) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from lightning_modules import HFImageDataModule, MCTFFinetuner
 from lightning_modules.finetuning import parameter_groups
 from mctf_hf import MCTFViTForImageClassification
+from mctf_hf.cost import multiply_accumulates
 from tests.conftest import DIGITS, TINY, tiny_model
 
 
@@ -279,3 +280,26 @@ def test_classes_in_another_order_are_not_mixed_up(tiny_folder: Path, tmp_path: 
     assert module.model.config.id2label[3] == "class 3"
     trainer(tmp_path).fit(module, digits())
     assert module.model.config.id2label[3] == "3"
+
+
+def test_student_and_teacher_share_one_embedding(tiny_folder: Path, tmp_path: Path) -> None:
+    module = MCTFFinetuner(str(tiny_folder), r=6, r_max=4)
+    calls: list[str] = []
+    module.model.vit.embeddings.register_forward_hook(lambda *_: calls.append("embedding"))
+    module.model.vit.layers[0].register_forward_hook(lambda *_: calls.append("layer"))
+    trainer(tmp_path, max_epochs=1, limit_train_batches=3, limit_val_batches=0).fit(
+        module, digits()
+    )
+    assert calls == ["embedding", "layer", "layer"] * 3
+
+
+def test_r_can_be_a_budget(tiny_folder: Path) -> None:
+    module = MCTFFinetuner(str(tiny_folder), r="auto:0.6")
+    config = module.model.config
+    assert isinstance(config.r, list) and len(config.r) == config.num_hidden_layers
+    cost = multiply_accumulates(config) / multiply_accumulates(config, r=0)
+    assert 0.58 < cost <= 0.6
+    with pytest.raises(
+        ValueError, match="r='most' is not allowed: r is a count, a fraction, a list"
+    ):
+        MCTFFinetuner(str(tiny_folder), r="most")

@@ -167,7 +167,7 @@ def test_predict_writes_file_label_and_score(finished: Path, tmp_path: Path, suf
         (["--model.reduction", "prune"], "reduction='prune' is not allowed"),
         (["--model.fusion", "{pooling: sum}"], "pooling='sum' is not allowed"),
         (["--model.fusion", "{tau_sim: -1}"], "tau_sim=-1 is not allowed"),
-        (["--model.r", "many"], "model.r"),
+        (["--model.r", "many"], "r='many' is not allowed: r is a count, a fraction, a list"),
         (["--model.lerning_rate", "1"], "model.lerning_rate"),
         (["--data.image_column", "img"], "has the columns image, label"),
         (["--data.dataset", "/nowhere"], "dataset='/nowhere': there is no such folder"),
@@ -250,9 +250,13 @@ def test_two_processes_train_and_predict_together(tiny_folder: Path, tmp_path: P
 
 def test_help_names_every_command_and_setting() -> None:
     overview = mctf("--help").stdout
-    assert all(word in overview for word in ("fit", "validate", "test", "predict", "demo"))
+    assert all(
+        word in overview for word in ("fit", "validate", "test", "predict", "demo", "benchmark")
+    )
     fit = mctf("fit", "--help").stdout
     for setting in ("--model.r", "--model.r_max", "--data.dataset", "--export.folder"):
         assert setting in fit
     assert "tokens that each fusing layer fuses" in fit
     assert "compare the three" in mctf("demo", "--help").stdout
+    help_of_benchmark = mctf("benchmark", "--help").stdout
+    assert "timings of each model" in help_of_benchmark and "auto:0.56" in help_of_benchmark

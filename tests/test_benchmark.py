@@ -1,0 +1,135 @@
+"""``mctf benchmark`` through its own door: what it measures, writes and refuses."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from transformers import ViTForImageClassification
+
+from cli.contestants import make
+from cli.main import main
+from cli.measuring import peak_bytes, seconds_in_rounds
+from mctf_hf import MCTFViTForImageClassification
+from mctf_hf.cost import multiply_accumulates, r_for_budget
+from tests.conftest import DIGITS
+
+
+def test_a_table_a_file_and_a_picture(tiny_folder: Path, capsys: pytest.CaptureFixture) -> None:
+    models = [f"{tiny_folder}{settings}" for settings in ("", ",r=8", ",r=8,slice=1", ",compile")]
+    words = ["--batch_sizes", "[1,3]", "--rounds", "3", "--output", "o.json", "--plot", "o.png"]
+    main(["benchmark", *models, *words])
+
+    assert "batches of 3, 32 px" in capsys.readouterr().out
+    written = json.loads(Path("o.json").read_text())
+    assert written["environment"]["threads"] == torch.get_num_threads()
+    rows = written["results"]
+    assert [(row["model"], row["batch_size"]) for row in rows] == [
+        (model, batch) for batch in (1, 3) for model in models
+    ]
+    for row in rows:
+        first = rows[0] if row["batch_size"] == 1 else rows[4]
+        ratio = first["latency_p50_ms"] / row["latency_p50_ms"]
+        assert row["ratio"] == pytest.approx(ratio)
+        assert row["efficiency"] == pytest.approx(ratio * row["gmacs"] / first["gmacs"])
+        assert row["images_per_second"] == pytest.approx(
+            1000 * row["batch_size"] / row["latency_p50_ms"]
+        )
+        assert row["latency_p50_ms"] <= row["latency_p95_ms"]
+        assert row["peak_memory_mib"] > 0
+    config = make(models[1], None, torch.float32, "cpu").model.model.config
+    assert rows[1]["gmacs"] * 1e9 == pytest.approx(multiply_accumulates(config, r=8))
+    assert rows[0]["gmacs"] * 1e9 == pytest.approx(multiply_accumulates(config, r=0))
+    assert Image.open("o.png").size[0] > 500
+
+
+def test_real_images_of_another_size_in_bfloat16(tiny_folder: Path) -> None:
+    options = ["--images", DIGITS, "--image_size", "48", "--dtype", "bfloat16", "--rounds", "1"]
+    main(["benchmark", f"{tiny_folder},r=8", "--output", "o.json", *options])
+    written = json.loads(Path("o.json").read_text())
+    assert (
+        written["environment"] | {"image_size": 48, "dtype": "bfloat16"} == written["environment"]
+    )
+    assert len(written["results"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "plain", "r"),
+    [
+        ("deit_t", True, None),
+        ("deit_t,attn_implementation=eager", True, None),
+        ("deit_t,r=3", False, 3),
+        ("deit_t,r=0.35,fusion_layers=[3,6,9]", False, 0.35),
+        ("deit_t,reduction=tome,r=4,compile", False, 4),
+    ],
+)
+def test_what_the_words_make(words: str, plain: bool, r: Any) -> None:
+    contestant = make(words, None, torch.float32, "cpu")
+    model = getattr(contestant.model.model, "_orig_mod", contestant.model.model)
+    assert type(model) is (ViTForImageClassification if plain else MCTFViTForImageClassification)
+    assert model.config._attn_implementation == ("eager" if "eager" in words else "sdpa")
+    if plain:
+        assert contestant.multiply_accumulates / 1e9 == pytest.approx(1.258, abs=1e-3)
+    else:
+        assert model.config.r == r
+        assert model.config.reduction == ("tome" if "tome" in words else "mctf")
+        assert contestant.multiply_accumulates == multiply_accumulates(model.config)
+
+
+def test_a_budget_counts_the_images_as_they_are(tiny_folder: Path) -> None:
+    words = f"{tiny_folder},reduction=tome,r=auto:0.6"
+    contestant = make(words, 48, torch.float32, "cpu")
+    config = contestant.model.model.config
+    assert config.r == r_for_budget(config, 0.6, image_size=48)[1]
+    whole = multiply_accumulates(config, r=0, image_size=48)
+    assert 0.59 * whole < contestant.multiply_accumulates <= 0.6 * whole
+    assert contestant.model(torch.randn(2, 3, 48, 48)).shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["deit_x"], "model 'deit_x' is not known: it is a preset \\(deit_t, deit_s, deit_b\\)"),
+        (["deit_t,speed=9"], "setting 'speed' of 'deit_t,speed=9' is not known: it is one of"),
+        (["deit_t,r=-1"], "r=-1 is not allowed"),
+        (["deit_t,r=auto:2"], "budget 2.0 is not allowed"),
+        (["deit_t,slice=0"], "slice=0 of 'deit_t,slice=0' is not allowed: it is a count"),
+        (["deit_t", "--dtype", "int8"], "dtype='int8' is not allowed: it is one of float32,"),
+        (["deit_t", "--rounds", "0"], "rounds=0 is not allowed: it is at least 1"),
+        (["deit_t", "--batch_sizes", "[0]"], "is not allowed: each is at least 1"),
+        (["deit_t", "--output", "no/o.json"], "no/o.json cannot be written: its folder does not"),
+        (["deit_t", "--images", DIGITS, "--batch_sizes", "[99999]"], "batches of 99999 need as"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(
+    words: list[str], message: str, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["benchmark", *words])
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert re.search(message, error), error
+    assert not list(Path().iterdir())
+
+
+def test_contestants_take_turns_and_warm_up_is_left_out() -> None:
+    calls = []
+    runs = [lambda name=name: calls.append(name) for name in "ABC"]
+    seconds = seconds_in_rounds(runs, rounds=3, warmup=2)
+    assert "".join(calls) == "ABC" * 5
+    assert [len(times) for times in seconds] == [3, 3, 3]
+
+
+def test_peak_memory_counts_what_lives_at_once() -> None:
+    mebibyte = 2**18  # of float32
+
+    def run() -> None:
+        a = torch.ones(4 * mebibyte)
+        b = a + 1  # 8 MiB live
+        del a
+        torch.ones(2 * mebibyte).add_(b[: 2 * mebibyte])
+
+    assert peak_bytes(run) == pytest.approx(8 * 2**20, rel=0.01)
