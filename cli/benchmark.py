@@ -1,9 +1,10 @@
 """``mctf benchmark``: cost, speed and memory of models, measured side by side."""
 
 import json
+import os
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,10 @@ def main(args: Sequence[str]) -> None:
         "models",
         nargs="+",
         help="NAME[,setting=value…]: a preset (deit_t, deit_s, deit_b), a folder or a Hub id. "
-        "Without any setting of fusion it is the plain model of transformers. Settings are those "
-        "of fusion (r=16, r=auto:0.56, reduction=tome, fusion_layers=[3,6,9], …), "
-        "attn_implementation, compile, and slice=16 to feed it 16 images at a time.",
+        "Without any setting of fusion a plain ViT is the model of transformers. Settings are "
+        "those of fusion (r=16, r=auto:0.56, reduction=tome, fusion_layers=[3,6,9], …), "
+        "attn_implementation, compile (give one batch size, for a second one recompiles for any), "
+        "and slice=16 to feed it 16 images at a time.",
     )
     parser.add_function_arguments(benchmark, skip={"models"})
     settings = parser.parse_args(list(args)).as_dict()
@@ -64,7 +66,7 @@ def benchmark(
         images: local folder or Hub id of a dataset with a column ``image``, whose first images
             are used; unset, random numbers.
         dtype: float32, bfloat16 or float16.
-        device: cpu or cuda.
+        device: cpu or cuda, which is the current GPU.
         threads: threads of the CPU; unset, PyTorch's own choice.
         rounds: timings of each model, whose median counts.
         output: JSON file to write.
@@ -72,18 +74,26 @@ def benchmark(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not allowed: it is one of {', '.join(DTYPES)}")
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        allowed = "cpu or cuda" if torch.cuda.is_available() else "cpu (there is no GPU here)"
+        raise ValueError(f"device={device!r} is not allowed: it is {allowed}")
     for name, value in {"rounds": rounds, "threads": threads, "image_size": image_size}.items():
         if value is not None and value < 1:
             raise ValueError(f"{name}={value!r} is not allowed: it is at least 1")
     if not batch_sizes or min(batch_sizes) < 1:
         raise ValueError(f"batch_sizes={batch_sizes!r} is not allowed: each is at least 1")
-    for file in (output, plot):
+    for file, suffix in ((output, ".json"), (plot, ".png")):
+        if file is not None and Path(file).suffix != suffix:
+            raise ValueError(f"{file} is not allowed: the file's name ends in {suffix}")
         if file is not None and not Path(file).resolve().parent.is_dir():
             raise FileNotFoundError(f"{file} cannot be written: its folder does not exist")
     if threads is not None:
         torch.set_num_threads(threads)
-    contestants = [make(words, image_size, DTYPES[dtype], device) for words in models]
-    pixels = _pixel_values(images, max(batch_sizes), image_size or contestants[0].image_size)
+    contestants: list[Contestant] = []
+    for words in models:
+        contestants.append(make(words, image_size, DTYPES[dtype], device))
+        image_size = contestants[0].image_size
+    pixels = _pixel_values(images, max(batch_sizes), contestants[0].image_size)
     pixels = pixels.to(device, DTYPES[dtype])
 
     console = Console()
@@ -95,9 +105,19 @@ def benchmark(
         rows += measured
     if output is not None:
         text = json.dumps({"environment": environment, "results": rows}, indent=2)
-        Path(output).write_text(text + "\n")
+        _replace(output, lambda draft: draft.write_text(text + "\n"))
     if plot is not None:
-        _plot(rows, environment).savefig(plot, dpi=120)
+        figure = _plot(rows, environment)
+        _replace(plot, lambda draft: figure.savefig(draft, dpi=120, format="png"))
+
+
+def _replace(file: str, write: Callable[[Path], object]) -> None:
+    draft = Path(f"{file}.part")
+    try:
+        write(draft)
+        os.replace(draft, file)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 @torch.inference_mode()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageClassification, ViTForImageClassification
 
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
-from mctf_hf.configuration_mctf import FusionConfigMixin
+from mctf_hf.configuration_mctf import FusionConfigMixin, as_pair
 from mctf_hf.cost import multiply_accumulates, resolve_r
 from mctf_hf.presets import PRESETS, preset
 
@@ -42,8 +42,9 @@ def make(words: str, image_size: int | None, dtype: torch.dtype, device: str) ->
 
     Args:
         words: NAME is a preset, a local folder or an id on the Hub. A preset, or a plain ViT's
-            checkpoint, with no setting of fusion is the plain model of transformers; with one, it
-            is this library's. ``compile`` compiles it, ``slice=16`` feeds it 16 images at a time.
+            checkpoint, with no setting of fusion is the plain model of transformers; with one, or
+            saved by this library, it is this library's. ``compile`` compiles it, ``slice=16`` feeds
+            it 16 images at a time.
         image_size: height and width, if they are not to be the model's own.
 
     Raises:
@@ -79,11 +80,18 @@ def make(words: str, image_size: int | None, dtype: torch.dtype, device: str) ->
         )
     r = None if isinstance(model, MCTFViTForImageClassification) else 0
     cost = multiply_accumulates(config, r=r, image_size=image_size)
-    other_size = image_size not in (None, config.image_size)
+    config.tokens_fused(config.num_tokens(), settings.get("r"))  # does it have an effect?
+    height, width = as_pair(config.image_size)
+    if height != width or config.num_channels != 3:
+        raise ValueError(
+            f"{name} is made for {config.num_channels} x {height} x {width} pixels: only square "
+            "images of 3 channels are measured"
+        )
+    other_size = image_size not in (None, height)
     model = Classifier(model.eval().to(device, dtype), other_size, slice_size)
     if compiled:
         model.model = torch.compile(model.model, fullgraph=True, mode=_mode(compiled))
-    return Contestant(words, model, cost, image_size or config.image_size)
+    return Contestant(words, model, cost, image_size or height)
 
 
 class Classifier(nn.Module):
@@ -122,6 +130,7 @@ def _resolved(config: MCTFViTConfig, settings: dict[str, Any], size: int | None)
     if not isinstance(settings.get("r"), str):
         return settings
     config = copy.deepcopy(config)
+    config.r = 0
     for key, value in settings.items():
         if key != "r":
             setattr(config, key, value)

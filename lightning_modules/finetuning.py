@@ -34,8 +34,8 @@ class MCTFFinetuner(L.LightningModule):
             model of this library. Unset: train from scratch with ``config``.
         config: settings of ``MCTFViTConfig`` for training from scratch.
         num_labels: give the model a new head with so many classes. Unset: keep its own.
-        reduction: method of token reduction, ``mctf`` or ``none``. Unset, here and in the next
-            three: as ``pretrained`` has it, or the defaults of ``MCTFViTConfig`` (``mctf`` with an
+        reduction: method of token reduction, ``mctf``, ``tome`` or ``none``. Unset, here and in
+            the next three: as ``pretrained`` has it, or the defaults of ``MCTFViTConfig`` (``mctf`` with an
             ``r`` of 16) where it is a plain ViT.
         r: tokens that each fusing layer fuses: a count, a fraction, a list with one per layer, or
             ``auto:0.56`` for the list that leaves 56% of the multiply-accumulates.
@@ -97,7 +97,7 @@ class MCTFFinetuner(L.LightningModule):
         budget = r if isinstance(r, str) else None
         given = {
             "reduction": reduction,
-            "r": None if budget else r,
+            "r": 0 if budget else r,
             "fusion_layers": fusion_layers,
         }
         settings.update({name: value for name, value in given.items() if value is not None})

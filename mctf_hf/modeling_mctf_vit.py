@@ -286,6 +286,8 @@ class MCTFViTModel(MCTFPreTrainedMixin, ViTModel):
                 bool_masked_pos=bool_masked_pos,
                 interpolate_pos_encoding=interpolate_pos_encoding,
             )
+        for shown in ("output_attentions", "output_hidden_states"):  # asked for here or always
+            kwargs.setdefault(shown, getattr(self.config, shown, False))
         hidden_states, token_sizes, assignment = self._encode(
             inputs_embeds, attention_mask, r, output_fusion, **kwargs
         )
@@ -343,7 +345,7 @@ class MCTFViTModel(MCTFPreTrainedMixin, ViTModel):
             or mask is not None
             or any(kwargs.get(f"output_{name}") for name in ("attentions", "hidden_states"))
         )
-        if whole:
+        if whole or not batch:
             return batch
         widest = num_tokens * self.config.intermediate_size * hidden_states.element_size()
         slices = math.ceil(batch * widest / SLICE_BYTES)

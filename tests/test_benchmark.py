@@ -15,7 +15,7 @@ from cli.main import main
 from cli.measuring import peak_bytes, seconds_in_rounds
 from mctf_hf import MCTFViTForImageClassification
 from mctf_hf.cost import multiply_accumulates, r_for_budget
-from tests.conftest import DIGITS
+from tests.conftest import DIGITS, tiny_model
 
 
 def test_a_table_a_file_and_a_picture(tiny_folder: Path, capsys: pytest.CaptureFixture) -> None:
@@ -100,6 +100,9 @@ def test_a_budget_counts_the_images_as_they_are(tiny_folder: Path) -> None:
         (["deit_t", "--dtype", "int8"], "dtype='int8' is not allowed: it is one of float32,"),
         (["deit_t", "--rounds", "0"], "rounds=0 is not allowed: it is at least 1"),
         (["deit_t", "--batch_sizes", "[0]"], "is not allowed: each is at least 1"),
+        (["deit_t", "--device", "tpu"], "device='tpu' is not allowed: it is cpu"),
+        (["deit_t", "--plot", "speed.jpg"], "speed.jpg is not allowed: the file's name ends in"),
+        (["deit_t,reduction=none,r=8"], "r=8 has no effect with reduction='none'"),
         (["deit_t", "--output", "no/o.json"], "no/o.json cannot be written: its folder does not"),
         (["deit_t", "--images", DIGITS, "--batch_sizes", "[99999]"], "batches of 99999 need as"),
     ],
@@ -133,3 +136,19 @@ def test_peak_memory_counts_what_lives_at_once() -> None:
         torch.ones(2 * mebibyte).add_(b[: 2 * mebibyte])
 
     assert peak_bytes(run) == pytest.approx(8 * 2**20, rel=0.01)
+
+
+def test_all_are_given_the_first_ones_images(tiny_folder: Path) -> None:
+    options = ["--batch_sizes", "[1]", "--rounds", "1", "--output", "o.json"]
+    main(["benchmark", "deit_t,r=8", f"{tiny_folder},r=auto:0.5", *options])
+    written = json.loads(Path("o.json").read_text())
+    assert written["environment"]["image_size"] == 224
+    other = make(f"{tiny_folder},r=auto:0.5", 224, torch.float32, "cpu")
+    assert written["results"][1]["gmacs"] * 1e9 == pytest.approx(other.multiply_accumulates)
+
+
+def test_a_budget_replaces_a_saved_list(tmp_path: Path) -> None:
+    tiny_model(r=[0, 2, 4, 4, 4]).save_pretrained("saved")
+    config = make("saved,fusion_layers=[1,3],r=auto:0.8", None, torch.float32, "cpu")
+    fused = config.model.model.config.r
+    assert fused[1] and fused[3] and not fused[2] and not fused[4]

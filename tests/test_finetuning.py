@@ -303,3 +303,7 @@ def test_r_can_be_a_budget(tiny_folder: Path) -> None:
         ValueError, match="r='most' is not allowed: r is a count, a fraction, a list"
     ):
         MCTFFinetuner(str(tiny_folder), r="most")
+    tiny_model(r=[0, 2, 4, 4, 4]).save_pretrained("list")
+    shutil.copy(tiny_folder / "preprocessor_config.json", "list")
+    other = MCTFFinetuner("list", r="auto:0.8", fusion_layers=[1, 3]).model.config.r
+    assert [layer for layer, fused in enumerate(other) if fused] == [1, 3]

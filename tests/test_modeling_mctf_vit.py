@@ -314,7 +314,17 @@ def test_slices_of_a_batch_change_nothing(
     assert len(model(images, output_hidden_states=True).hidden_states) == 6
     with torch.enable_grad():
         model(images)
-    assert sizes == [3, 3]
+    model.config.output_hidden_states = True
+    assert len(model(images).hidden_states) == 6
+    assert sizes == [3, 3, 3]
+
+
+@torch.no_grad()
+def test_attentions_asked_for_by_the_configuration_are_those_of_the_call(images: Tensor) -> None:
+    model = tiny_model(r=8, attn_implementation="eager")
+    expected = model(images, output_attentions=True).attentions
+    model.config.output_attentions = True
+    torch.testing.assert_close(model(images).attentions, expected)
 
 
 @pytest.mark.parametrize("settings", VARIANTS)
