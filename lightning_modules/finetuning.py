@@ -35,8 +35,8 @@ class MCTFFinetuner(L.LightningModule):
         config: settings of ``MCTFViTConfig`` for training from scratch.
         num_labels: give the model a new head with so many classes. Unset: keep its own.
         reduction: method of token reduction, ``mctf``, ``tome`` or ``none``. Unset, here and in
-            the next three: as ``pretrained`` has it, or the defaults of ``MCTFViTConfig`` (``mctf`` with an
-            ``r`` of 16) where it is a plain ViT.
+            the next three: as ``pretrained`` has it, or the defaults of ``MCTFViTConfig`` (``mctf``
+            with an ``r`` of 16) where it is a plain ViT.
         r: tokens that each fusing layer fuses: a count, a fraction, a list with one per layer, or
             ``auto:0.56`` for the list that leaves 56% of the multiply-accumulates.
         fusion_layers: zero-based layers that fuse.
