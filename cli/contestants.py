@@ -56,8 +56,8 @@ def make(words: str, image_size: int | None, dtype: torch.dtype, device: str) ->
     torch.manual_seed(0)
     if name in PRESETS:
         sizes = {} if image_size is None else {"image_size": image_size}
-        config = preset(name, **sizes)
-        config = preset(name, **sizes, **_resolved(config, settings, image_size))
+        settings = _resolved(preset(name, **sizes), settings, image_size)
+        config = preset(name, **sizes, **settings)
         if settings:
             model = MCTFViTForImageClassification._from_config(config, **attention)
         else:

@@ -15,6 +15,7 @@ from cli.main import main
 from cli.measuring import peak_bytes, seconds_in_rounds
 from mctf_hf import MCTFViTForImageClassification
 from mctf_hf.cost import multiply_accumulates, r_for_budget
+from mctf_hf.presets import preset
 from tests.conftest import DIGITS, tiny_model
 
 
@@ -64,6 +65,7 @@ def test_real_images_of_another_size_in_bfloat16(tiny_folder: Path) -> None:
         ("deit_t,r=3", False, 3),
         ("deit_t,r=0.35,fusion_layers=[3,6,9]", False, 0.35),
         ("deit_t,reduction=tome,r=4,compile", False, 4),
+        ("deit_t,r=auto:0.56", False, r_for_budget(preset("deit_t"), 0.56)[1]),
     ],
 )
 def test_what_the_words_make(words: str, plain: bool, r: Any) -> None:
