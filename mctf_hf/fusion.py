@@ -72,8 +72,8 @@ def images_rows(rows: Tensor, batch: int, num_tokens: int) -> Tensor:
     return rows.view(batch, -1) - first[:, None]
 
 
-def sum_members(x: Tensor, reduction: Reduction) -> Tensor:
-    """Add up the rows that share a new token: (b, n, …) -> (b, m, …)."""
+def fuse_sizes(x: Tensor, reduction: Reduction) -> Tensor:
+    """Sizes, or whatever else adds up: (b, n, …) -> (b, m, …)."""
     flat = x.flatten(0, 1)
     total = flat.index_select(0, reduction.kept)
     total = total.index_add_(0, reduction.destination, flat.index_select(0, reduction.merged))
@@ -101,11 +101,6 @@ def unfuse(x: Tensor, reduction: Reduction) -> Tensor:
     return rows.view(x.shape[0], -1, *x.shape[2:])
 
 
-def fuse_sizes(sizes: Tensor, reduction: Reduction) -> Tensor:
-    """Sizes add up: (b, n) -> (b, m)."""
-    return sum_members(sizes, reduction)
-
-
 def fuse_attention(attention: Tensor, reduction: Reduction) -> Tensor:
     """Attention map of the fused tokens, approximated from the map of the old ones.
 
@@ -121,7 +116,7 @@ def fuse_attention(attention: Tensor, reduction: Reduction) -> Tensor:
         (b, h, m, m).
     """
     rows_last = attention.permute(0, 3, 1, 2).contiguous()  # [b, n keys, h, n queries]
-    columns = sum_members(rows_last, reduction)  # [b, m, h, n]
+    columns = fuse_sizes(rows_last, reduction)  # [b, m, h, n]
     by_query = columns.permute(0, 3, 2, 1).flatten(2)  # [b, n, h * m]
     fused = fuse(by_query, reduction)  # [b, m, h * m]
     return fused.unflatten(2, (attention.shape[1], -1)).transpose(1, 2)

@@ -324,8 +324,10 @@ class MCTFViTModel(MCTFPreTrainedMixin, ViTModel):
             self._run_layers(images, mask, fused_by_layer, output_fusion, **kwargs)
             for images in hidden_states.split(size)
         ]
-        parts: Any = zip(*slices, strict=True)
-        return tuple(None if part[0] is None else torch.cat(part) for part in parts)  # type: ignore
+        hidden_states, token_sizes, assignment = (
+            None if parts[0] is None else torch.cat(parts) for parts in zip(*slices, strict=True)
+        )
+        return hidden_states, token_sizes, assignment
 
     def _slice_size(
         self, hidden_states: Tensor, mask: Tensor | None, kwargs: dict[str, Any]

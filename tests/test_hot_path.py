@@ -36,8 +36,9 @@ class Recorder(TorchDispatchMode):
             for tensor in torch.utils._pytree.tree_leaves(result):
                 if isinstance(tensor, torch.Tensor):
                     self.largest = max(self.largest, tensor.numel())
-            if "scatter" in name or name.startswith("index_add"):
-                self.scattered = max(self.scattered, args[-1].numel() if name != "scatter_" else 0)
+            if name.startswith(("scatter", "index_add", "index_put")):
+                moved = max(a.numel() for a in args[1:] if isinstance(a, torch.Tensor))
+                self.scattered = max(self.scattered, moved)
         return result
 
 

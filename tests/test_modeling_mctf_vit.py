@@ -232,6 +232,28 @@ def test_other_precisions(dtype: torch.dtype, images: Tensor) -> None:
 
 
 @torch.no_grad()
+def test_bfloat16_errs_no_more_than_without_fusion_if_the_same_tokens_fuse(
+    images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[Any] = []
+    choose = modeling_mctf_vit.MCTFViTLayer._choose
+
+    def remember(*args: Any) -> Any:
+        chosen.append(choose(*args))
+        return chosen[-1]
+
+    model, errors = tiny_model().to(torch.bfloat16), []
+    for r in (0, 8):
+        monkeypatch.setattr(modeling_mctf_vit.MCTFViTLayer, "_choose", remember)
+        expected = model.float()(images, r=r).logits
+        monkeypatch.setattr(modeling_mctf_vit.MCTFViTLayer, "_choose", lambda *_: chosen.pop(0))
+        logits = model.to(torch.bfloat16)(images, r=r).logits
+        errors.append((logits.float() - expected).abs().mean().item())
+    assert 0 < errors[1] < 1.5 * errors[0]
+    assert not chosen
+
+
+@torch.no_grad()
 def test_under_autocast_the_same_tokens_fuse(images: Tensor) -> None:
     model = tiny_model(r=8, fusion_layers=[1])
     expected = model(images, output_fusion=True)
