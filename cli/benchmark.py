@@ -1,16 +1,12 @@
 """``mctf benchmark``: cost, speed and memory of models, measured side by side."""
 
 import json
-import os
-import platform
 import statistics
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import transformers
-from datasets import load_dataset
 from jsonargparse import ArgumentParser
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -19,7 +15,8 @@ from torch import Tensor
 from transformers import ViTImageProcessorPil
 
 from cli.contestants import Contestant, make
-from cli.measuring import peak_bytes, seconds_in_rounds
+from cli.files import check_output, open_images, replace
+from cli.measuring import machine_name, peak_bytes, seconds_in_rounds
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Row = dict[str, Any]
@@ -63,8 +60,8 @@ def benchmark(
         models: see above.
         batch_sizes: images per call, one table for each.
         image_size: height and width; unset, those of the first model.
-        images: local folder or Hub id of a dataset with a column ``image``, whose first images
-            are used; unset, random numbers.
+        images: an image, a folder of images or of a dataset, or a dataset's id on the Hub, whose
+            first images are used; unset, random numbers.
         dtype: float32, bfloat16 or float16.
         device: cpu or cuda, which is the current GPU.
         threads: threads of the CPU; unset, PyTorch's own choice.
@@ -83,10 +80,8 @@ def benchmark(
     if not batch_sizes or min(batch_sizes) < 1:
         raise ValueError(f"batch_sizes={batch_sizes!r} is not allowed: each is at least 1")
     for file, suffix in ((output, ".json"), (plot, ".png")):
-        if file is not None and Path(file).suffix != suffix:
-            raise ValueError(f"{file} is not allowed: the file's name ends in {suffix}")
-        if file is not None and not Path(file).resolve().parent.is_dir():
-            raise FileNotFoundError(f"{file} cannot be written: its folder does not exist")
+        if file is not None:
+            check_output(file, suffix)
     if threads is not None:
         torch.set_num_threads(threads)
     contestants: list[Contestant] = []
@@ -105,19 +100,10 @@ def benchmark(
         rows += measured
     if output is not None:
         text = json.dumps({"environment": environment, "results": rows}, indent=2)
-        _replace(output, lambda draft: draft.write_text(text + "\n"))
+        replace(output, lambda draft: draft.write_text(text + "\n"))
     if plot is not None:
         figure = _plot(rows, environment)
-        _replace(plot, lambda draft: figure.savefig(draft, dpi=120, format="png"))
-
-
-def _replace(file: str, write: Callable[[Path], object]) -> None:
-    draft = Path(f"{file}.part")
-    try:
-        write(draft)
-        os.replace(draft, file)
-    finally:
-        draft.unlink(missing_ok=True)
+        replace(plot, lambda draft: figure.savefig(draft, dpi=120, format="png"))
 
 
 @torch.inference_mode()
@@ -165,23 +151,15 @@ def _percentile(values: list[float], percent: int) -> float:
 def _pixel_values(images: str | None, count: int, size: int) -> Tensor:
     if images is None:
         return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
-    splits = load_dataset(images)
-    rows = splits[next(iter(splits))]
-    if "image" not in rows.column_names:
-        raise ValueError(f"{images} has no column 'image', only {rows.column_names}")
-    if len(rows) < count:
-        raise ValueError(f"{images} has {len(rows)} images: batches of {count} need as many")
     processor = ViTImageProcessorPil(size={"height": size, "width": size})
-    rgb = [image.convert("RGB") for image in rows[:count]["image"]]
-    return processor(rgb, return_tensors="pt")["pixel_values"]
+    return processor(open_images(images, count), return_tensors="pt")["pixel_values"]
 
 
 def _environment(
     device: str, dtype: str, size: int, images: str | None, rounds: int
 ) -> dict[str, Any]:
-    cuda = device.startswith("cuda")
     return {
-        "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
+        "device": machine_name(device),
         "threads": torch.get_num_threads(),
         "dtype": dtype,
         "image_size": size,

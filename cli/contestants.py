@@ -1,23 +1,21 @@
 """Models that ``mctf benchmark`` compares, made from words such as ``deit_s,r=16,compile``."""
 
-import copy
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageClassification, ViTForImageClassification
 
+from cli.models import FUSION, parse, resolve
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
-from mctf_hf.configuration_mctf import FusionConfigMixin, as_pair
-from mctf_hf.cost import multiply_accumulates, resolve_r
+from mctf_hf.configuration_mctf import as_pair
+from mctf_hf.cost import multiply_accumulates
 from mctf_hf.presets import PRESETS, preset
 
-FUSION = tuple(field.name for field in fields(FusionConfigMixin))
-SETTINGS = (*FUSION, "attn_implementation", "compile", "slice")
+SETTINGS = ("attn_implementation", "compile", "slice")
 
 
 @dataclass
@@ -50,13 +48,19 @@ def make(words: str, image_size: int | None, dtype: torch.dtype, device: str) ->
     Raises:
         ValueError: for an unknown name or setting, or a value that is not allowed.
     """
-    name, settings = _parse(words)
+    name, settings = parse(words, SETTINGS)
     compiled, slice_size = settings.pop("compile", False), settings.pop("slice", None)
+    if slice_size is not None and (
+        slice_size is True or not isinstance(slice_size, int) or slice_size < 1
+    ):
+        raise ValueError(
+            f"slice={slice_size!r} of {words!r} is not allowed: it is a count of images"
+        )
     attention = {k: settings.pop(k) for k in ("attn_implementation",) if k in settings}
     torch.manual_seed(0)
     if name in PRESETS:
         sizes = {} if image_size is None else {"image_size": image_size}
-        settings = _resolved(preset(name, **sizes), settings, image_size)
+        settings = resolve(preset(name, **sizes), settings, image_size)
         config = preset(name, **sizes, **settings)
         if settings:
             model = MCTFViTForImageClassification._from_config(config, **attention)
@@ -68,7 +72,7 @@ def make(words: str, image_size: int | None, dtype: torch.dtype, device: str) ->
         plain_type = AutoConfig.from_pretrained(name).model_type
         config = MCTFViTConfig.from_pretrained(name)
         if settings or plain_type == MCTFViTConfig.model_type:
-            settings = _resolved(config, settings, image_size)
+            settings = resolve(config, settings, image_size)
             model = MCTFViTForImageClassification.from_pretrained(name, **settings, **attention)
             config = model.config
         else:
@@ -107,35 +111,6 @@ class Classifier(nn.Module):
         parts = pixel_values.split(self.slice_size or len(pixel_values))
         logits = [self.model(part, **self.options).logits for part in parts]
         return torch.cat(logits) if len(logits) > 1 else logits[0]
-
-
-def _parse(words: str) -> tuple[str, dict[str, Any]]:
-    name, *pairs = re.split(r",(?![^\[]*\])", words)  # not at the commas of a list
-    settings: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if key not in SETTINGS:
-            raise ValueError(
-                f"setting {key!r} of {words!r} is not known: it is one of {', '.join(SETTINGS)}"
-            )
-        settings[key] = yaml.safe_load(value) if equals else True
-    size = settings.get("slice", 1)
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise ValueError(f"slice={size!r} of {words!r} is not allowed: it is a count of images")
-    return name, settings
-
-
-def _resolved(config: MCTFViTConfig, settings: dict[str, Any], size: int | None) -> dict[str, Any]:
-    """The settings, with an r that is given as a budget worked out."""
-    if not isinstance(settings.get("r"), str):
-        return settings
-    config = copy.deepcopy(config)
-    config.r = 0
-    for key, value in settings.items():
-        if key != "r":
-            setattr(config, key, value)
-    config.validate()
-    return {**settings, "r": resolve_r(config, settings["r"], image_size=size)}
 
 
 def _mode(compiled: Any) -> str | None:

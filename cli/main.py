@@ -39,7 +39,8 @@ def main(args: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if args is None else args)
     try:
         if words and words[0] in COMMANDS:
-            COMMANDS[words[0]](words[1:])
+            options = [re.sub(r"^--[\w-]+", _underscored, word) for word in words[1:]]
+            COMMANDS[words[0]](options)
         else:
             finetuning(args)
     except EXPECTED as error:
@@ -47,6 +48,11 @@ def main(args: Sequence[str] | None = None) -> None:
             raise
         print(f"mctf: error: {_message(error)}\n(MCTF_DEBUG=1 shows where)", file=sys.stderr)
         sys.exit(1)
+
+
+def _underscored(option: re.Match) -> str:
+    """``--dry-run`` is ``--dry_run``."""
+    return "--" + option[0][2:].replace("-", "_")
 
 
 def _message(error: BaseException) -> str:

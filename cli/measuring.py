@@ -1,8 +1,11 @@
 """Speed and memory of models, side by side in one process."""
 
+import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -72,3 +75,16 @@ def peak_bytes(run: Run, *, device: str = "cpu") -> int:
 def images_per_second(runs: Sequence[Run], batch: int, rounds: int = 20) -> list[float]:
     """Median speed of each of ``runs``, which classify ``batch`` images."""
     return [batch / statistics.median(times) for times in seconds_in_rounds(runs, rounds=rounds)]
+
+
+def machine_name(device: str = "cpu") -> str:
+    """What a figure was measured on: the processor's or the GPU's own name."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    named = (
+        re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.M)
+        if cpuinfo.exists()
+        else None
+    )
+    return named[1].strip() if named else platform.processor() or platform.machine()

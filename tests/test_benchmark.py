@@ -106,7 +106,10 @@ def test_a_budget_counts_the_images_as_they_are(tiny_folder: Path) -> None:
         (["deit_t", "--plot", "speed.jpg"], "speed.jpg is not allowed: the file's name ends in"),
         (["deit_t,reduction=none,r=8"], "r=8 has no effect with reduction='none'"),
         (["deit_t", "--output", "no/o.json"], "no/o.json cannot be written: its folder does not"),
-        (["deit_t", "--images", DIGITS, "--batch_sizes", "[99999]"], "batches of 99999 need as"),
+        (
+            ["deit_t", "--images", DIGITS, "--batch_sizes", "[99999]"],
+            "not the 99999 that are needed",
+        ),
     ],
 )
 def test_mistakes_are_told_in_a_line(

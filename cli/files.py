@@ -1,0 +1,63 @@
+"""Files in and out: images of any source, results that appear whole or not at all."""
+
+import os
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+from datasets import load_dataset
+from PIL import Image
+
+from lightning_modules.data import read_image
+
+
+def check_output(file: str, *suffixes: str) -> Path:
+    """The path of a file to be written, if its name and folder are right.
+
+    Raises:
+        ValueError: if its name ends otherwise.
+        FileNotFoundError: if its folder does not exist.
+    """
+    path = Path(file)
+    if path.suffix not in suffixes:
+        raise ValueError(f"{file} is not allowed: the file's name ends in {' or '.join(suffixes)}")
+    if not path.resolve().parent.is_dir():
+        raise FileNotFoundError(f"{file} cannot be written: its folder does not exist")
+    return path
+
+
+def replace(file: str | Path, write: Callable[[Path], object]) -> None:
+    """Write a file beside its place and put it there when it is whole."""
+    file = Path(file)
+    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        write(draft)
+        os.replace(draft, file)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def open_images(source: str, count: int | None = None) -> list[Image.Image]:
+    """Images in RGB, in their order.
+
+    Args:
+        source: an image file, a folder of images or of parquet files, or a dataset's id on the
+            Hub, whose test, validation or only split with a column ``image`` is read.
+        count: how many; unset, all of them.
+
+    Raises:
+        ValueError: if there is no column ``image``, or fewer images than asked for.
+        OSError: for a file that holds no image, or a source that does not exist.
+    """
+    if os.path.isfile(source):
+        images = [read_image(source)]
+    else:
+        splits = load_dataset(source)
+        preferred = [name for name in ("test", "validation") if name in splits]
+        rows = splits[(preferred or list(splits))[0]]
+        if "image" not in rows.column_names:
+            raise ValueError(f"{source} has no column 'image', only {rows.column_names}")
+        images = [row["image"].convert("RGB") for row in islice(rows, count)]
+    if count is not None and len(images) < count:
+        raise ValueError(f"{source} has {len(images)} images, not the {count} that are needed")
+    return images

@@ -1,0 +1,71 @@
+"""Models named on the command line with settings of fusion: ``my/model,r=8,tau_info=10``."""
+
+import copy
+import re
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+import yaml
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
+from mctf_hf.configuration_mctf import FusionConfigMixin
+from mctf_hf.cost import resolve_r
+
+FUSION = tuple(field.name for field in fields(FusionConfigMixin))
+
+
+def parse(words: str, more: Sequence[str] = ()) -> tuple[str, dict[str, Any]]:
+    """Take ``NAME[,setting=value…]`` apart; a setting without value is true.
+
+    Args:
+        more: settings that are allowed beside those of fusion.
+
+    Raises:
+        ValueError: for an unknown setting.
+    """
+    name, *pairs = re.split(r",(?![^\[]*\])", words)  # not at the commas of a list
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if key not in (*FUSION, *more):
+            raise ValueError(
+                f"setting {key!r} of {words!r} is not known: it is one of "
+                f"{', '.join((*FUSION, *more))}"
+            )
+        settings[key] = yaml.safe_load(value) if equals else True
+    return name, settings
+
+
+def resolve(
+    config: MCTFViTConfig, settings: dict[str, Any], image_size: int | None = None
+) -> dict[str, Any]:
+    """The settings, with an r that is given as a budget worked out."""
+    if not isinstance(settings.get("r"), str):
+        return settings
+    config = copy.deepcopy(config)
+    config.r = 0
+    for key, value in settings.items():
+        if key != "r":
+            setattr(config, key, value)
+    config.validate()
+    return {**settings, "r": resolve_r(config, settings["r"], image_size=image_size)}
+
+
+def load(words: str) -> tuple[MCTFViTForImageClassification, Any]:
+    """A model for inference and its image processor, from ``NAME[,setting=value…]``.
+
+    Args:
+        words: NAME is a local folder or an id on the Hub, of this library's models or plain ViTs.
+
+    Raises:
+        ValueError: for an unknown setting, or a value that is not allowed.
+        OSError: if there is no such model.
+    """
+    name, settings = parse(words)
+    settings = resolve(MCTFViTConfig.from_pretrained(name), settings)
+    processor = AutoImageProcessor.from_pretrained(name, backend="pil")
+    model = MCTFViTForImageClassification.from_pretrained(name, **settings)
+    model.config.tokens_fused(model.config.num_tokens(), settings.get("r"))  # does it have effect?
+    return model.eval(), processor
