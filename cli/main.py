@@ -9,13 +9,14 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import StrictDataclassError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from cli import benchmark, demo
+from cli import benchmark, demo, push
 from cli.finetuning import finetuning
 
 # Commands beside those of Lightning, which take the words that follow theirs.
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "demo": demo.main,
     "benchmark": benchmark.main,
+    "push": push.main,
 }
 
 # What a user can mend: a setting, a file, a dataset, the memory.

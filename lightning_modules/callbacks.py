@@ -9,10 +9,11 @@ from typing import Any
 
 import lightning as L
 import torch
+import transformers
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback, Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from mctf_hf.hub import check_folder, save
+from mctf_hf.hub import TRAINING, check_folder, save
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -77,7 +78,8 @@ class HuggingFaceFolder(Callback):
             pl_module.load_state_dict(state)
         if trainer.is_global_zero:
             folder = self.folder or os.path.join(log_dir, "huggingface")
-            save(pl_module.model, pl_module.image_processor, folder)
+            record = json.dumps(training_record(trainer, pl_module), indent=2) + "\n"
+            save(pl_module.model, pl_module.image_processor, folder, files={TRAINING: record})
             rank_zero_info(f"Hugging Face model ({weights or 'last weights'}): {folder}")
 
     def _best_checkpoint(self, trainer: L.Trainer) -> str | None:
@@ -87,6 +89,32 @@ class HuggingFaceFolder(Callback):
             if isinstance(callback, ModelCheckpoint) and callback.monitor:
                 return callback.best_model_path or None
         return None
+
+
+def training_record(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+    """The settings of a training that somebody needs to repeat it, by name.
+
+    Local folders go by their last name alone: the record is there to be published.
+    """
+    data = trainer.datamodule
+    names = ("dataset", "name", "revision", "train_split", "batch_size", "crop", "flip")
+    record = {name: getattr(data, name, None) for name in names}
+    record |= {name: value for name, value in pl_module.hparams.items() if name[0] != "_"}
+    record |= {
+        "epochs": trainer.current_epoch,
+        "steps": trainer.global_step,
+        "processes": trainer.world_size,
+        "accumulate_grad_batches": trainer.accumulate_grad_batches,
+        "gradient_clip_val": trainer.gradient_clip_val,
+        "precision": str(trainer.precision),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "lightning": L.__version__,
+    }
+    for name in ("pretrained", "dataset"):
+        if record[name] is not None and os.path.exists(record[name]):
+            record[name] = Path(record[name]).resolve().name
+    return {name: value for name, value in record.items() if value is not None}
 
 
 class PredictionFile(BasePredictionWriter):

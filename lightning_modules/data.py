@@ -107,7 +107,7 @@ class HFImageDataModule(L.LightningDataModule):
             self._sets["predict"] = ImageFolder(self._image_files(), processor)
             return
         if stage == "test":
-            self._sets["test"] = LabelledImages(self._open(self.test_split), Process(processor))
+            self._sets["test"] = LabelledImages(self.rows(self.test_split), Process(processor))
         elif not self._sets.keys() >= ({"train", "val"} if stage == "fit" else {"val"}):
             self._open_train_and_val(processor, train=stage == "fit")
         self._check_labels(model.num_labels)
@@ -116,9 +116,9 @@ class HFImageDataModule(L.LightningDataModule):
         val_split = self.val_split
         if val_split is None and "validation" in self._splits():
             val_split = "validation"
-        train_rows = self._open(self.train_split) if train or val_split is None else None
+        train_rows = self.rows(self.train_split) if train or val_split is None else None
         if val_split is not None:
-            val_rows, kept, held_out = self._open(val_split), None, None
+            val_rows, kept, held_out = self.rows(val_split), None, None
         else:
             val_rows = train_rows
             order = np.random.default_rng([self.seed, len(val_rows)]).permutation(len(val_rows))
@@ -149,7 +149,13 @@ class HFImageDataModule(L.LightningDataModule):
             raise FileNotFoundError(f"dataset={self.dataset!r}: there is no such folder")
         return get_dataset_split_names(self.dataset, self.name, revision=self.revision)
 
-    def _open(self, split: str) -> "Rows":
+    def rows(self, split: str) -> "Rows":
+        """Open a split.
+
+        Raises:
+            ValueError: for a split or column that is missing.
+            FileNotFoundError: for a folder that is missing.
+        """
         splits = self._splits()
         if split not in splits:
             raise ValueError(f"{self.dataset} has no split {split!r}: it has {', '.join(splits)}")
@@ -159,16 +165,9 @@ class HFImageDataModule(L.LightningDataModule):
     def _check_labels(self, num_labels: int) -> None:
         """Compare the labels of all open splits with the model's classes."""
         for images in self._sets.values():
-            if not isinstance(images, LabelledImages):
-                continue
-            labels = images.rows.labels
-            wrong = np.flatnonzero((labels < 0) | (labels >= num_labels))
-            if len(wrong):
-                raise ValueError(
-                    f"row {wrong[0]} of {images.rows.origin} has the label {labels[wrong[0]]}: the "
-                    f"model has the classes 0 to {num_labels - 1} (set num_labels for a new head)"
-                )
-            self.label_names = images.rows.label_names
+            if isinstance(images, LabelledImages):
+                images.rows.check_labels(num_labels)
+                self.label_names = images.rows.label_names
 
     def _image_files(self) -> list[Path]:
         if self.predict_folder is None:
@@ -276,6 +275,19 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def check_labels(self, num_labels: int) -> None:
+        """Compare the labels with the number of a model's classes.
+
+        Raises:
+            ValueError: for the first label that the model lacks.
+        """
+        wrong = np.flatnonzero((self.labels < 0) | (self.labels >= num_labels))
+        if len(wrong):
+            raise ValueError(
+                f"row {wrong[0]} of {self.origin} has the label {self.labels[wrong[0]]}: the "
+                f"model has the classes 0 to {num_labels - 1} (set num_labels for a new head)"
+            )
 
     def image(self, index: int) -> Image.Image:
         """The image of a row, in RGB.

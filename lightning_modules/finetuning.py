@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -17,7 +16,7 @@ from lightning_modules.pretrained import load_or_make
 from mctf_hf import MCTFViTConfig
 from mctf_hf.configuration_mctf import TokensFused
 from mctf_hf.cost import resolve_r
-from mctf_hf.losses import TokenReductionConsistency
+from mctf_hf.losses import TokenReductionConsistency, mix_seed, teacher_limit, teacher_r
 
 Batch = dict[str, Any]
 
@@ -110,7 +109,7 @@ class MCTFFinetuner(L.LightningModule):
                 f"r={r!r} has no effect with reduction='none', which pretrained or the settings "
                 "say: set reduction, or leave r unset"
             )
-        self.r_max = _teacher_limit(self.model.config, r_max)
+        self.r_max = teacher_limit(self.model.config, r_max)
         self.num_labels: int = self.model.config.num_labels
         self.loss = TokenReductionConsistency(
             teacher_weight, consistency_weight, confidence_threshold, label_smoothing
@@ -142,33 +141,23 @@ class MCTFFinetuner(L.LightningModule):
         names = getattr(self.trainer.datamodule, "label_names", None)
         if names is None or len(names) != self.num_labels:
             return
-        own = [config.id2label[i] for i in range(self.num_labels)]
-        if own != names and sorted(own) == sorted(names):
-            raise ValueError(
-                f"the dataset's classes {names} are the model's {own} in another order: reorder "
-                "them (datasets' align_labels_with_mapping), or set num_labels for a new head"
-            )
+        check_order(config, names)
         if stage == "fit":
             config.id2label = dict(enumerate(names))
             config.label2id = {name: i for i, name in enumerate(names)}
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        torch.manual_seed(_mix(self.hparams["seed"], self._step(), self.global_rank + 1))
+        torch.manual_seed(mix_seed(self.hparams["seed"], self._step(), self.global_rank + 1))
 
     def _step(self) -> int:
         return self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
-
-    def teacher_r(self, step: int) -> int:
-        """The teacher's r in a step, the same in every process: uniform in {0, …, r_max - 1}."""
-        generator = torch.Generator().manual_seed(_mix(self.hparams["seed"], step, 0))
-        return int(torch.randint(self.r_max, (), generator=generator))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         labels = batch["labels"]
         embedded = self.model.base_model.embeddings(batch["pixel_values"])  # for both passes
         student = self(inputs_embeds=embedded)
         if self.r_max:
-            r = self.teacher_r(self._step())
+            r = teacher_r(self.hparams["seed"], self._step(), self.r_max)
             teacher = self(inputs_embeds=embedded, r=r)
             total, *parts = self.loss(
                 student.logits, student.class_token, teacher.logits, teacher.class_token, labels
@@ -256,11 +245,6 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
     ]
 
 
-def _mix(*numbers: int) -> int:
-    """One seed out of several numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-
-
 def _check_numbers(**settings: tuple[float | None, float, float]) -> None:
     """Raise ValueError for the first (value, low, high) out of its range; None is in any."""
     for name, (value, low, high) in settings.items():
@@ -269,18 +253,11 @@ def _check_numbers(**settings: tuple[float | None, float, float]) -> None:
             raise ValueError(f"{name}={value!r} is not allowed: it is at least {low}{limit}")
 
 
-def _teacher_limit(config: MCTFViTConfig, r_max: int | None) -> int:
-    """The teacher's r stays below this: ``r_max``, or half of the most that a layer fuses.
-
-    Raises:
-        ValueError: if the teacher could fuse more than the student.
-    """
-    most = max(config.tokens_fused(config.num_tokens()))
-    if r_max is None:
-        return most // 2
-    if not 0 <= r_max <= most:
+def check_order(config: MCTFViTConfig, names: list[str]) -> None:
+    """Raise ValueError if a dataset has the model's classes, but in another order."""
+    own = [config.id2label[i] for i in range(config.num_labels)]
+    if own != names and sorted(own) == sorted(names):
         raise ValueError(
-            f"r_max={r_max!r} is not allowed: it is at least 0 (no teacher) and at most {most}, "
-            "what the student's layers fuse"
+            f"the dataset's classes {names} are the model's {own} in another order: reorder "
+            "them (datasets' align_labels_with_mapping), or set num_labels for a new head"
         )
-    return r_max

@@ -3,11 +3,14 @@
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import ViTConfig
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 TokensFused = int | float | list[int | float]
 
@@ -174,6 +177,10 @@ def as_pair(value: Any) -> tuple[int, int]:
     return tuple(value) if isinstance(value, (list, tuple)) else (value, value)
 
 
+# What transformers writes to a config.json beside the fields of the configuration.
+_NOT_FIELDS = {"auto_map", "model_type", "quantization_config", "torch_dtype"}
+
+
 @strict
 class MCTFViTConfig(FusionConfigMixin, ViTConfig):
     """Configuration of a Vision Transformer (ViT, DeiT) that fuses tokens.
@@ -206,6 +213,14 @@ class MCTFViTConfig(FusionConfigMixin, ViTConfig):
                 f"{cls.__name__} loads the types 'vit' (ViT, DeiT without distillation token) and "
                 f"{cls.model_type!r}"
             )
+        if model_type == cls.model_type:
+            known = {field.name for field in fields(cls)} | _NOT_FIELDS
+            unknown = sorted(name for name in set(settings) - known if not name.startswith("_"))
+            if unknown:
+                logger.warning_once(
+                    f"{pretrained_model_name_or_path} has settings that this version does not know "
+                    f"and that have no effect: {', '.join(unknown)}. A newer version wrote it"
+                )
         return {**settings, "model_type": cls.model_type}, kwargs
 
     def num_tokens(self, image_size: int | tuple[int, int] | None = None) -> int:

@@ -2,9 +2,12 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from .configuration_mctf import MCTFViTConfig
 
 
 class ConsistencyLoss(NamedTuple):
@@ -92,3 +95,31 @@ def label_probability(logits: Tensor, labels: Tensor) -> Tensor:
     if labels.ndim == 1:
         return probability.gather(1, labels[:, None]).squeeze(1)
     return (probability * (labels > 0)).sum(1)
+
+
+def teacher_r(seed: int, step: int, r_max: int) -> int:
+    """The teacher's r in a step, the same in every process: uniform in {0, …, r_max - 1}."""
+    generator = torch.Generator().manual_seed(mix_seed(seed, step, 0))
+    return int(torch.randint(r_max, (), generator=generator))
+
+
+def teacher_limit(config: MCTFViTConfig, r_max: int | None) -> int:
+    """The teacher's r stays below this: ``r_max``, or half of the most that a layer fuses.
+
+    Raises:
+        ValueError: if the teacher could fuse more than the student.
+    """
+    most = max(config.tokens_fused(config.num_tokens()))
+    if r_max is None:
+        return most // 2
+    if not 0 <= r_max <= most:
+        raise ValueError(
+            f"r_max={r_max!r} is not allowed: it is at least 0 (no teacher) and at most {most}, "
+            "what the student's layers fuse"
+        )
+    return r_max
+
+
+def mix_seed(*numbers: int) -> int:
+    """One seed out of several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

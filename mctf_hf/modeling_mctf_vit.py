@@ -32,6 +32,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention import Attention, FusionAttentionMixin
 from .configuration_mctf import MCTFViTConfig, TokensFused
+from .downloads import checked_downloads
 from .fusion import Reduction, compose, fuse, fuse_sizes, images_rows
 from .reducers import Signal, Stage, build_reducer
 
@@ -213,6 +214,20 @@ class MCTFPreTrainedMixin:
     # Proportional attention adds a number to the scores, which these kernels cannot.
     _supports_flash_attn = False
     _supports_flex_attn = False
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Load as every transformers model does; weights that are downloaded are checked.
+
+        Raises:
+            OSError: for weights that arrived damaged, besides what transformers raises.
+        """
+        if pretrained_model_name_or_path is None:
+            return super().from_pretrained(None, *args, **kwargs)
+        with checked_downloads(pretrained_model_name_or_path, kwargs.get("cache_dir")):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Save as every transformers model does, along with the code that a stranger needs.

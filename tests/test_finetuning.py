@@ -16,6 +16,7 @@ from lightning_modules import HFImageDataModule, MCTFFinetuner
 from lightning_modules.finetuning import parameter_groups
 from mctf_hf import MCTFViTForImageClassification
 from mctf_hf.cost import multiply_accumulates
+from mctf_hf.losses import teacher_r
 from tests.conftest import DIGITS, TINY, tiny_model
 
 
@@ -41,13 +42,11 @@ def digits(**settings: Any) -> HFImageDataModule:
     return HFImageDataModule(DIGITS, **{"batch_size": 16, "num_workers": 0, **settings})
 
 
-def test_the_teachers_r_is_uniform_and_follows_from_seed_and_step(tiny_folder: Path) -> None:
-    module = MCTFFinetuner(str(tiny_folder), r=6, r_max=4, seed=1)
-    drawn = [module.teacher_r(step) for step in range(2000)]
-    assert drawn == [module.teacher_r(step) for step in range(2000)]
+def test_the_teachers_r_is_uniform_and_follows_from_seed_and_step() -> None:
+    drawn = [teacher_r(1, step, 4) for step in range(2000)]
+    assert drawn == [teacher_r(1, step, 4) for step in range(2000)]
     assert all(440 < drawn.count(r) < 560 for r in range(4)) and max(drawn) == 3
-    other = MCTFFinetuner(str(tiny_folder), r=6, r_max=4, seed=2)
-    assert drawn != [other.teacher_r(step) for step in range(2000)]
+    assert drawn != [teacher_r(2, step, 4) for step in range(2000)]
 
 
 def test_norms_biases_positions_and_class_token_do_not_decay() -> None:

@@ -1,0 +1,145 @@
+"""What a model costs, how fast and how accurate it is, with its own and with other r."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import ViTForImageClassification
+
+from cli.measuring import images_per_second, machine_name
+from cli.models import FUSION
+from lightning_modules.data import HFImageDataModule, LabelledImages, Process
+from lightning_modules.finetuning import check_order
+from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
+from mctf_hf.configuration_mctf import TokensFused, as_pair
+from mctf_hf.cost import multiply_accumulates, r_for_budget
+from mctf_hf.model_card import Evaluation, Measurement
+
+BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5)
+
+
+def open_labelled(
+    dataset: str,
+    split: str,
+    max_images: int | None,
+    model: MCTFViTForImageClassification,
+    processor: Any,
+) -> LabelledImages:
+    """A split of a dataset, or evenly spaced rows of it, as the model wants its images.
+
+    Raises:
+        ValueError: for a split or columns that are missing, or labels that are not the model's.
+    """
+    rows = HFImageDataModule(dataset).rows(split)
+    rows.check_labels(model.num_labels)
+    if rows.label_names is not None and len(rows.label_names) == model.num_labels:
+        check_order(model.config, rows.label_names)
+    count = min(max_images or len(rows), len(rows))
+    indices = np.linspace(0, len(rows), count, endpoint=False).astype(int)
+    return LabelledImages(rows, Process(processor), indices=indices)
+
+
+@torch.inference_mode()
+def evaluate(
+    model: MCTFViTForImageClassification,
+    images: LabelledImages | None,
+    *,
+    batch_size: int,
+    rounds: int = 10,
+) -> Evaluation:
+    """Measure a model beside the plain model of transformers with the same weights.
+
+    Args:
+        images: for accuracy, and for speed; unset, speed alone is measured on random numbers.
+        batch_size: images per call when speed is measured.
+        rounds: timings of each setting, whose median counts.
+    """
+    config = model.config
+    settings = _sweep(config)
+    pixel_values = _pixel_values(config, images, batch_size)
+    plain = plain_model(model)
+    runs: list[Callable[[], object]] = [lambda: plain(pixel_values)]
+    runs += [lambda r=r: model(pixel_values, r=r) for r in settings.values()]
+    speeds = images_per_second(runs, len(pixel_values), rounds=rounds)
+    accuracies = [None] * len(runs) if images is None else _accuracies(model, images, settings)
+
+    named = {"no fusion (plain ViT)": 0, **settings}
+    measured = [
+        Measurement(
+            name=name,
+            r=r,
+            gmacs=multiply_accumulates(config, r=r) / 1e9,
+            images_per_second=speed,
+            ratio=speed / speeds[0],
+            accuracy=accuracy,
+        )
+        for (name, r), speed, accuracy in zip(named.items(), speeds, accuracies, strict=True)
+    ]
+    return Evaluation(
+        plain=measured[0],
+        own=measured[1],
+        others=measured[2:],
+        batch_size=len(pixel_values),
+        machine=f"{machine_name()}, {torch.get_num_threads()} threads, "
+        f"{str(model.dtype).removeprefix('torch.')}, PyTorch {torch.__version__}, "
+        f"transformers {transformers.__version__}",
+        num_images=0 if images is None else len(images),
+    )
+
+
+def plain_model(model: MCTFViTForImageClassification) -> ViTForImageClassification:
+    """The model of transformers with the same weights, without fusion."""
+    known = {
+        name: value
+        for name, value in model.config.to_dict().items()
+        if name not in (*FUSION, "model_type", "auto_map", "architectures")
+    }
+    plain = ViTForImageClassification(ViTForImageClassification.config_class(**known))
+    plain.load_state_dict(model.state_dict())
+    return plain.to(model.dtype).eval()
+
+
+def _sweep(config: MCTFViTConfig) -> dict[str, TokensFused]:
+    """Settings by name: the own one, and the r that meet a few budgets."""
+    own = config.r if config.reduction != "none" else 0
+    settings: dict[str, TokensFused] = {f"**r {own}, as configured**": own}
+    if config.reduction == "none":
+        return settings
+    tokens = config.num_tokens()
+    known = {config.tokens_fused(tokens, own)}
+    for budget in BUDGETS:
+        try:
+            r = r_for_budget(config, budget)[0]
+        except ValueError:  # these layers can't fuse as much
+            break
+        if config.tokens_fused(tokens, r) not in known:
+            known.add(config.tokens_fused(tokens, r))
+            settings[f"r {r}"] = r
+    return settings
+
+
+def _pixel_values(config: MCTFViTConfig, images: LabelledImages | None, batch_size: int) -> Tensor:
+    if images is None:
+        height, width = as_pair(config.image_size)
+        return torch.randn(batch_size, config.num_channels, height, width)
+    count = min(batch_size, len(images))
+    return torch.stack([images[i]["pixel_values"] for i in range(count)])
+
+
+def _accuracies(
+    model: MCTFViTForImageClassification,
+    images: LabelledImages,
+    settings: dict[str, TokensFused],
+) -> list[float]:
+    """Fraction of images classified right without fusion, and by setting."""
+    rs: Sequence[TokensFused] = [0, *settings.values()]
+    right = torch.zeros(len(rs))
+    for batch in DataLoader(images, batch_size=64, num_workers=2):
+        for i, r in enumerate(rs):
+            predicted = model(batch["pixel_values"].to(model.dtype), r=r).logits.argmax(-1)
+            right[i] += (predicted == batch["labels"]).sum()
+    return (right / len(images)).tolist()

@@ -1,0 +1,184 @@
+"""The page that goes with a model on the Hub: what it is, how to load it, what was measured."""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .configuration_mctf import FusionConfigMixin, MCTFViTConfig, TokensFused
+from .cost import multiply_accumulates
+
+TEMPLATE = Path(__file__).with_name("model_card.md")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method of token reduction and where it comes from."""
+
+    name: str
+    arxiv: str
+    citation: str
+
+
+METHODS = {
+    "mctf": Method(
+        "Multi-criteria Token Fusion",
+        "2403.10030",
+        """@inproceedings{lee2024mctf,
+  title     = {Multi-criteria Token Fusion with One-step-ahead Attention for Efficient Vision
+               Transformers},
+  author    = {Lee, Sanghyeok and Choi, Joonmyung and Kim, Hyunwoo J.},
+  booktitle = {Conference on Computer Vision and Pattern Recognition (CVPR)},
+  year      = {2024}
+}""",
+    ),
+    "tome": Method(
+        "Token Merging",
+        "2210.09461",
+        """@inproceedings{bolya2023tome,
+  title     = {Token Merging: Your {ViT} but Faster},
+  author    = {Bolya, Daniel and Fu, Cheng-Yang and Dai, Xiaoliang and Zhang, Peizhao and
+               Feichtenhofer, Christoph and Hoffman, Judy},
+  booktitle = {International Conference on Learning Representations (ICLR)},
+  year      = {2023}
+}""",
+    ),
+}
+
+
+@dataclass
+class Measurement:
+    """A model with one setting of fusion.
+
+    Attributes:
+        name: of the setting.
+        r: tokens fused per layer, as the configuration takes it; 0 for the plain model.
+        gmacs: 1e9 multiply-accumulates of one image.
+        images_per_second: median speed.
+        ratio: that speed over the plain model's, in the same run.
+        accuracy: fraction of images classified right; ``None`` if it was not measured.
+    """
+
+    name: str
+    r: TokensFused
+    gmacs: float
+    images_per_second: float
+    ratio: float
+    accuracy: float | None = None
+
+
+@dataclass
+class Evaluation:
+    """What was measured of a model, and on what.
+
+    Attributes:
+        plain: the model of transformers with the same weights, without fusion.
+        own: the model as it is configured.
+        others: the model with other r.
+        dataset: id on the Hub or name of the dataset; ``None`` if accuracy was not measured.
+        split: of the dataset.
+        num_images: that accuracy was measured on.
+        batch_size: images per call when speed was measured.
+        machine: name of the processor, its threads in use and the versions of libraries.
+    """
+
+    plain: Measurement
+    own: Measurement
+    others: list[Measurement]
+    batch_size: int
+    machine: str
+    dataset: str | None = None
+    split: str | None = None
+    num_images: int = 0
+
+    def rows(self) -> list[Measurement]:
+        """All measurements, the most expensive first."""
+        return sorted((self.plain, self.own, *self.others), key=lambda row: -row.gmacs)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+
+def make_card(
+    repo_id: str,
+    config: MCTFViTConfig,
+    *,
+    license: str,
+    evaluation: Evaluation | None = None,
+    base_model: str | None = None,
+    datasets: list[str] | None = None,
+    training: dict[str, Any] | None = None,
+    picture: str | None = None,
+) -> ModelCard:
+    """Write a model's card.
+
+    Args:
+        repo_id: ``organisation/name`` of the model on the Hub.
+        license: identifier of the weights' license, such as ``apache-2.0``.
+        evaluation: what was measured of it.
+        base_model: id of the model on the Hub that it was made from.
+        datasets: ids of the datasets on the Hub that it was trained on.
+        training: settings of its training by name.
+        picture: file beside the card that shows fused tokens.
+    """
+    results = None if evaluation is None else _results(evaluation)
+    data = ModelCardData(
+        license=license,
+        base_model=base_model,
+        datasets=datasets or None,
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        tags=["vision", "vit", "token-fusion", "token-merging", "mctf", "custom_code"],
+        model_name=repo_id.split("/")[-1] if results else None,
+        eval_results=results,
+    )
+    return ModelCard.from_template(
+        data,
+        template_str=TEMPLATE.read_text(encoding="utf-8"),
+        repo_id=repo_id,
+        config=config,
+        method=METHODS.get(config.reduction),
+        settings={field.name: getattr(config, field.name) for field in fields(FusionConfigMixin)},
+        tokens=_tokens_by_layer(config),
+        base_gmacs=multiply_accumulates(config, r=0) / 1e9,
+        gmacs=multiply_accumulates(config) / 1e9,
+        evaluation=evaluation,
+        base_model=base_model,
+        training=training,
+        picture=picture,
+    )
+
+
+def _tokens_by_layer(config: MCTFViTConfig) -> list[int]:
+    """Tokens that enter the first layer, and that leave each layer."""
+    tokens = [config.num_tokens()]
+    for fused in config.tokens_fused(tokens[0]):
+        tokens.append(tokens[-1] - fused)
+    return tokens
+
+
+def _results(evaluation: Evaluation) -> list[EvalResult]:
+    """The own setting's figures, as the Hub's ``model-index`` wants them."""
+    own = evaluation.own
+    measured = [
+        ("accuracy", "Top-1 accuracy", own.accuracy),
+        ("gmacs", "10^9 multiply-accumulates per image", own.gmacs),
+        ("images_per_second", f"Images per second, {evaluation.machine}", own.images_per_second),
+        ("speedup", "Speed relative to the model without fusion", own.ratio),
+    ]
+    return [
+        EvalResult(
+            task_type="image-classification",
+            task_name="Image classification",
+            dataset_type=evaluation.dataset or "random-images",
+            dataset_name=evaluation.dataset or "Random images",
+            dataset_split=evaluation.split,
+            metric_type=kind,
+            metric_name=name,
+            metric_value=round(value, 4),
+        )
+        for kind, name, value in measured
+        if value is not None
+    ]

@@ -1,0 +1,65 @@
+"""Token-reduction consistency for those who train with transformers' ``Trainer``."""
+
+from typing import Any
+
+from torch import Tensor
+from transformers import Trainer
+
+from .losses import TokenReductionConsistency, teacher_limit, teacher_r
+
+
+class ConsistencyTrainer(Trainer):
+    """A ``Trainer`` whose training steps run the model twice, fusing much and fusing little.
+
+    MCTF (arXiv 2403.10030), section 3.4. Evaluation, saving, ``accelerate launch`` and all else is
+    the ``Trainer``'s; datasets yield ``pixel_values`` and ``labels``.
+
+    Args:
+        args, kwargs: those of ``Trainer``; the model is one for image classification of this
+            library.
+        loss: joins the two passes. Unset: the usual weights, and the label smoothing of
+            ``TrainingArguments``.
+        r_max: the teacher's r is drawn from {0, …, r_max - 1} in each step, the same in every
+            process. Unset: half of the most that a layer of the model fuses.
+
+    Raises:
+        ValueError: if the teacher could fuse more than the student, or the model fuses nothing.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        loss: TokenReductionConsistency | None = None,
+        r_max: int | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        smoothing = self.args.label_smoothing_factor
+        self.consistency = loss or TokenReductionConsistency(label_smoothing=smoothing)
+        self.r_max = teacher_limit(self.accelerator.unwrap_model(self.model).config, r_max)
+        if not self.r_max:
+            raise ValueError(
+                f"r_max={r_max!r}: without a teacher there is no consistency. Choose an r of the "
+                "model and an r_max that are above 0, or use transformers' Trainer"
+            )
+        # Its loss is a mean over the images of one batch, whatever is accumulated.
+        self.model_accepts_loss_kwargs = False
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """The consistency objective in training, the model's own loss in evaluation."""
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        images, labels = inputs["pixel_values"], inputs["labels"]
+        r = teacher_r(self.args.seed, self.state.global_step, self.r_max)
+        student = model(images, output_fusion=True)
+        teacher = model(images, r=r, output_fusion=True)
+        losses = self.consistency(
+            student.logits, student.class_token, teacher.logits, teacher.class_token, labels
+        )
+        return (losses.total, student) if return_outputs else losses.total
