@@ -52,7 +52,7 @@ class ConsistencyTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        """The consistency objective in training, the model's own loss in evaluation."""
+        """The consistency objective in training, the ``Trainer``'s own loss in evaluation."""
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         images, labels = inputs["pixel_values"], inputs["labels"]

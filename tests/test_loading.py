@@ -17,12 +17,11 @@ from transformers import (
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification, MCTFViTModel
-from mctf_hf.conversion import convert_state_dict
 from mctf_hf.hub import save
-from tests.conftest import TINY, Golden, tiny_model
+from tests.conftest import TINY, tiny_model
 
 # What a stranger runs: this library can't be imported there.
-STRANGER = """
+BLOCKED = """
 import sys
 
 class Blocked:
@@ -31,6 +30,10 @@ class Blocked:
             raise ImportError(name)
 
 sys.meta_path.insert(0, Blocked())
+"""
+STRANGER = (
+    BLOCKED
+    + """
 import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
@@ -54,6 +57,7 @@ with torch.no_grad():
         "module": type(classifier).__module__,
     }, results)
 """
+)
 
 
 @pytest.mark.parametrize("saved_by", ["classifier", "encoder"])
@@ -146,29 +150,6 @@ def test_checkpoints_of_other_architectures_and_shapes_are_refused(
         MCTFViTForImageClassification.from_pretrained(other)
     with pytest.raises(RuntimeError, match="size mismatch|mismatched"):
         MCTFViTForImageClassification.from_pretrained(tiny_folder, image_size=64)
-
-
-@torch.no_grad()
-def test_timm_names(images: Tensor) -> None:
-    weights = Golden("deit").weights("deit/model.")
-    converted = convert_state_dict(weights, source="timm")
-    report = tiny_model().load_state_dict(converted, strict=False)
-    assert not report.missing_keys and not report.unexpected_keys
-    query, key, value = weights["blocks.2.attn.qkv.weight"].chunk(3)
-    for part, expected in (("q", query), ("k", key), ("v", value)):
-        assert torch.equal(converted[f"vit.layers.2.attention.{part}_proj.weight"], expected)
-
-
-def test_what_conversion_does_not_know_is_listed() -> None:
-    weights = {
-        "cls_token": torch.zeros(1, 1, 4),
-        "head_dist.bias": torch.zeros(2),
-        "x": torch.ones(1),
-    }
-    with pytest.raises(ValueError, match=r"\['head_dist.bias', 'x'\]"):
-        convert_state_dict(weights, source="timm")
-    with pytest.raises(ValueError, match="source='keras' is not allowed: it is one of timm"):
-        convert_state_dict(weights, source="keras")
 
 
 def test_saving_replaces_a_model_whole_and_nothing_else(tmp_path: Path) -> None:
