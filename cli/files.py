@@ -37,13 +37,16 @@ def replace(file: str | Path, write: Callable[[Path], object]) -> None:
         draft.unlink(missing_ok=True)
 
 
-def open_images(source: str, count: int | None = None) -> list[Image.Image]:
+def open_images(
+    source: str, count: int | None = None, *, exactly: bool = True
+) -> list[Image.Image]:
     """Images in RGB, in their order.
 
     Args:
         source: an image file, a folder of images or of parquet files, or a dataset's id on the
             Hub, whose test, validation or only split with a column ``image`` is read.
         count: how many; unset, all of them.
+        exactly: whether fewer will not do.
 
     Raises:
         ValueError: if there is no column ``image``, or fewer images than asked for.
@@ -58,6 +61,6 @@ def open_images(source: str, count: int | None = None) -> list[Image.Image]:
         if "image" not in rows.column_names:
             raise ValueError(f"{source} has no column 'image', only {rows.column_names}")
         images = [row["image"].convert("RGB") for row in islice(rows, count)]
-    if count is not None and len(images) < count:
+    if exactly and count is not None and len(images) < count:
         raise ValueError(f"{source} has {len(images)} images, not the {count} that are needed")
     return images

@@ -9,7 +9,7 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import StrictDataclassError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from cli import benchmark, demo, push
+from cli import benchmark, demo, push, visualize
 from cli.finetuning import finetuning
 
 # Commands beside those of Lightning, which take the words that follow theirs.
@@ -17,6 +17,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "demo": demo.main,
     "benchmark": benchmark.main,
     "push": push.main,
+    "visualize": visualize.main,
 }
 
 # What a user can mend: a setting, a file, a dataset, the memory.

@@ -1,5 +1,6 @@
 """``mctf push``: a model to the Hub, with its code, its card and what was measured of it."""
 
+import io
 import json
 import re
 import tempfile
@@ -12,8 +13,11 @@ from rich.console import Console
 
 from cli.evaluation import evaluate, open_labelled
 from cli.models import load
+from lightning_modules.data import LabelledImages
+from mctf_hf import MCTFViTForImageClassification
 from mctf_hf.hub import EVALUATION, TRAINING, check_folder, loadable_files, push, save
 from mctf_hf.model_card import make_card
+from mctf_hf.visualization import contact_sheet, enlarge, fused_tokens
 
 PICTURE = "fused_tokens.png"
 
@@ -57,8 +61,8 @@ def push_model(
         license: of the weights, such as apache-2.0.
         private: see above.
         revision: branch to push to.
-        dataset: local folder or Hub id of a dataset to measure accuracy on; unset, the card says
-            that it was not measured.
+        dataset: local folder or Hub id of a dataset to measure accuracy on and to show images of;
+            unset, the card says that it was not measured.
         split: of that dataset.
         max_images: measure accuracy on so many evenly spaced images of it; unset, on all.
         batch_size: images per call when speed is measured.
@@ -95,8 +99,11 @@ def push_model(
         base_model=base_model or _hub_id(training.get("pretrained")),
         datasets=[name] if (name := _hub_id(training.get("dataset"))) else None,
         training=training,
+        picture=None if images is None else PICTURE,
     )
     files: dict[str, str | bytes] = {"README.md": str(card), EVALUATION: evaluation.to_json()}
+    if images is not None:
+        files[PICTURE] = _picture(loaded, processor, images)
     if training:
         files[TRAINING] = json.dumps(training, indent=2) + "\n"
     with tempfile.TemporaryDirectory() as draft:
@@ -114,6 +121,20 @@ def _training(folder: str) -> dict[str, Any]:
     """The record of its training that lies beside a model; empty if there is none."""
     file = Path(folder, TRAINING)
     return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def _picture(model: MCTFViTForImageClassification, processor: Any, images: LabelledImages) -> bytes:
+    """Four images beside their fused tokens, as a PNG file."""
+    chosen = [int(images.indices[i * len(images) // 4]) for i in range(min(4, len(images)))]
+    seen = fused_tokens(model, processor, [images.rows.image(row) for row in chosen])
+    pairs = [(enlarge(tokens.view), tokens.picture()) for tokens in seen]
+    per_row = min(2, len(pairs))
+    captions = ["original", f"{seen[0].num_tokens} -> {seen[0].tokens_left} tokens"] * per_row
+    rows = [sum(pairs[i : i + per_row], ()) for i in range(0, len(pairs), per_row)]
+    rows = [row for row in rows if len(row) == len(captions)]
+    file = io.BytesIO()
+    contact_sheet(captions, rows).save(file, format="PNG")
+    return file.getvalue()
 
 
 def _hub_id(name: str | None) -> str | None:

@@ -118,12 +118,7 @@ def push(
     api = api or HfApi()
     head, made = None, False
     try:
-        api.create_repo(repo_id, private=private or None, exist_ok=True)
-        if private and not api.repo_info(repo_id).private:
-            raise ValueError(
-                f"private={private!r} is not allowed: {repo_id} exists and is public. Change that "
-                "in its settings on the Hub, or name another repository"
-            )
+        _open(api, repo_id, private)
         head = _head(api, repo_id, revision)
         existing = revision if head else None
         api.preupload_lfs_files(repo_id, additions, revision=existing)
@@ -171,6 +166,20 @@ def loadable_files(folder: str | os.PathLike) -> list[Path]:
             "mctf_hf.hub.save writes one"
         )
     return [folder / name for name in sorted(names) if not name.startswith(".")]
+
+
+def _open(api: HfApi, repo_id: str, private: bool) -> None:
+    """See that the repository is there."""
+    try:
+        public = not api.repo_info(repo_id).private
+    except RepositoryNotFoundError:
+        api.create_repo(repo_id, private=private or None)
+        return
+    if private and public:
+        raise ValueError(
+            f"private={private!r} is not allowed: {repo_id} exists and is public. Change that in "
+            "its settings on the Hub, or name another repository"
+        )
 
 
 def _head(api: HfApi, repo_id: str, revision: str) -> str | None:

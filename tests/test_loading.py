@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoModel,
     AutoModelForImageClassification,
     ViTForImageClassification,
+    ViTImageProcessorPil,
 )
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
@@ -63,8 +65,6 @@ with torch.no_grad():
 @pytest.mark.parametrize("saved_by", ["classifier", "encoder"])
 @torch.no_grad()
 def test_a_stranger_loads_what_was_saved(saved_by: str, tmp_path: Path, images: Tensor) -> None:
-    from transformers import ViTImageProcessorPil
-
     model = tiny_model(r=7)
     saved = model if saved_by == "classifier" else model.vit
     folder = save(saved, ViTImageProcessorPil(size={"height": 32, "width": 32}), tmp_path / "model")
@@ -128,8 +128,6 @@ def test_plain_vit_checkpoints_with_old_and_new_names(
 
 
 def test_settings_given_to_from_pretrained_are_checked(tiny_folder: Path) -> None:
-    from huggingface_hub.errors import StrictDataclassError
-
     for settings, message in (
         ({"r": -1}, "r=-1 is not allowed"),
         ({"fusion_layers": [9]}, "fusion_layers=.9. is not allowed"),
@@ -153,8 +151,6 @@ def test_checkpoints_of_other_architectures_and_shapes_are_refused(
 
 
 def test_saving_replaces_a_model_whole_and_nothing_else(tmp_path: Path) -> None:
-    from transformers import ViTImageProcessorPil
-
     processor = ViTImageProcessorPil()
     folder = save(tiny_model(), processor, tmp_path / "model")
     (folder / "notes.txt").write_text("mine")
@@ -167,8 +163,6 @@ def test_saving_replaces_a_model_whole_and_nothing_else(tmp_path: Path) -> None:
 
 
 def test_saving_that_fails_leaves_the_old_model(tmp_path: Path) -> None:
-    from transformers import ViTImageProcessorPil
-
     class Broken:
         def save_pretrained(self, folder: str) -> None:
             raise OSError("no space left on device")
@@ -186,10 +180,67 @@ def test_saving_that_fails_leaves_the_old_model(tmp_path: Path) -> None:
 
 
 def test_the_image_processor_lies_beside_the_model(tmp_path: Path) -> None:
-    from transformers import ViTImageProcessorPil
-
     folder = save(
         tiny_model(), ViTImageProcessorPil(size={"height": 32, "width": 32}), tmp_path / "m"
     )
     assert AutoImageProcessor.from_pretrained(folder).size == {"height": 32, "width": 32}
     assert MCTFViTConfig.from_pretrained(folder).hidden_size == TINY["hidden_size"]
+
+
+def test_settings_from_the_future_are_told(tmp_path: Path, images: Tensor) -> None:
+    """In a process of its own, for a warning is shown once in each."""
+    model = tiny_model(r=7)
+    folder = save(model, ViTImageProcessorPil(), tmp_path / "model")
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "tau_depth": 3, "spiral": None}))
+    torch.save(images, tmp_path / "images.pt")
+    done = subprocess.run(
+        [sys.executable, "-c", STRANGER, folder, tmp_path / "images.pt", tmp_path / "out.pt"],
+        env={"HF_HOME": str(tmp_path / "home"), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "settings that this version does not know" in done.stderr
+    assert "no effect: spiral, tau_depth." in done.stderr
+    with torch.no_grad():
+        expected = model(images).logits
+    assert torch.equal(torch.load(tmp_path / "out.pt")["logits"], expected)
+
+    (folder / "config.json").write_text(json.dumps({**settings, "reduction": "spiral"}))
+    with pytest.raises(StrictDataclassError, match="reduction='spiral' is not allowed: it is one"):
+        AutoModelForImageClassification.from_pretrained(folder)
+
+
+def test_no_warning_without_settings_from_the_future(
+    tiny_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = save(tiny_model(r=7), ViTImageProcessorPil(), tmp_path / "model")
+    for checkpoint in (folder, tiny_folder):
+        MCTFViTForImageClassification.from_pretrained(checkpoint)
+    assert "does not know" not in caplog.text
+
+
+def test_a_tampered_auto_map_runs_nothing_without_consent(tmp_path: Path) -> None:
+    folder = save(tiny_model(r=7), ViTImageProcessorPil(), tmp_path / "model")
+    harm = tmp_path / "harm"
+    (folder / "evil.py").write_text(f"open({str(harm)!r}, 'w').close()\nclass Model: pass\n")
+    settings = json.loads((folder / "config.json").read_text())
+    settings["auto_map"] = dict.fromkeys(settings["auto_map"], "evil.Model")
+    (folder / "config.json").write_text(json.dumps(settings))
+    assert AutoModelForImageClassification.from_pretrained(folder).config.r == 7  # our own classes
+    assert MCTFViTForImageClassification.from_pretrained(folder).config.r == 7
+
+    load = BLOCKED + (
+        "from transformers import AutoModelForImageClassification as Auto\n"
+        "Auto.from_pretrained(sys.argv[1])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", load, folder],
+        env={"HF_HOME": str(tmp_path / "home"), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 1 and "trust_remote_code=True" in done.stderr
+    assert not harm.exists()

@@ -1,0 +1,235 @@
+"""``mctf convert``: a checkpoint of other code, made a folder that loads anywhere."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jsonargparse import ArgumentParser
+from transformers import ViTImageProcessorPil
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+from cli.models import parse, resolve
+from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
+from mctf_hf.configuration_mctf import as_pair
+from mctf_hf.conversion import (
+    SOURCES,
+    SUFFIXES,
+    build_model,
+    infer_config,
+    load_pretrained,
+    read_checkpoint,
+)
+from mctf_hf.cost import multiply_accumulates
+from mctf_hf.hub import check_folder, save
+
+BICUBIC = 3
+Lines = dict[str, str]
+
+
+def main(args: Sequence[str]) -> None:
+    """Read the command line and run :func:`convert`."""
+    parser = ArgumentParser(
+        prog="mctf convert",
+        description="Make a folder of this library from a checkpoint of other code: "
+        "configuration, code, weights, image processor and names of the classes.",
+    )
+    parser.add_argument(
+        "checkpoint",
+        help=f"NAME[,setting=value…]: a file of timm's or the official MCTF's weights "
+        f"({', '.join(SUFFIXES)}), or a folder or Hub id of a ViT of transformers or this "
+        "library. Settings are those of fusion (r=16, r=auto:0.56, fusion_layers=[3,6,9], …).",
+    )
+    parser.add_argument("--output", required=True, help="the folder to write")
+    parser.add_function_arguments(convert, skip={"checkpoint", "output"})
+    convert(**parser.parse_args(list(args)).as_dict())
+
+
+def convert(
+    checkpoint: str,
+    output: str,
+    source: str | None = None,
+    num_heads: int | None = None,
+    entry: str | None = None,
+    labels: str | None = None,
+    processor: str | None = None,
+) -> None:
+    """Make a folder of this library from a checkpoint of other code.
+
+    Args:
+        checkpoint: see above.
+        output: see above.
+        source: whose checkpoint it is: timm, mctf or hf; unset, hf for a folder or a Hub id, timm
+            for a file.
+        num_heads: attention heads of the weights in a file; unset, 64 channels each.
+        entry: where in a file the weights are, such as model_ema; unset, as "model" and the like.
+        labels: file with the names of the classes, one per line (.txt) or as a list or as
+            {"0": name, …} (.json).
+        processor: folder or Hub id to take the image processor from; unset, the checkpoint's own,
+            or for a file DeiT's evaluation: bicubic, centre crop of 87.5%, ImageNet's mean and
+            deviation, without the crop up to 64 pixels.
+    """
+    check_folder(output)
+    name, settings = parse(checkpoint)
+    source = _source(name, source)
+    if source == "hf":
+        for option, value in {"num_heads": num_heads, "entry": entry}.items():
+            if value is not None:
+                raise ValueError(f"{option}={value!r} is for files of weights, and {name} is none")
+        model, lines = _from_folder(name, settings)
+    else:
+        model, lines = _from_file(name, source, num_heads, entry, settings)
+    config = model.config
+    given = config.r if "r" in settings else None
+    config.tokens_fused(config.num_tokens(), given)  # does it have an effect?
+    if labels is not None:
+        names = read_labels(labels, config.num_labels)
+        config.id2label = dict(enumerate(names))
+        config.label2id = {label: i for i, label in config.id2label.items()}
+    origin = processor or (name if source == "hf" else None)
+    image_processor = evaluation_processor(config) if origin is None else _taken(origin, config)
+    folder = save(model, image_processor, output)
+    lines |= _summary(config, origin or "DeiT's evaluation on ImageNet, for no other was named")
+    for heading, text in {**lines, "written": folder}.items():
+        print(f"{heading:<18}{text}")
+
+
+def _source(name: str, source: str | None) -> str:
+    path = Path(name)
+    if source is None:
+        is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and path.suffix not in SUFFIXES
+        return "hf" if path.is_dir() or (is_id and not path.exists()) else "timm"
+    if source not in (*SOURCES, "hf"):
+        raise ValueError(
+            f"source={source!r} is not allowed: it is one of {', '.join((*SOURCES, 'hf'))}"
+        )
+    if source == "hf" and path.is_file():
+        raise ValueError(f"source='hf' reads a folder or a Hub id, and {name} is a file")
+    return source
+
+
+def _from_folder(
+    name: str, settings: dict[str, Any]
+) -> tuple[MCTFViTForImageClassification, Lines]:
+    if isinstance(settings.get("r"), str):
+        settings = resolve(MCTFViTConfig.from_pretrained(name), settings)
+    model = load_pretrained(name, **settings)
+    return model, {"read": f"{len(model.state_dict())} weights of {name}"}
+
+
+def _from_file(
+    name: str, source: str, num_heads: int | None, entry: str | None, settings: dict[str, Any]
+) -> tuple[MCTFViTForImageClassification, Lines]:
+    found = read_checkpoint(name, entry)
+    try:
+        config = infer_config(found.weights, source, num_heads)
+        settings = resolve(config, settings)
+        config = infer_config(found.weights, source, num_heads, **settings)
+        model = build_model(found.weights, source, config)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    where = "" if found.entry is None else f", entry {found.entry!r}"
+    lines = {"read": f"{len(found.weights)} weights of {name}{where}"}
+    if found.left_out:
+        lines["left out"] = ", ".join(map(repr, found.left_out))
+    if num_heads is None:
+        lines["heads"] = f"{config.num_attention_heads}, taken to have 64 channels each"
+    return model, lines
+
+
+def read_labels(file: str, num_labels: int) -> list[str]:
+    """The names of the classes, in order, from a text or JSON file.
+
+    Raises:
+        ValueError: if the file holds something else, or another number of names.
+        OSError: if it cannot be read.
+    """
+    if Path(file).suffix not in (".txt", ".json"):
+        raise ValueError(f"labels={file!r} is not allowed: the file's name ends in .txt or .json")
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+        names = json.loads(text) if file.endswith(".json") else text.rstrip().splitlines()
+    except ValueError as error:  # not of its encoding, or no JSON
+        raise ValueError(f"labels={file!r} cannot be read: {error}") from error
+    if isinstance(names, dict) and set(names) == {str(i) for i in range(len(names))}:
+        names = [names[str(i)] for i in range(len(names))]
+    if not isinstance(names, list) or not all(isinstance(n, str) and n.strip() for n in names):
+        raise ValueError(
+            f"labels={file!r} is not allowed: it holds a name per line, or a JSON list of names "
+            'or names by their numbers ({"0": name, …}), none of them empty'
+        )
+    if len(names) != num_labels:
+        raise ValueError(f"labels={file!r} holds {len(names)} names, the model has {num_labels}")
+    return [name.strip() for name in names]
+
+
+def _taken(origin: str, config: MCTFViTConfig) -> Any:
+    """The image processor of another folder or Hub id, if it makes images for this model."""
+    try:
+        processor = AutoImageProcessor.from_pretrained(
+            origin, backend="pil", trust_remote_code=False
+        )
+    except OSError as error:
+        raise OSError(
+            f"{origin} has no image processor that could be read: set processor to a folder "
+            "or Hub id that has one"
+        ) from error
+    height, width = as_pair(config.image_size)
+    image = np.zeros((config.num_channels, 2 * height, 3 * width), np.uint8)
+    options = {"input_data_format": "channels_first", "return_tensors": "np"}
+    made = processor(image, **options)["pixel_values"].shape[1:]
+    if made != (config.num_channels, height, width):
+        raise ValueError(
+            f"the image processor of {origin} makes images of {_by(made)}, the model takes "
+            f"{_by((config.num_channels, height, width))}: set processor to one that fits"
+        )
+    return processor
+
+
+def evaluation_processor(config: MCTFViTConfig) -> ViTImageProcessorPil:
+    """What DeiT's images go through when it is evaluated.
+
+    Raises:
+        ValueError: unless images have three channels.
+    """
+    if config.num_channels != 3:
+        raise ValueError(
+            f"images of {config.num_channels} channels have no usual image processor: set "
+            "processor to a folder or Hub id that has one"
+        )
+    size = config.image_size
+    normalization = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
+    whole = {"height": size, "width": size}
+    if size <= 64:
+        return ViTImageProcessorPil(size=whole, resample=BICUBIC, **normalization)
+    return ViTImageProcessorPil(
+        size={"shortest_edge": int(size / 0.875)},
+        resample=BICUBIC,
+        do_center_crop=True,
+        crop_size=whole,
+        **normalization,
+    )
+
+
+def _summary(config: MCTFViTConfig, processor: str) -> Lines:
+    height, width = as_pair(config.image_size)
+    fused = config.tokens_fused(config.num_tokens())
+    plain, cost = (multiply_accumulates(config, r=r) for r in (0, None))
+    return {
+        "architecture": f"{config.hidden_size} wide, {config.num_hidden_layers} layers, "
+        f"{config.num_attention_heads} heads, MLP {config.intermediate_size}, "
+        f"{config.num_labels} labels",
+        "images": f"{_by((config.num_channels, height, width))}, patches of "
+        f"{_by(as_pair(config.patch_size))}",
+        "fusion": f"{config.reduction}, r={config.r}: {config.num_tokens()} tokens become "
+        f"{config.num_tokens() - sum(fused)}",
+        "GMACs": f"{plain / 1e9:.4f} without fusion, {cost / 1e9:.4f} with it",
+        "image processor": processor,
+    }
+
+
+def _by(sizes: Sequence[int]) -> str:
+    return " x ".join(str(size) for size in sizes)

@@ -1,0 +1,102 @@
+"""``mctf visualize``: pictures of the tokens that models have fused, side by side."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+from cli.files import check_output, open_images, replace
+from cli.models import load, parse
+from mctf_hf.visualization import FusedTokens, contact_sheet, enlarge, fused_tokens
+
+
+def main(args: Sequence[str]) -> None:
+    """Read the command line and run :func:`visualize`."""
+    parser = ArgumentParser(
+        prog="mctf visualize",
+        description="Draw images with their fused tokens, one column per model: each group of "
+        "patches in its mean colour. Regions that share fill and border colour are one token; a "
+        "patch without a coloured border is a token of its own.",
+    )
+    parser.add_argument(
+        "models",
+        nargs="+",
+        help="NAME[,setting=value…]: a folder or a Hub id, with settings of fusion (r=16, "
+        "r=auto:0.56, reduction=tome, fusion_layers=[3,6,9], …).",
+    )
+    parser.add_function_arguments(visualize, skip={"models"})
+    settings = parser.parse_args(list(args)).as_dict()
+    visualize(**settings)
+
+
+def visualize(
+    models: list[str],
+    images: str,
+    output: str,
+    count: int | None = None,
+    layer: int | None = None,
+    scale: int | None = None,
+) -> None:
+    """Draw images beside their fused tokens, and write the picture.
+
+    Args:
+        models: see above.
+        images: an image, a folder of images or of a dataset, or a dataset's id on the Hub, whose
+            first images are used.
+        output: PNG file to write.
+        count: how many images; unset, 4 or as many as there are.
+        layer: zero-based layer after which the tokens are shown; unset, the last.
+        scale: pixels of the picture per pixel of an image; unset, as many as 448 have room for.
+    """
+    for name, value in {"count": count, "scale": scale}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value!r} is not allowed: it is at least 1")
+    file = check_output(output, ".png")
+    pictures = open_images(images, count or 4, exactly=count is not None)
+    seen: list[list[FusedTokens]] = []
+    for words in models:
+        seen.append(fused_tokens(*load(words), pictures, layer))
+        _check_views(models[0], seen[0], words, seen[-1])
+    after = "" if layer is None else f" after layer {layer}"
+    captions = [
+        f"{label}\n{_count(by_image)}{after}"
+        for label, by_image in zip(_labels(models), seen, strict=True)
+    ]
+    rows = [
+        [enlarge(by_model[0].view, scale), *(tokens.picture(scale) for tokens in by_model)]
+        for by_model in zip(*seen, strict=True)
+    ]
+    sheet = contact_sheet(["original", *captions], rows)
+    replace(file, lambda draft: sheet.save(draft, format="PNG"))
+    for caption in captions:
+        print(caption.replace("\n", ": "))
+    print(f"wrote {file}")
+
+
+def _check_views(
+    first: str, of_first: Sequence[FusedTokens], words: str, of_other: Sequence[FusedTokens]
+) -> None:
+    """Raise ValueError unless two models see their images in the same sizes."""
+    for one, other in zip(of_first, of_other, strict=True):
+        if one.view.size != other.view.size:
+            raise ValueError(
+                f"{words} sees an image as {other.view.height} x {other.view.width} pixels, "
+                f"{first} as {one.view.height} x {one.view.width}: side by side they see the same"
+            )
+
+
+def _labels(models: Sequence[str]) -> list[str]:
+    """The models' words, without the name where all have the same."""
+    if len({parse(words)[0] for words in models}) > 1:
+        return list(models)
+    return [settings or Path(name).name for name, _, settings in (m.partition(",") for m in models)]
+
+
+def _count(by_image: Iterable[FusedTokens]) -> str:
+    """Tokens before and after; the default font has no arrow."""
+    before, after = zip(*((one.num_tokens, one.tokens_left) for one in by_image), strict=True)
+    return f"{_span(before)} -> {_span(after)} tokens"
+
+
+def _span(counts: Sequence[int]) -> str:
+    return "-".join(str(count) for count in sorted({min(counts), max(counts)}))

@@ -1,0 +1,267 @@
+"""Pictures of fused tokens: groups of patches in their mean colours (arXiv 2403.10030, figure 2).
+
+Sizes: ``rows`` x ``columns`` patches; images of ``height`` x ``width`` pixels.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from .configuration_mctf import MCTFViTConfig, as_pair
+from .modeling_mctf_vit import MCTFViTForImageClassification, MCTFViTModel
+
+DISPLAY_SIZE = 448
+GAP = 8
+
+# Far apart from each other, and from the muted colours that means of patches tend to be.
+_STRONG = np.array(
+    [
+        (230, 25, 75),
+        (60, 180, 75),
+        (255, 225, 25),
+        (0, 110, 220),
+        (245, 130, 48),
+        (160, 40, 200),
+        (70, 230, 240),
+        (240, 50, 230),
+        (190, 245, 60),
+        (0, 150, 150),
+    ]
+)
+BORDER_COLOURS = np.concatenate([_STRONG, (_STRONG[:7] + 255) // 2]).astype(np.uint8)
+
+
+@dataclass(eq=False)
+class FusedTokens:
+    """What a model sees of an image, and how it has fused the tokens.
+
+    Attributes:
+        view: the image after the image processor, height x width pixels, in RGB.
+        groups: (rows, columns) int64, index of the token that each patch has become part of.
+        num_tokens: tokens that entered the first layer, prefix tokens included.
+        tokens_left: tokens that are left, prefix tokens included.
+    """
+
+    view: Image.Image
+    groups: NDArray[np.int64]
+    num_tokens: int
+    tokens_left: int
+
+    def picture(self, scale: int | None = None) -> Image.Image:
+        """The picture of the groups, see :func:`draw_groups`."""
+        return draw_groups(self.view, self.groups, scale)
+
+
+@torch.inference_mode()
+def fused_tokens(
+    model: MCTFViTForImageClassification | MCTFViTModel,
+    image_processor: Any,
+    images: Iterable[Image.Image],
+    layer: int | None = None,
+) -> list[FusedTokens]:
+    """Run a model on images and tell which of their patches it has fused.
+
+    Images that the processor leaves in another size than the configuration's are run with
+    interpolated position embeddings; what lies beyond the last whole patch is not seen.
+
+    Args:
+        model: in evaluation mode.
+        image_processor: the model's own.
+        images: of any size and mode.
+        layer: zero-based layer after which to look; unset, the last.
+
+    Raises:
+        ValueError: for a layer that the model lacks.
+    """
+    layers = model.config.num_hidden_layers
+    if layer is not None and layer not in range(layers):
+        raise ValueError(
+            f"layer={layer!r} is not allowed: the model has the layers 0 to {layers - 1}"
+        )
+    until = layers if layer is None else layer + 1
+    seen = []
+    for image in images:
+        pixel_values = image_processor(image.convert("RGB"), return_tensors="pt")["pixel_values"]
+        seen.append(_look(model, image_processor, pixel_values, until))
+    return seen
+
+
+def _look(
+    model: MCTFViTForImageClassification | MCTFViTModel,
+    image_processor: Any,
+    pixel_values: Tensor,
+    until: int,
+) -> FusedTokens:
+    """Fuse the tokens of one image, (1, channels, height, width), in the first layers only."""
+    config: MCTFViTConfig = model.config
+    height, width = pixel_values.shape[-2:]
+    fused = config.tokens_fused(config.num_tokens((height, width)))
+    output = model(
+        pixel_values.to(model.device),
+        interpolate_pos_encoding=(height, width) != as_pair(config.image_size),
+        r=[*fused[:until], *[0] * len(fused[until:])],
+        output_fusion=True,
+    )
+    patch_height, patch_width = as_pair(config.patch_size)
+    rows, columns = height // patch_height, width // patch_width
+    pixels = _pixels(image_processor, pixel_values[0])
+    return FusedTokens(
+        view=Image.fromarray(pixels[: rows * patch_height, : columns * patch_width]),
+        groups=output.assignment[0, config.num_prefix_tokens :].view(rows, columns).cpu().numpy(),
+        num_tokens=output.assignment.shape[1],
+        tokens_left=output.token_sizes.shape[1],
+    )
+
+
+def _pixels(image_processor: Any, pixel_values: Tensor) -> NDArray[np.uint8]:
+    """Undo an image processor's scaling: (channels, height, width) -> (height, width, channels)."""
+    pixels = pixel_values.double().permute(1, 2, 0).numpy()
+    if image_processor.do_normalize:
+        pixels = pixels * np.asarray(image_processor.image_std) + image_processor.image_mean
+    if image_processor.do_rescale:
+        pixels = pixels / image_processor.rescale_factor
+    return pixels.round().clip(0, 255).astype(np.uint8)
+
+
+def draw_groups(image: Image.Image, groups: ArrayLike, scale: int | None = None) -> Image.Image:
+    """Fill each group of patches with its mean colour and outline it.
+
+    A group of several patches has a border of one colour around each of its regions, so that those
+    which belong together can be told; ``BORDER_COLOURS`` go to the largest groups first, and start
+    again where there are more. A patch that is alone has a thin border, darker or lighter than
+    itself. All borders lie within their group.
+
+    Args:
+        image: height x width pixels, multiples of rows and columns.
+        groups: (rows, columns) integers, the same for the patches of one group.
+        scale: side of the square that a pixel becomes; unset, as large as the longer side of the
+            picture stays within ``DISPLAY_SIZE``, and at least 1.
+
+    Returns:
+        A picture of (height * scale) x (width * scale) pixels.
+
+    Raises:
+        ValueError: for a scale below 1, or an image that the patches do not divide.
+    """
+    scale = _scale(image, scale)
+    found = np.asarray(groups)
+    if found.ndim != 2 or image.height % found.shape[0] or image.width % found.shape[1]:
+        raise ValueError(
+            f"groups of shape {found.shape} are not allowed for an image of {image.height} x "
+            f"{image.width} pixels: they are rows and columns of patches that divide it"
+        )
+    rows, columns = found.shape
+    patch = (image.height // rows, image.width // columns)
+    labels = np.unique(found, return_inverse=True)[1].reshape(found.shape)
+    sizes = np.bincount(labels.ravel())
+    means = _mean_colours(np.asarray(image.convert("RGB")), labels, patch)
+
+    on_canvas = _enlarged(labels, patch[0] * scale, patch[1] * scale)  # [height, width] * scale
+    canvas = means.round().astype(np.uint8)[on_canvas]
+    thin = _border(on_canvas, 1) & (sizes == 1)[on_canvas]
+    canvas[thin] = _shades(means)[on_canvas[thin]]
+    thick = _border(on_canvas, max(1, min(patch) * scale // 10)) & (sizes > 1)[on_canvas]
+    canvas[thick] = _border_colours(sizes)[on_canvas[thick]]
+    return Image.fromarray(canvas)
+
+
+def enlarge(image: Image.Image, scale: int | None = None) -> Image.Image:
+    """Make each pixel a square, of the same side as :func:`draw_groups` does.
+
+    Raises:
+        ValueError: for a scale below 1.
+    """
+    scale = _scale(image, scale)
+    size = (image.width * scale, image.height * scale)
+    return image.resize(size, Image.Resampling.NEAREST)
+
+
+def contact_sheet(captions: Sequence[str], rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
+    """Put pictures side by side, in columns with a caption on top.
+
+    Args:
+        captions: one per column, each of one or more lines.
+        rows: pictures, one per column in each row.
+
+    Returns:
+        A picture; cells are as wide as the widest of their column and as high as the highest of
+        their row, with ``GAP`` pixels between and around them.
+
+    Raises:
+        ValueError: if there is nothing to show, or a row has more or fewer pictures than captions.
+    """
+    if not captions or not rows or any(len(row) != len(captions) for row in rows):
+        raise ValueError(
+            f"rows of {[len(row) for row in rows]} pictures are not allowed for {len(captions)} "
+            "captions: each row has one picture per caption"
+        )
+    font = ImageFont.load_default(size=max(12, max(rows[0][0].size) // 24))
+    pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    boxes = [pen.multiline_textbbox((0, 0), caption, font=font) for caption in captions]
+    columns = zip(*rows, strict=True)
+    widths = [
+        max(int(box[2]) + 1, *(picture.width for picture in column))
+        for box, column in zip(boxes, columns, strict=True)
+    ]
+    heights = [max(int(box[3]) + 1 for box in boxes)]
+    heights += [max(picture.height for picture in row) for row in rows]
+    lefts, tops = (np.cumsum([GAP, *(side + GAP for side in sides)]) for sides in (widths, heights))
+
+    sheet = Image.new("RGB", (int(lefts[-1]), int(tops[-1])), "white")
+    pen = ImageDraw.Draw(sheet)
+    for left, caption in zip(lefts[:-1], captions, strict=True):
+        pen.multiline_text((int(left), GAP), caption, fill="black", font=font)
+    for top, row in zip(tops[1:-1], rows, strict=True):
+        for left, picture in zip(lefts[:-1], row, strict=True):
+            sheet.paste(picture, (int(left), int(top)))
+    return sheet
+
+
+def _scale(image: Image.Image, scale: int | None) -> int:
+    if scale is None:
+        return max(1, DISPLAY_SIZE // max(image.size))
+    if scale < 1:
+        raise ValueError(f"scale={scale!r} is not allowed: it is a whole number of at least 1")
+    return scale
+
+
+def _mean_colours(
+    pixels: NDArray[np.uint8], labels: NDArray[np.int64], patch: tuple[int, int]
+) -> NDArray[np.float64]:
+    """Mean of each label's pixels: (height, width, 3), (rows, columns) -> (groups, 3)."""
+    flat = _enlarged(labels, *patch).ravel()
+    sums = [np.bincount(flat, weights=channel) for channel in pixels.reshape(-1, 3).T]
+    return np.stack(sums, axis=1) / np.bincount(flat)[:, None]
+
+
+def _enlarged(labels: NDArray[np.int64], height: int, width: int) -> NDArray[np.int64]:
+    """Each label as a block of pixels: (rows, columns) -> (rows * height, columns * width)."""
+    return labels.repeat(height, axis=0).repeat(width, axis=1)
+
+
+def _border(labels: NDArray[np.int64], width: int) -> NDArray[np.bool_]:
+    """Whether another label, or the picture's edge, is nearer than ``width`` pixels, as labels."""
+    height, length = labels.shape
+    around = np.pad(labels, width, constant_values=-1)
+    steps = (0, width, 2 * width)  # no patch is narrower, so none lies between
+    shifted = (around[y : y + height, x : x + length] for y in steps for x in steps)
+    return np.logical_or.reduce([neighbours != labels for neighbours in shifted])
+
+
+def _border_colours(sizes: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Colour of each group's border, largest group first: (groups,) -> (groups, 3)."""
+    rank = np.empty_like(sizes)
+    rank[np.argsort(-sizes, kind="stable")] = np.arange(len(sizes))
+    return BORDER_COLOURS[rank % len(BORDER_COLOURS)]
+
+
+def _shades(colours: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """Light colours darker and dark ones lighter, by a third: (groups, 3) -> the same."""
+    towards = np.where(colours.mean(axis=1, keepdims=True) < 128, 255, 0)
+    return ((2 * colours + towards) / 3).round().astype(np.uint8)

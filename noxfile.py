@@ -1,0 +1,38 @@
+"""The tests that depend on transformers, with its oldest supported release and with the newest.
+
+``nox`` runs both, each in an environment of its own.
+"""
+
+import nox
+
+# What transformers can break: loading, the model, training, the Hub.
+TESTS = (
+    "tests/test_configuration.py",
+    "tests/test_ecosystem.py",
+    "tests/test_export.py",
+    "tests/test_finetuning.py",
+    "tests/test_loading.py",
+    "tests/test_losses.py",
+    "tests/test_modeling_mctf_vit.py",
+    "tests/test_visualization.py",
+    "tests/e2e/test_hub.py",
+)
+
+
+@nox.session
+@nox.parametrize("transformers", ["==5.10.2", ""], ids=["5.10", "newest"])
+def compatibility(session: nox.Session, transformers: str) -> None:
+    """Run them; further arguments go to pytest."""
+    pins = {
+        line
+        for line in open("constraints.txt").read().splitlines()
+        if not line.lower().startswith(("transformers=", "huggingface_hub=", "tokenizers="))
+    }
+    constraints = f"{session.create_tmp()}/constraints.txt"
+    with open(constraints, "w") as file:
+        file.write("\n".join(pins))
+    session.install("-c", constraints, "setuptools", "torch")
+    session.install(
+        "-c", constraints, "--no-build-isolation", "-e", ".[dev]", f"transformers{transformers}"
+    )
+    session.run("pytest", *(session.posargs or TESTS))
