@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test lint format clean
+.PHONY: setup demo test compatibility lint format clean
 
 setup: $(READY)
 
@@ -20,6 +20,9 @@ demo: $(READY)  ## train, fuse and finetune a small model on handwritten digits
 test: lint  ## lint and the whole test suite
 	$(RUN)/pytest
 
+compatibility: $(READY)  ## what depends on transformers, with its oldest and newest release
+	$(RUN)/nox
+
 lint: $(READY)
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
@@ -30,4 +33,4 @@ format: $(READY)
 	$(RUN)/ruff format .
 
 clean:
-	rm -rf $(VENV) outputs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) .nox outputs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -16,8 +16,10 @@ from lightning_modules import (
 
 DESCRIPTION = """Make Vision Transformers faster by fusing tokens (MCTF), and finetune them for it.
 
-Beside the subcommands below, `mctf demo` trains, fuses and finetunes a small model on handwritten
-digits, and `mctf benchmark` times models side by side. Every command has its own --help.
+Beside the subcommands below: `mctf demo` trains, fuses and finetunes a small model on handwritten
+digits, `mctf convert` takes over checkpoints of other libraries, `mctf benchmark` times models side
+by side, `mctf visualize` draws what was fused, `mctf export` writes ONNX and torch.export programs,
+and `mctf push` puts a model on the Hub. Every command has its own --help.
 """
 
 

@@ -67,8 +67,8 @@ def push_model(
         max_images: measure accuracy on so many evenly spaced images of it; unset, on all.
         batch_size: images per call when speed is measured.
         rounds: timings of each setting, whose median counts.
-        base_model: Hub id of the model that it was made from; unset, the one that its training
-            started from, if that was one of the Hub.
+        base_model: Hub id of the model that it was made from; unset, what it was trained from or
+            is read from, if that is on the Hub.
         message: of the commit.
         dry_run: folder to write what would go up to, instead of pushing it.
     """
@@ -96,7 +96,7 @@ def push_model(
         loaded.config,
         license=license,
         evaluation=evaluation,
-        base_model=base_model or _hub_id(training.get("pretrained")),
+        base_model=base_model or _origin(model.split(",")[0], training, repo_id),
         datasets=[name] if (name := _hub_id(training.get("dataset"))) else None,
         training=training,
         picture=None if images is None else PICTURE,
@@ -135,6 +135,13 @@ def _picture(model: MCTFViTForImageClassification, processor: Any, images: Label
     file = io.BytesIO()
     contact_sheet(captions, rows).save(file, format="PNG")
     return file.getvalue()
+
+
+def _origin(name: str, training: dict[str, Any], repo_id: str) -> str | None:
+    """Hub id of what a model was trained from or else, but for the id that it goes to, of itself."""
+    if training:
+        return _hub_id(training.get("pretrained"))
+    return None if Path(name).exists() or name == repo_id else _hub_id(name)
 
 
 def _hub_id(name: str | None) -> str | None:

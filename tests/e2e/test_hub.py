@@ -134,6 +134,34 @@ def test_pushed_measured_and_loaded_by_a_stranger(
     card_is_true(hub, tmp_path)
 
 
+def test_commands_take_ids_of_the_hub(
+    hub: LocalHub,
+    folder: Path,
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    push(folder, REPO, private=True, api=api(hub))
+    api(hub).create_repo("org/plain")
+    api(hub).upload_folder(repo_id="org/plain", folder_path=tiny_folder)
+    for name, value in hub.environment(tmp_path / "home", TOKEN).items():
+        monkeypatch.setenv(name, value)
+    for words in (
+        ["benchmark", "org/plain", f"{REPO},r=3", "--rounds", "1", "--batch_sizes", "[2]",
+         "--output", "speed.json"],
+        ["visualize", REPO, "org/plain,r=6", "--images", DIGITS, "--output", "fused.png"],
+        ["push", "org/plain,r=5", "org/new", "--license", "mit", "--rounds", "1"],
+    ):  # fmt: skip
+        done = mctf(*words)
+        assert done.returncode == 0, done.stderr[-3000:]
+    measured = json.loads(Path("speed.json").read_text())["results"]
+    assert [row["model"] for row in measured] == ["org/plain", f"{REPO},r=3"]
+    assert measured[1]["gmacs"] < measured[0]["gmacs"]
+    assert Image.open("fused.png").size[0] > 3 * 400
+    assert json.loads(hub.files("org/new")["config.json"])["r"] == 5
+    assert ModelCard(hub.files("org/new")["README.md"].decode()).data.base_model == "org/plain"
+
+
 def card_is_true(hub: LocalHub, tmp_path: Path) -> None:
     """Its metadata say what was measured, and its code runs for a stranger as it stands."""
     text = hub.files(REPO)["README.md"].decode()
