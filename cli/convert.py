@@ -14,15 +14,9 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from cli.models import parse, resolve
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
+from mctf_hf.checkpoints import SUFFIXES, read_checkpoint
 from mctf_hf.configuration_mctf import as_pair
-from mctf_hf.conversion import (
-    SOURCES,
-    SUFFIXES,
-    build_model,
-    infer_config,
-    load_pretrained,
-    read_checkpoint,
-)
+from mctf_hf.conversion import SOURCES, build_model, infer_config, load_pretrained
 from mctf_hf.cost import multiply_accumulates
 from mctf_hf.hub import check_folder, save
 

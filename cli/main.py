@@ -9,13 +9,14 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import StrictDataclassError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from cli import benchmark, demo, push, visualize
+from cli import benchmark, convert, demo, push, visualize
 from cli.finetuning import finetuning
 
 # Commands beside those of Lightning, which take the words that follow theirs.
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "demo": demo.main,
     "benchmark": benchmark.main,
+    "convert": convert.main,
     "push": push.main,
     "visualize": visualize.main,
 }

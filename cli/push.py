@@ -138,7 +138,7 @@ def _picture(model: MCTFViTForImageClassification, processor: Any, images: Label
 
 
 def _origin(name: str, training: dict[str, Any], repo_id: str) -> str | None:
-    """Hub id of what a model was trained from or else, but for the id that it goes to, of itself."""
+    """Hub id of what a model was trained from, or of where it is read from, if it is another."""
     if training:
         return _hub_id(training.get("pretrained"))
     return None if Path(name).exists() or name == repo_id else _hub_id(name)
