@@ -32,9 +32,7 @@ STRANGER = (
     BLOCKED
     + """
 import torch
-from transformers import (
-    AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, pipeline
-)
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, pipeline
 
 folder, photo, results = sys.argv[1:]
 trusted = {"trust_remote_code": True}
