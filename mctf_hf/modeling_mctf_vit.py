@@ -39,10 +39,12 @@ from .reducers import Signal, Stage, build_reducer
 # The widest activation of the images that a CPU takes through the layers at once.
 SLICE_BYTES = 12 * 2**20
 
-# Old checkpoints name their weights differently; transformers renames them by class name.
-register_checkpoint_conversion_mapping(
-    "MCTFViTModel", get_checkpoint_conversion_mapping("ViTModel"), overwrite=True
-)
+# Old checkpoints name their weights differently; transformers renames them by class name. The name
+# of the backbone within the classifier is not enough for a backbone's checkpoint in 5.10.
+for _class in ("MCTFViTModel", "MCTFViTForImageClassification"):
+    register_checkpoint_conversion_mapping(
+        _class, get_checkpoint_conversion_mapping("ViTModel"), overwrite=True
+    )
 
 
 @dataclass
@@ -329,9 +331,11 @@ class MCTFViTModel(MCTFPreTrainedMixin, ViTModel):
                 "attention_mask is not allowed where tokens are fused: leave it out, or set r=0 "
                 "or reduction='none'"
             )
-        mask: Any = create_bidirectional_mask(
-            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
-        )
+        mask: Any = None
+        if attention_mask is not None:  # of none, an export would make one that masks nothing
+            mask = create_bidirectional_mask(
+                config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
+            )
         size = self._slice_size(hidden_states, mask, kwargs)
         if size == hidden_states.shape[0]:
             return self._run_layers(hidden_states, mask, fused_by_layer, output_fusion, **kwargs)

@@ -33,6 +33,7 @@ STRANGER = (
     + """
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, pipeline
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 folder, photo, results = sys.argv[1:]
 trusted = {"trust_remote_code": True}

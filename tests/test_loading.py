@@ -32,17 +32,13 @@ class Blocked:
             raise ImportError(name)
 
 sys.meta_path.insert(0, Blocked())
-
-# Older releases hide this name where torchvision is missing, though it works without.
-import transformers
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
-transformers.AutoImageProcessor = AutoImageProcessor
 """
 STRANGER = (
     BLOCKED
     + """
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 folder, given, results = sys.argv[1:]
 images = torch.load(given)
