@@ -2,11 +2,28 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
-from .configuration_mctf import MCTFViTConfig
+from .configuration_mctf import MCTFLVViTConfig, MCTFT2TViTConfig, MCTFViTConfig
+from .modeling_mctf_lv_vit import MCTFLVViTForImageClassification, MCTFLVViTModel
+from .modeling_mctf_t2t_vit import MCTFT2TViTForImageClassification, MCTFT2TViTModel
 from .modeling_mctf_vit import MCTFViTForImageClassification, MCTFViTModel
 
-AutoConfig.register(MCTFViTConfig.model_type, MCTFViTConfig)
-AutoModel.register(MCTFViTConfig, MCTFViTModel)
-AutoModelForImageClassification.register(MCTFViTConfig, MCTFViTForImageClassification)
+for _config, _model, _classifier in (
+    (MCTFViTConfig, MCTFViTModel, MCTFViTForImageClassification),
+    (MCTFT2TViTConfig, MCTFT2TViTModel, MCTFT2TViTForImageClassification),
+    (MCTFLVViTConfig, MCTFLVViTModel, MCTFLVViTForImageClassification),
+):
+    AutoConfig.register(_config.model_type, _config)
+    AutoModel.register(_config, _model)
+    AutoModelForImageClassification.register(_config, _classifier)
 
-__all__ = ["MCTFViTConfig", "MCTFViTForImageClassification", "MCTFViTModel"]
+__all__ = [
+    "MCTFLVViTConfig",
+    "MCTFLVViTForImageClassification",
+    "MCTFLVViTModel",
+    "MCTFT2TViTConfig",
+    "MCTFT2TViTForImageClassification",
+    "MCTFT2TViTModel",
+    "MCTFViTConfig",
+    "MCTFViTForImageClassification",
+    "MCTFViTModel",
+]

@@ -108,9 +108,9 @@ class FusionConfigMixin:
         default=0.0, metadata=_number("drop_path_rate", 0, 1, below=True)
     )
 
-    num_prefix_tokens: ClassVar[int] = 1
     if TYPE_CHECKING:
         num_hidden_layers: int
+        num_prefix_tokens: int
 
     def tokens_fused(self, num_tokens: int, r: TokensFused | None = None) -> tuple[int, ...]:
         """How many tokens each layer fuses away, by the settings and the input's length alone.
@@ -186,6 +186,12 @@ class MCTFViTConfig(FusionConfigMixin, ViTConfig):
     """Configuration of a Vision Transformer (ViT, DeiT) that fuses tokens.
 
     All fields of :class:`transformers.ViTConfig` and of :class:`FusionConfigMixin`.
+
+    Args:
+        distillation_token: a second prefix token with a position and a head of its own; the two
+            heads' logits are averaged (DeiT, arXiv 2012.12877, section 5).
+        num_register_tokens: prefix tokens without position that nothing is read from (Vision
+            Transformers Need Registers, arXiv 2309.16588).
     """
 
     model_type = "mctf_vit"
@@ -195,6 +201,16 @@ class MCTFViTConfig(FusionConfigMixin, ViTConfig):
         "AutoModelForImageClassification": "modeling_mctf_vit.MCTFViTForImageClassification",
     }
     _auto_class = "AutoConfig"
+    # Types of plain models whose checkpoints this one loads, and what else they are called.
+    plain_types: ClassVar[dict[str, str]] = {
+        "vit": "ViT, DeiT without distillation token",
+        "deit": "DeiT with distillation token",
+    }
+    attention_scale: ClassVar[str] = "head_dim"
+    skip_lambda: ClassVar[float | int] = 1
+
+    distillation_token: bool = False
+    num_register_tokens: int = field(default=0, metadata=_number("num_register_tokens", 0))
 
     @classmethod
     def get_config_dict(
@@ -206,13 +222,15 @@ class MCTFViTConfig(FusionConfigMixin, ViTConfig):
             ValueError: for the checkpoint of another architecture.
         """
         settings, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        model_type = settings.get("model_type", "vit")
-        if model_type not in ("vit", cls.model_type):
+        model_type = settings.get("model_type", next(iter(cls.plain_types), None))
+        if model_type not in (*cls.plain_types, cls.model_type):
+            plain = "".join(f"{name!r} ({meaning}), " for name, meaning in cls.plain_types.items())
             raise ValueError(
                 f"{pretrained_model_name_or_path} holds a model of type {model_type!r}: "
-                f"{cls.__name__} loads the types 'vit' (ViT, DeiT without distillation token) and "
-                f"{cls.model_type!r}"
+                f"{cls.__name__} loads the types {plain}{cls.model_type!r}"
             )
+        if model_type == "deit":
+            settings["distillation_token"] = True
         if model_type == cls.model_type:
             known = {field.name for field in fields(cls)} | _NOT_FIELDS
             unknown = sorted(name for name in set(settings) - known if not name.startswith("_"))
@@ -222,6 +240,11 @@ class MCTFViTConfig(FusionConfigMixin, ViTConfig):
                     f"and that have no effect: {', '.join(unknown)}. A newer version wrote it"
                 )
         return {**settings, "model_type": cls.model_type}, kwargs
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Class, distillation and register tokens, which come before the patches."""
+        return 1 + self.distillation_token + self.num_register_tokens
 
     def num_tokens(self, image_size: int | tuple[int, int] | None = None) -> int:
         """Tokens of an image, prefix tokens included; of the configured size unless given."""
@@ -237,3 +260,84 @@ class MCTFViTConfig(FusionConfigMixin, ViTConfig):
                 f"image_size={self.image_size!r} is not allowed: it is no multiple of "
                 f"patch_size={self.patch_size!r}"
             )
+
+
+@strict
+class MCTFT2TViTConfig(MCTFViTConfig):
+    """Configuration of a T2T-ViT (arXiv 2101.11986) that fuses tokens.
+
+    All fields of :class:`MCTFViTConfig`, with the defaults of T2T-ViT_t-14, and:
+
+    Args:
+        tokens_type: how the two token transformers of the front end attend: ``"transformer"``
+            (softmax, one head) or ``"performer"`` (positive random features, arXiv 2009.14794).
+        token_dim: channels of the front end.
+        attention_scale: the layers' scores are divided by the root of the channels of a head
+            (``"head_dim"``) or of all (``"hidden_size"``), as the published weights want it.
+    """
+
+    model_type = "mctf_t2t_vit"
+    auto_classes: ClassVar[dict[str, str]] = {
+        "AutoConfig": "configuration_mctf.MCTFT2TViTConfig",
+        "AutoModel": "modeling_mctf_t2t_vit.MCTFT2TViTModel",
+        "AutoModelForImageClassification": (
+            "modeling_mctf_t2t_vit.MCTFT2TViTForImageClassification"
+        ),
+    }
+    plain_types: ClassVar[dict[str, str]] = {}
+
+    hidden_size: int = 384
+    num_hidden_layers: int = 14
+    num_attention_heads: int = 6
+    intermediate_size: int = 1152
+    qkv_bias: bool = False
+    layer_norm_eps: float = 1e-5
+    tokens_type: str = field(
+        default="transformer", metadata=_one_of("tokens_type", "transformer", "performer")
+    )
+    token_dim: int = field(default=64, metadata=_number("token_dim", 2))
+    attention_scale: str = field(
+        default="head_dim", metadata=_one_of("attention_scale", "head_dim", "hidden_size")
+    )
+
+    def validate_stride(self) -> None:
+        """Check that patches have the size that the front end makes."""
+        if as_pair(self.patch_size) != (16, 16):
+            raise ValueError(f"patch_size={self.patch_size!r} is not allowed: a T2T-ViT's is 16")
+
+
+@strict
+class MCTFLVViTConfig(MCTFViTConfig):
+    """Configuration of an LV-ViT (arXiv 2104.10858) that fuses tokens.
+
+    All fields of :class:`MCTFViTConfig`, with the defaults of LV-ViT-S, and:
+
+    Args:
+        skip_lambda: what is added to a residual stream is divided by this.
+        stem_channels: channels of the convolutions before the patches.
+        auxiliary_weight: of the auxiliary head's largest logit of each class over all tokens, which
+            is added to the class token's; 0 leaves it out.
+    """
+
+    model_type = "mctf_lv_vit"
+    auto_classes: ClassVar[dict[str, str]] = {
+        "AutoConfig": "configuration_mctf.MCTFLVViTConfig",
+        "AutoModel": "modeling_mctf_lv_vit.MCTFLVViTModel",
+        "AutoModelForImageClassification": "modeling_mctf_lv_vit.MCTFLVViTForImageClassification",
+    }
+    plain_types: ClassVar[dict[str, str]] = {}
+
+    hidden_size: int = 384
+    num_hidden_layers: int = 16
+    num_attention_heads: int = 6
+    intermediate_size: int = 1152
+    qkv_bias: bool = False
+    layer_norm_eps: float = 1e-5
+    skip_lambda: float | int = field(default=2.0, metadata=_number("skip_lambda", 1))
+    stem_channels: int = field(default=64, metadata=_number("stem_channels", 1))
+    auxiliary_weight: float | int = field(default=0.5, metadata=_number("auxiliary_weight", 0))
+
+    def validate_even(self) -> None:
+        """Check that patches can be halved, as the stem does."""
+        if any(side % 2 for side in as_pair(self.patch_size)):
+            raise ValueError(f"patch_size={self.patch_size!r} is not allowed: an LV-ViT's is even")

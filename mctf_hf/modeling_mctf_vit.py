@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
@@ -31,7 +32,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention import Attention, FusionAttentionMixin
-from .configuration_mctf import MCTFViTConfig, TokensFused
+from .configuration_mctf import MCTFViTConfig, TokensFused, as_pair
 from .downloads import checked_downloads
 from .fusion import Reduction, compose, fuse, fuse_sizes, images_rows
 from .reducers import Signal, Stage, build_reducer
@@ -78,6 +79,11 @@ class MCTFImageClassifierOutput(ImageClassifierOutput):
 class MCTFViTAttention(FusionAttentionMixin, ViTAttention):
     """ViT's self-attention, with or without fusion."""
 
+    def __init__(self, config: MCTFViTConfig):
+        super().__init__(config)
+        if config.attention_scale == "hidden_size":
+            self.scaling = config.hidden_size**-0.5
+
 
 def drop_path(x: Tensor, rate: float) -> Tensor:
     """Zero whole images' branches with probability ``rate``, scaling up the rest: (b, …) -> (b, …).
@@ -101,6 +107,7 @@ class MCTFViTLayer(ViTLayer):
         self.reducer = build_reducer(config)
         self.num_prefix_tokens = config.num_prefix_tokens
         self.proportional_attention = config.proportional_attention
+        self.skip_lambda = config.skip_lambda
         self.drop_path_rate = (
             config.drop_path_rate * layer_idx / max(1, config.num_hidden_layers - 1)
         )
@@ -170,9 +177,9 @@ class MCTFViTLayer(ViTLayer):
         return fuses_map or self.attention.holds_map(normed)
 
     def _add(self, residual: Tensor, branch: Tensor) -> Tensor:
-        if not self.training:
-            return residual + branch
-        return residual + drop_path(self.dropout(branch), self.drop_path_rate)
+        if self.training:
+            branch = drop_path(self.dropout(branch), self.drop_path_rate)
+        return torch.add(residual, branch, alpha=1 / self.skip_lambda)
 
     def _size_bias(
         self, token_sizes: Tensor | None, attention_mask: Tensor | None, dtype: torch.dtype
@@ -212,7 +219,7 @@ class MCTFPreTrainedMixin:
 
     config: MCTFViTConfig
     config_class = MCTFViTConfig
-    _no_split_modules: ClassVar = ["ViTEmbeddings", "MCTFViTLayer"]
+    _no_split_modules: ClassVar = ["MCTFViTEmbeddings", "MCTFViTLayer"]
     # Proportional attention adds a number to the scores, which these kernels cannot.
     _supports_flash_attn = False
     _supports_flex_attn = False
@@ -231,6 +238,14 @@ class MCTFPreTrainedMixin:
         with checked_downloads(pretrained_model_name_or_path, kwargs.get("cache_dir")):
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, MCTFViTEmbeddings):
+            for token in (module.distillation_token, module.register_tokens):
+                if token is not None:
+                    init.trunc_normal_(token, mean=0.0, std=self.config.initializer_range)
+
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Save as every transformers model does, along with the code that a stranger needs.
 
@@ -239,6 +254,83 @@ class MCTFPreTrainedMixin:
         """
         self.config.auto_map = dict(self.config.auto_classes)
         super().save_pretrained(save_directory, **kwargs)
+
+
+class MCTFViTEmbeddings(ViTEmbeddings):
+    """Images as tokens: class, distillation and register tokens where wanted, then the patches.
+
+    Registers have no position. Backbones differ in ``patch_embeddings`` alone.
+    """
+
+    def __init__(
+        self,
+        config: MCTFViTConfig,
+        use_mask_token: bool = False,
+        patch_embeddings: nn.Module | None = None,
+    ):
+        super().__init__(config, use_mask_token=use_mask_token)
+        width = config.hidden_size
+        self.grid = tuple(
+            image // patch
+            for image, patch in zip(as_pair(self.image_size), as_pair(self.patch_size), strict=True)
+        )
+        if patch_embeddings is not None:
+            self.patch_embeddings = patch_embeddings
+        self.distillation_token = self.register_tokens = None
+        if config.distillation_token:
+            self.distillation_token = nn.Parameter(torch.zeros(1, 1, width))
+            positions = math.prod(self.grid) + 2
+            self.position_embeddings = nn.Parameter(torch.zeros(1, positions, width))
+        if config.num_register_tokens:
+            self.register_tokens = nn.Parameter(torch.zeros(1, config.num_register_tokens, width))
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        bool_masked_pos: Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+    ) -> Tensor:
+        """Embed images: (b, channels, height, width) -> (b, n, d).
+
+        Raises:
+            ValueError: for images of another size unless ``interpolate_pos_encoding``.
+        """
+        tokens = self.patch_embeddings(pixel_values)
+        if bool_masked_pos is not None:
+            masked = bool_masked_pos[:, :, None].type_as(tokens)
+            tokens = tokens * (1 - masked) + self.mask_token * masked
+        height, width = pixel_values.shape[-2:]
+        positions = self._positions(height, width, bool(interpolate_pos_encoding))
+        prefix = [self.cls_token]
+        if self.distillation_token is not None:
+            prefix.append(self.distillation_token)
+        prefix = [token.expand(len(tokens), -1, -1) for token in prefix]
+        tokens = torch.cat([*prefix, tokens], dim=1) + positions
+        if self.register_tokens is not None:
+            registers = self.register_tokens.expand(len(tokens), -1, -1)
+            with_position = [tokens[:, : len(prefix)], tokens[:, len(prefix) :]]
+            tokens = torch.cat([with_position[0], registers, with_position[1]], dim=1)
+        return self.dropout(tokens)
+
+    def _positions(self, height: int, width: int, interpolate: bool) -> Tensor:
+        """Position embeddings of an image's class, distillation and patch tokens."""
+        if (height, width) == as_pair(self.image_size):
+            return self.position_embeddings
+        if not interpolate:
+            expected = "*".join(map(str, as_pair(self.image_size)))
+            raise ValueError(
+                f"Input image size ({height}*{width}) doesn't match model ({expected})."
+            )
+        patch_height, patch_width = as_pair(self.patch_size)
+        num_prefix = self.position_embeddings.shape[1] - math.prod(self.grid)
+        prefix, patches = self.position_embeddings.split([num_prefix, math.prod(self.grid)], dim=1)
+        patches = nn.functional.interpolate(
+            patches.unflatten(1, self.grid).permute(0, 3, 1, 2),
+            size=(height // patch_height, width // patch_width),
+            mode="bicubic",
+            align_corners=False,
+        )
+        return torch.cat([prefix, patches.flatten(2).transpose(1, 2)], dim=1)
 
 
 class MCTFViTModel(MCTFPreTrainedMixin, ViTModel):
@@ -256,13 +348,16 @@ class MCTFViTModel(MCTFPreTrainedMixin, ViTModel):
         config.validate()  # from_pretrained sets what it was given one by one, unaware of the rest
         # Not ViTModel's: it would build and initialise plain layers only for them to be replaced.
         ViTPreTrainedModel.__init__(self, config)
-        self.embeddings = ViTEmbeddings(config, use_mask_token=use_mask_token)
+        self.embeddings = self._make_embeddings(config, use_mask_token)
         self.layers = nn.ModuleList(
             [MCTFViTLayer(config, i) for i in range(config.num_hidden_layers)]
         )
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.pooler = ViTPooler(config) if add_pooling_layer else None
         self.post_init()
+
+    def _make_embeddings(self, config: MCTFViTConfig, use_mask_token: bool) -> nn.Module:
+        return MCTFViTEmbeddings(config, use_mask_token=use_mask_token)
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -398,20 +493,36 @@ class MCTFViTModel(MCTFPreTrainedMixin, ViTModel):
         return hidden_states, token_sizes, assignment
 
 
+def make_head(config: MCTFViTConfig) -> nn.Module:
+    if not config.num_labels:
+        return nn.Identity()
+    return nn.Linear(config.hidden_size, config.num_labels)
+
+
 class MCTFViTForImageClassification(MCTFPreTrainedMixin, ViTForImageClassification):
     """ViT with token fusion and a linear head on the class token."""
 
     _auto_class = "AutoModelForImageClassification"
+    backbone_class: ClassVar[type[MCTFViTModel]] = MCTFViTModel
 
     def __init__(self, config: MCTFViTConfig):
         config.validate()
         ViTPreTrainedModel.__init__(self, config)  # as in MCTFViTModel
         self.num_labels = config.num_labels
-        self.vit = MCTFViTModel(config, add_pooling_layer=False)
-        self.classifier = (
-            nn.Linear(config.hidden_size, config.num_labels) if config.num_labels else nn.Identity()
-        )
+        self.vit = self.backbone_class(config, add_pooling_layer=False)
+        self._make_heads(config)
         self.post_init()
+
+    def _make_heads(self, config: MCTFViTConfig) -> None:
+        self.classifier = make_head(config)
+        self.distillation_classifier = make_head(config) if config.distillation_token else None
+
+    def _classify(self, hidden_states: Tensor) -> Tensor:
+        """Logits (b, labels) of what the backbone returns, (b, m, d)."""
+        logits = self.classifier(hidden_states[:, 0])
+        if self.distillation_classifier is None:
+            return logits
+        return (logits + self.distillation_classifier(hidden_states[:, 1])) / 2
 
     @can_return_tuple
     def forward(
@@ -439,8 +550,7 @@ class MCTFViTForImageClassification(MCTFPreTrainedMixin, ViTForImageClassificati
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        class_token = outputs.last_hidden_state[:, 0]
-        logits = self.classifier(class_token)
+        logits = self._classify(outputs.last_hidden_state)
         return MCTFImageClassifierOutput(
             loss=None
             if labels is None
@@ -450,5 +560,5 @@ class MCTFViTForImageClassification(MCTFPreTrainedMixin, ViTForImageClassificati
             attentions=outputs.attentions,
             token_sizes=outputs.token_sizes,
             assignment=outputs.assignment,
-            class_token=class_token if output_fusion else None,
+            class_token=outputs.last_hidden_state[:, 0] if output_fusion else None,
         )
