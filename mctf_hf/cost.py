@@ -8,7 +8,13 @@ official code applies an n' x n' map, and the similarity of the tokens counts to
 
 from typing import Any
 
-from .configuration_mctf import MCTFViTConfig, TokensFused, as_pair
+from .configuration_mctf import (
+    MCTFLVViTConfig,
+    MCTFT2TViTConfig,
+    MCTFViTConfig,
+    TokensFused,
+    as_pair,
+)
 
 _LAYERNORM = 5
 
@@ -25,14 +31,44 @@ def multiply_accumulates(
     Raises:
         ValueError: for an ``r`` that is not allowed.
     """
-    patch_height, patch_width = as_pair(config.patch_size)
-    tokens, width = config.num_tokens(image_size), config.hidden_size
-    patches = tokens - config.num_prefix_tokens
-    total = patches * width * config.num_channels * patch_height * patch_width
+    height, width = as_pair(config.image_size if image_size is None else image_size)
+    tokens = config.num_tokens((height, width))
+    total = _patches(config, height, width)
     for fused in config.tokens_fused(tokens, r):
         total += _layer(config, tokens, fused)
         tokens -= fused
-    return total + _LAYERNORM * tokens * width + width * (config.num_labels or 0)
+    read = 1 + config.distillation_token  # tokens that heads read
+    if isinstance(config, MCTFLVViTConfig) and config.auxiliary_weight:
+        read += tokens - config.num_prefix_tokens
+    heads = read * config.hidden_size * (config.num_labels or 0)
+    return total + _LAYERNORM * tokens * config.hidden_size + heads
+
+
+def _patches(config: MCTFViTConfig, height: int, width: int) -> int:
+    """Making the patches of an image of ``height`` x ``width`` pixels."""
+    patch_height, patch_width = as_pair(config.patch_size)
+    pixels, patches = height * width, (height // patch_height) * (width // patch_width)
+    if isinstance(config, MCTFT2TViTConfig):
+        dims = (49 * config.num_channels, 9 * config.token_dim)  # of windows
+        steps = zip(dims, (pixels // 16, pixels // 64), strict=True)
+        transformers = sum(_token_transformer(config, *step) for step in steps)
+        return transformers + patches * 9 * config.token_dim * config.hidden_size
+    if isinstance(config, MCTFLVViTConfig):
+        channels = config.stem_channels
+        stem = (49 * config.num_channels + 2 * 9 * channels) * channels
+        projection = (patch_height // 2) * (patch_width // 2) * channels * config.hidden_size
+        return pixels // 4 * stem + patches * projection
+    return patches * config.hidden_size * config.num_channels * patch_height * patch_width
+
+
+def _token_transformer(config: MCTFT2TViTConfig, dim: int, tokens: int) -> int:
+    """One of the transformers in T2T-ViT's front end, from ``dim`` to ``token_dim`` channels."""
+    width = config.token_dim
+    linear = 3 * dim * width + 3 * width * width + _LAYERNORM * (dim + width)
+    if config.tokens_type == "transformer":
+        return tokens * (linear + 2 * tokens * width)
+    features = width // 2  # of keys and queries, their products, and the products with values
+    return tokens * (linear + 4 * features * width)
 
 
 def r_for_budget(

@@ -4,7 +4,7 @@ A stem of convolutions before the patches, residual branches divided by a consta
 all tokens beside that on the class token; everything else is :mod:`modeling_mctf_vit`.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -50,7 +50,7 @@ class MCTFLVViTModel(MCTFViTModel):
     config: MCTFLVViTConfig
     config_class = MCTFLVViTConfig
 
-    def _make_embeddings(self, config: MCTFLVViTConfig, use_mask_token: bool) -> nn.Module:
+    def _make_embeddings(self, config: Any, use_mask_token: bool) -> nn.Module:
         return MCTFViTEmbeddings(config, use_mask_token, LVViTPatchEmbeddings(config))
 
 

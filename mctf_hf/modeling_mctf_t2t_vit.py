@@ -132,7 +132,7 @@ class MCTFT2TViTModel(MCTFViTModel):
     config: MCTFT2TViTConfig
     config_class = MCTFT2TViTConfig
 
-    def _make_embeddings(self, config: MCTFT2TViTConfig, use_mask_token: bool) -> nn.Module:
+    def _make_embeddings(self, config: Any, use_mask_token: bool) -> nn.Module:
         return T2TViTEmbeddings(config, use_mask_token)
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -297,6 +297,7 @@ class MCTFViTEmbeddings(ViTEmbeddings):
         """
         tokens = self.patch_embeddings(pixel_values)
         if bool_masked_pos is not None:
+            assert self.mask_token is not None
             masked = bool_masked_pos[:, :, None].type_as(tokens)
             tokens = tokens * (1 - masked) + self.mask_token * masked
         height, width = pixel_values.shape[-2:]
