@@ -178,7 +178,16 @@ def as_pair(value: Any) -> tuple[int, int]:
 
 
 # What transformers writes to a config.json beside the fields of the configuration.
-_NOT_FIELDS = {"auto_map", "model_type", "quantization_config", "torch_dtype"}
+_NOT_FIELDS = {
+    "attn_implementation",
+    "auto_map",
+    "model_type",
+    "num_labels",
+    "output_attentions",
+    "quantization_config",
+    "torch_dtype",
+    "use_cache",
+}
 
 
 @strict
@@ -213,14 +222,15 @@ class MCTFViTConfig(FusionConfigMixin, ViTConfig):
                 f"{cls.__name__} loads the types 'vit' (ViT, DeiT without distillation token) and "
                 f"{cls.model_type!r}"
             )
-        if model_type == cls.model_type:
-            known = {field.name for field in fields(cls)} | _NOT_FIELDS
-            unknown = sorted(name for name in set(settings) - known if not name.startswith("_"))
-            if unknown:
-                logger.warning_once(
-                    f"{pretrained_model_name_or_path} has settings that this version does not know "
-                    f"and that have no effect: {', '.join(unknown)}. A newer version wrote it"
-                )
+        known = {field.name for field in fields(cls)} | _NOT_FIELDS
+        unknown = sorted(name for name in set(settings) - known if not name.startswith("_"))
+        if model_type != cls.model_type:  # what older releases left there
+            settings = {name: settings[name] for name in settings if name not in unknown}
+        elif unknown:
+            logger.warning_once(
+                f"{pretrained_model_name_or_path} has settings that this version does not know "
+                f"and that have no effect: {', '.join(unknown)}. Perhaps a newer one wrote it"
+            )
         return {**settings, "model_type": cls.model_type}, kwargs
 
     def num_tokens(self, image_size: int | tuple[int, int] | None = None) -> int:
