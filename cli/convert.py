@@ -10,7 +10,6 @@ import numpy as np
 from jsonargparse import ArgumentParser
 from transformers import ViTImageProcessorPil
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from cli.models import parse, resolve
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
@@ -18,7 +17,7 @@ from mctf_hf.checkpoints import SUFFIXES, read_checkpoint
 from mctf_hf.configuration_mctf import as_pair
 from mctf_hf.conversion import SOURCES, build_model, infer_config, load_pretrained
 from mctf_hf.cost import multiply_accumulates
-from mctf_hf.hub import check_folder, save
+from mctf_hf.hub import check_folder, load_image_processor, save
 
 BICUBIC = 3
 Lines = dict[str, str]
@@ -163,9 +162,7 @@ def read_labels(file: str, num_labels: int) -> list[str]:
 def _taken(origin: str, config: MCTFViTConfig) -> Any:
     """The image processor of another folder or Hub id, if it makes images for this model."""
     try:
-        processor = AutoImageProcessor.from_pretrained(
-            origin, backend="pil", trust_remote_code=False
-        )
+        processor = load_image_processor(origin)
     except OSError as error:
         raise OSError(
             f"{origin} has no image processor that could be read: set processor to a folder "

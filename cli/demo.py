@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForImageClassification
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from cli.finetuning import finetuning
 from cli.measuring import images_per_second
 from mctf_hf.configuration_mctf import FusionConfigMixin
 from mctf_hf.cost import multiply_accumulates
+from mctf_hf.hub import load_image_processor
 
 DATASET = "data/digits"
 CONFIGS = {"base": "configs/digits_base.yaml", "finetuned": "configs/digits.yaml"}
@@ -94,7 +94,7 @@ def demo() -> None:
 
 
 def _pixel_values(images: Dataset, folder: str) -> Tensor:
-    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    processor = load_image_processor(folder)
     rgb = [image.convert("RGB") for image in images["image"]]
     return processor(rgb, return_tensors="pt")["pixel_values"]
 

@@ -23,7 +23,7 @@ BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5)
 
 
 def open_labelled(
-    dataset: str,
+    data: HFImageDataModule,
     split: str,
     max_images: int | None,
     model: MCTFViTForImageClassification,
@@ -34,7 +34,7 @@ def open_labelled(
     Raises:
         ValueError: for a split or columns that are missing, or labels that are not the model's.
     """
-    rows = HFImageDataModule(dataset).rows(split)
+    rows = data.rows(split)
     rows.check_labels(model.num_labels)
     if rows.label_names is not None and len(rows.label_names) == model.num_labels:
         check_order(model.config, rows.label_names)

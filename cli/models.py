@@ -7,11 +7,12 @@ from dataclasses import fields
 from typing import Any
 
 import yaml
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
 from mctf_hf.configuration_mctf import FusionConfigMixin
+from mctf_hf.conversion import load_pretrained
 from mctf_hf.cost import resolve_r
+from mctf_hf.hub import load_image_processor
 
 FUSION = tuple(field.name for field in fields(FusionConfigMixin))
 
@@ -60,12 +61,12 @@ def load(words: str) -> tuple[MCTFViTForImageClassification, Any]:
         words: NAME is a local folder or an id on the Hub, of this library's models or plain ViTs.
 
     Raises:
-        ValueError: for an unknown setting, or a value that is not allowed.
-        OSError: if there is no such model.
+        ValueError: for an unknown setting, a value that is not allowed, or weights that are not
+            exactly the model's.
+        OSError: if there is no such model, or no image processor.
     """
     name, settings = parse(words)
     settings = resolve(MCTFViTConfig.from_pretrained(name), settings)
-    processor = AutoImageProcessor.from_pretrained(name, backend="pil")
-    model = MCTFViTForImageClassification.from_pretrained(name, **settings)
+    model = load_pretrained(name, **settings)
     model.config.tokens_fused(model.config.num_tokens(), settings.get("r"))  # does it have effect?
-    return model.eval(), processor
+    return model, load_image_processor(name)

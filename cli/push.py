@@ -3,23 +3,38 @@
 import io
 import json
 import re
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from jsonargparse import ActionYesNo, ArgumentParser
 from rich.console import Console
 
 from cli.evaluation import evaluate, open_labelled
-from cli.models import load
-from lightning_modules.data import LabelledImages
+from cli.files import open_images
+from cli.models import load, parse
+from lightning_modules.callbacks import public_name
+from lightning_modules.data import HFImageDataModule
 from mctf_hf import MCTFViTForImageClassification
-from mctf_hf.hub import EVALUATION, TRAINING, check_folder, loadable_files, push, save
+from mctf_hf.hub import (
+    CARD,
+    EVALUATION,
+    PICTURE,
+    TRAINING,
+    check_folder,
+    check_repo_id,
+    loadable_files,
+    push,
+    save,
+)
 from mctf_hf.model_card import make_card
 from mctf_hf.visualization import contact_sheet, enlarge, fused_tokens
 
-PICTURE = "fused_tokens.png"
+console = Console()
 
 
 def main(args: Sequence[str]) -> None:
@@ -31,24 +46,33 @@ def main(args: Sequence[str]) -> None:
     )
     parser.add_argument("model", help="folder or Hub id, with settings if they are to change: r=8")
     parser.add_argument("repo_id", help="organisation/name on the Hub")
-    parser.add_argument(
-        "--private", action=ActionYesNo, default=False, help="make a new repository private"
-    )
-    parser.add_function_arguments(push_model, skip={"model", "repo_id", "private"})
+    flags = {
+        "private": "make a new repository private",
+        "as_is": "push the folder as it lies there, measuring and writing nothing",
+    }
+    for name, meaning in flags.items():
+        parser.add_argument(f"--{name}", action=ActionYesNo, default=False, help=meaning)
+    parser.add_function_arguments(push_model, skip={"model", "repo_id", *flags})
     push_model(**parser.parse_args(list(args)).as_dict())
 
 
 def push_model(
     model: str,
     repo_id: str,
-    license: str,
+    license: str | None = None,
     private: bool = False,
+    as_is: bool = False,
     revision: str = "main",
     dataset: str | None = None,
+    name: str | None = None,
+    dataset_revision: str | None = None,
     split: str = "test",
+    image_column: str | None = None,
+    label_column: str | None = None,
     max_images: int | None = None,
     batch_size: int = 16,
     rounds: int = 10,
+    picture: str | None = None,
     base_model: str | None = None,
     message: str = "Upload a model with token fusion",
     dry_run: str | None = None,
@@ -58,80 +82,129 @@ def push_model(
     Args:
         model: see above.
         repo_id: see above.
-        license: of the weights, such as apache-2.0.
+        license: of the weights, such as apache-2.0; needed unless as_is.
         private: see above.
+        as_is: see above.
         revision: branch to push to.
-        dataset: local folder or Hub id of a dataset to measure accuracy on and to show images of;
-            unset, the card says that it was not measured.
-        split: of that dataset.
+        dataset: local folder or Hub id of a dataset to measure accuracy on; unset, the card says
+            that it was not measured.
+        name: configuration of the dataset, if it has several.
+        dataset_revision: branch, tag or commit of the dataset on the Hub.
+        split: of the dataset.
+        image_column: column of the images; unset, the only one of type image.
+        label_column: column of the labels; unset, the only one of type class label.
         max_images: measure accuracy on so many evenly spaced images of it; unset, on all.
         batch_size: images per call when speed is measured.
         rounds: timings of each setting, whose median counts.
+        picture: an image, a folder of images or of a dataset, or a dataset's id on the Hub, of
+            which the card shows the first four images with their fused tokens; unset, none.
         base_model: Hub id of the model that it was made from; unset, what it was trained from or
             is read from, if that is on the Hub.
         message: of the commit.
         dry_run: folder to write what would go up to, instead of pushing it.
     """
-    for name, value in {
-        "max_images": max_images,
-        "batch_size": batch_size,
-        "rounds": rounds,
-    }.items():
+    check_repo_id(repo_id)
+    if as_is:
+        _send(Path(model), repo_id, private, revision, message)
+        return
+    if license is None or not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
+        raise ValueError(
+            f"license={license!r} is not allowed: it is an identifier of the Hub, such as "
+            "apache-2.0, mit, cc-by-4.0 or other"
+        )
+    numbers = {"max_images": max_images, "batch_size": batch_size, "rounds": rounds}
+    for setting, value in numbers.items():
         if value is not None and value < 1:
-            raise ValueError(f"{name}={value!r} is not allowed: it is at least 1")
+            raise ValueError(f"{setting}={value!r} is not allowed: it is at least 1")
     if dry_run is not None:
         check_folder(dry_run)
     loaded, processor = load(model)
-    training = _training(model.split(",")[0])
+    source = parse(model)[0]
+    training = _training(source)
+    files: dict[str, str | bytes] = {}
+    if picture is not None:
+        files[PICTURE] = _picture(loaded, processor, picture)
     images = None
     if dataset is not None:
-        images = open_labelled(dataset, split, max_images, loaded, processor)
-    console = Console()
+        data = HFImageDataModule(
+            dataset,
+            name=name,
+            revision=dataset_revision,
+            image_column=image_column,
+            label_column=label_column,
+        )
+        images = open_labelled(data, split, max_images, loaded, processor)
+
     console.print(f"Measuring {model} …")
     evaluation = evaluate(loaded, images, batch_size=batch_size, rounds=rounds)
     if dataset is not None:
-        evaluation.dataset, evaluation.split = _name(dataset), split
-    card = make_card(
-        repo_id,
-        loaded.config,
-        license=license,
-        evaluation=evaluation,
-        base_model=base_model or _origin(model.split(",")[0], training, repo_id),
-        datasets=[name] if (name := _hub_id(training.get("dataset"))) else None,
-        training=training,
-        picture=None if images is None else PICTURE,
+        evaluation.dataset, evaluation.split = public_name(dataset), split
+    files[EVALUATION] = evaluation.to_json()
+    files[CARD] = str(
+        make_card(
+            repo_id,
+            loaded.config,
+            license=license,
+            evaluation=evaluation,
+            base_model=base_model or _origin(source, training, repo_id),
+            datasets=[found] if (found := _hub_id(training.get("dataset"))) else None,
+            training=training,
+            picture=None if picture is None else PICTURE,
+        )
     )
-    files: dict[str, str | bytes] = {"README.md": str(card), EVALUATION: evaluation.to_json()}
-    if images is not None:
-        files[PICTURE] = _picture(loaded, processor, images)
     if training:
         files[TRAINING] = json.dumps(training, indent=2) + "\n"
-    with tempfile.TemporaryDirectory() as draft:
-        folder = save(loaded, processor, dry_run or Path(draft, "model"), files=files)
-        for file in loadable_files(folder):
-            console.print(f"  {file.stat().st_size:>12,} bytes  {file.name}", highlight=False)
-        if dry_run is not None:
-            console.print(f"Would go to {repo_id}, revision {revision}: {folder}")
-            return
+    folder = Path(dry_run or tempfile.mkdtemp(prefix="mctf-push-"), *[] if dry_run else ["model"])
+    save(loaded, processor, folder, files=files)
+    if dry_run is not None:
+        _list(folder)
+        console.print(f"Would go to {repo_id}, revision {revision}: {folder}", highlight=False)
+        return
+    _send(folder, repo_id, private, revision, message)
+    shutil.rmtree(folder.parent)
+
+
+def _send(folder: Path, repo_id: str, private: bool, revision: str, message: str) -> None:
+    _list(folder)
+    try:
         commit = push(folder, repo_id, private=private, revision=revision, message=message)
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"{error}\nWhat was to go up lies in {folder}: `mctf push {folder} {repo_id} --as-is` "
+            "pushes it without measuring again"
+        ) from error
     console.print(f"{commit.commit_url}\nrevision={commit.oid!r} pins it", highlight=False)
 
 
-def _training(folder: str) -> dict[str, Any]:
+def _list(folder: Path) -> None:
+    for file in loadable_files(folder):
+        console.print(f"  {file.stat().st_size:>12,} bytes  {file.name}", highlight=False)
+
+
+def _training(name: str) -> dict[str, Any]:
     """The record of its training that lies beside a model; empty if there is none."""
-    file = Path(folder, TRAINING)
-    return json.loads(file.read_text()) if file.is_file() else {}
+    file = Path(name, TRAINING)
+    if not Path(name).is_dir():
+        try:
+            file = Path(hf_hub_download(name, TRAINING))
+        except EntryNotFoundError:
+            return {}
+    if not file.is_file():
+        return {}
+    record = json.loads(file.read_text())
+    return {
+        key: public_name(value) if key in ("pretrained", "dataset") else value
+        for key, value in record.items()
+    }
 
 
-def _picture(model: MCTFViTForImageClassification, processor: Any, images: LabelledImages) -> bytes:
-    """Four images beside their fused tokens, as a PNG file."""
-    chosen = [int(images.indices[i * len(images) // 4]) for i in range(min(4, len(images)))]
-    seen = fused_tokens(model, processor, [images.rows.image(row) for row in chosen])
+def _picture(model: MCTFViTForImageClassification, processor: Any, source: str) -> bytes:
+    """Up to four images beside their fused tokens, as a PNG file."""
+    seen = fused_tokens(model, processor, open_images(source, 4, exactly=False))
     pairs = [(enlarge(tokens.view), tokens.picture()) for tokens in seen]
-    per_row = min(2, len(pairs))
+    per_row = 2 if len(pairs) % 2 == 0 else 1
     captions = ["original", f"{seen[0].num_tokens} -> {seen[0].tokens_left} tokens"] * per_row
     rows = [sum(pairs[i : i + per_row], ()) for i in range(0, len(pairs), per_row)]
-    rows = [row for row in rows if len(row) == len(captions)]
     file = io.BytesIO()
     contact_sheet(captions, rows).save(file, format="PNG")
     return file.getvalue()
@@ -146,9 +219,3 @@ def _origin(name: str, training: dict[str, Any], repo_id: str) -> str | None:
 
 def _hub_id(name: str | None) -> str | None:
     return name if name is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
-
-
-def _name(dataset: str) -> str:
-    """A dataset's name for strangers: its id, or the last part of a local folder's path."""
-    path = Path(dataset)
-    return path.resolve().name if path.exists() else dataset

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,7 @@ def training_record(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[st
     record = {name: getattr(data, name, None) for name in names}
     record |= {name: value for name, value in pl_module.hparams.items() if name[0] != "_"}
     record |= {
+        "r_max": pl_module.r_max,
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,
         "processes": trainer.world_size,
@@ -112,9 +114,18 @@ def training_record(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[st
         "lightning": L.__version__,
     }
     for name in ("pretrained", "dataset"):
-        if record[name] is not None and os.path.exists(record[name]):
-            record[name] = Path(record[name]).resolve().name
+        record[name] = public_name(record[name])
+    if not pl_module.r_max:  # what it would have weighed
+        for name in ("teacher_weight", "consistency_weight", "confidence_threshold"):
+            del record[name]
     return {name: value for name, value in record.items() if value is not None}
+
+
+def public_name(name: str | None) -> str | None:
+    """A model's or dataset's name for strangers: its Hub id, or the last part of a local path."""
+    if name is None or (re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not os.path.exists(name)):
+        return name
+    return Path(name).resolve().name
 
 
 class PredictionFile(BasePredictionWriter):

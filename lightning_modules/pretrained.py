@@ -5,11 +5,9 @@ from typing import Any
 
 from transformers import ViTImageProcessorPil
 
-# Older releases hide the top-level name where torchvision is missing, though this needs none.
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
-
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
 from mctf_hf.configuration_mctf import FusionConfigMixin, as_pair
+from mctf_hf.hub import load_image_processor
 
 
 def load_or_make(
@@ -43,7 +41,7 @@ def load_or_make(
         processor = ViTImageProcessorPil(size={"height": height, "width": width})
         return MCTFViTForImageClassification(model_config), processor
 
-    processor = AutoImageProcessor.from_pretrained(pretrained, backend="pil")
+    processor = load_image_processor(pretrained)
     model, report = MCTFViTForImageClassification.from_pretrained(
         pretrained, **labels, **fusion, ignore_mismatched_sizes=True, output_loading_info=True
     )

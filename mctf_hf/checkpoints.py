@@ -37,7 +37,7 @@ DAMAGED = (
     struct.error,
 )
 # The same where more than a pickle is read, so that other mistakes keep their own words.
-UNREADABLE = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError)
+UNREADABLE = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError)
 
 
 @dataclass(frozen=True)
@@ -115,16 +115,16 @@ def reading(file: str | os.PathLike, errors: tuple[type[Exception], ...]) -> Ite
     try:
         yield
     except errors as error:
-        if isinstance(error, OSError) and error.errno is None:  # transformers' own, in words
-            raise
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and named:
             raise ValueError(
                 f"{file} is refused: reading it would call {named[1]}, which makes no tensor or "
                 "plain value; nothing was called (if you trust the file, save its weights alone)"
             ) from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"{file} cannot be read: it is damaged or holds no weights; nothing in it was run"
+            f"{file} cannot be read: it is damaged or holds no weights; nothing in it was run "
+            f"({reason})"
         ) from error
 
 

@@ -178,7 +178,16 @@ def as_pair(value: Any) -> tuple[int, int]:
 
 
 # What transformers writes to a config.json beside the fields of the configuration.
-_NOT_FIELDS = {"auto_map", "model_type", "quantization_config", "torch_dtype"}
+_NOT_FIELDS = {
+    "attn_implementation",
+    "auto_map",
+    "model_type",
+    "num_labels",
+    "output_attentions",
+    "quantization_config",
+    "torch_dtype",
+    "use_cache",
+}
 
 
 @strict
@@ -188,8 +197,9 @@ class MCTFViTConfig(FusionConfigMixin, ViTConfig):
     All fields of :class:`transformers.ViTConfig` and of :class:`FusionConfigMixin`.
 
     Args:
-        distillation_token: a second prefix token with a position and a head of its own; the two
-            heads' logits are averaged (DeiT, arXiv 2012.12877, section 5).
+        distillation_token: a second prefix token with a position of its own (DeiT, arXiv
+            2012.12877, section 5).
+        distillation_head: a second head, on that token; the two heads' logits are averaged.
         num_register_tokens: prefix tokens without position that nothing is read from (Vision
             Transformers Need Registers, arXiv 2309.16588).
     """
@@ -210,6 +220,7 @@ class MCTFViTConfig(FusionConfigMixin, ViTConfig):
     skip_lambda: ClassVar[float | int] = 1
 
     distillation_token: bool = False
+    distillation_head: bool = False
     num_register_tokens: int = field(default=0, metadata=_number("num_register_tokens", 0))
 
     @classmethod
@@ -231,14 +242,17 @@ class MCTFViTConfig(FusionConfigMixin, ViTConfig):
             )
         if model_type == "deit":
             settings["distillation_token"] = True
-        if model_type == cls.model_type:
-            known = {field.name for field in fields(cls)} | _NOT_FIELDS
-            unknown = sorted(name for name in set(settings) - known if not name.startswith("_"))
-            if unknown:
-                logger.warning_once(
-                    f"{pretrained_model_name_or_path} has settings that this version does not know "
-                    f"and that have no effect: {', '.join(unknown)}. A newer version wrote it"
-                )
+            architectures = settings.get("architectures") or []
+            settings["distillation_head"] = any("WithTeacher" in name for name in architectures)
+        known = {field.name for field in fields(cls)} | _NOT_FIELDS
+        unknown = sorted(name for name in set(settings) - known if not name.startswith("_"))
+        if model_type != cls.model_type:  # what older releases left there
+            settings = {name: settings[name] for name in settings if name not in unknown}
+        elif unknown:
+            logger.warning_once(
+                f"{pretrained_model_name_or_path} has settings that this version does not know "
+                f"and that have no effect: {', '.join(unknown)}. Perhaps a newer one wrote it"
+            )
         return {**settings, "model_type": cls.model_type}, kwargs
 
     @property
@@ -251,6 +265,14 @@ class MCTFViTConfig(FusionConfigMixin, ViTConfig):
         height, width = as_pair(self.image_size if image_size is None else image_size)
         patch_height, patch_width = as_pair(self.patch_size)
         return (height // patch_height) * (width // patch_width) + self.num_prefix_tokens
+
+    def validate_distillation(self) -> None:
+        """Check that a second head has its token."""
+        if self.distillation_head and not self.distillation_token:
+            raise ValueError(
+                f"distillation_head={self.distillation_head!r} is not allowed without "
+                "distillation_token=True, which it reads"
+            )
 
     def validate_patches(self) -> None:
         """Check that the patches divide the image."""

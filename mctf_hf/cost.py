@@ -37,7 +37,7 @@ def multiply_accumulates(
     for fused in config.tokens_fused(tokens, r):
         total += _layer(config, tokens, fused)
         tokens -= fused
-    read = 1 + config.distillation_token  # tokens that heads read
+    read = 1 + config.distillation_head  # tokens that heads read
     if isinstance(config, MCTFLVViTConfig) and config.auxiliary_weight:
         read += tokens - config.num_prefix_tokens
     heads = read * config.hidden_size * (config.num_labels or 0)

@@ -19,7 +19,8 @@ def checked_downloads(
 
     The Hub's client compares sizes only. It keeps a large file under the SHA-256 of its content,
     which the Hub states before the download; small files and those of earlier downloads are left
-    alone, so that loading from the cache costs nothing more.
+    alone, so that loading from the cache costs nothing more. Where the cache can hold no links
+    (on Windows, without developer mode) files are kept under their own names and not checked.
 
     Args:
         repo_id: id of a model on the Hub; a local folder is never downloaded.
@@ -37,13 +38,15 @@ def checked_downloads(
     try:
         yield
     finally:
-        for file in sorted(_large_files(folder) - before):
+        for file, _ in sorted(_large_files(folder) - before):
             _check(file, folder, os.fspath(repo_id))
 
 
-def _large_files(folder: Path) -> set[Path]:
+def _large_files(folder: Path) -> set[tuple[Path, tuple[int, int]]]:
+    """Large files in the cache, and what tells a new one of the same name."""
     files = (folder / "blobs").glob("*") if (folder / "blobs").is_dir() else ()
-    return {file for file in files if re.fullmatch("[0-9a-f]{64}", file.name)}
+    large = (file for file in files if re.fullmatch("[0-9a-f]{64}", file.name))
+    return {(file, (file.stat().st_ino, file.stat().st_mtime_ns)) for file in large}
 
 
 def _check(file: Path, folder: Path, repo_id: str) -> None:

@@ -4,7 +4,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,26 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
+from transformers.dynamic_module_utils import get_relative_import_files
 
-# How the weights were trained, and what was measured of them, by settings' names.
+# Older releases hide the top-level name where torchvision is missing, though this needs none.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+# How the weights were trained, what was measured of them, what was drawn, and the page of it all.
 TRAINING, EVALUATION = "training.json", "evaluation.json"
+PICTURE, CARD = "fused_tokens.png", "README.md"
 
-# Weights, and what describes them and must not outlive them.
-_STALE = re.compile(r"model.*\.safetensors(\.index\.json)?|training\.json|evaluation\.json")
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+
+
+def load_image_processor(name: str) -> Any:
+    """The image processor of a folder or Hub id, which needs no torchvision and runs no code of it.
+
+    Raises:
+        OSError: if there is none.
+        ValueError: if it cannot be had without running code of its own.
+    """
+    return AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
 
 
 def save(
@@ -63,10 +77,20 @@ def save(
         folder.mkdir(exist_ok=True)
         for name in names:
             os.replace(Path(draft, name), folder / name)
-    for file in folder.iterdir():
-        if _STALE.fullmatch(file.name) and file.name not in names:
-            file.unlink()
+    for name in _stale(os.listdir(folder), names):
+        (folder / name).unlink()
     return folder
+
+
+def _stale(present: Collection[str], new: Collection[str]) -> list[str]:
+    """Files of earlier weights that new ones do not replace: shards, and what was said of them.
+
+    A card and a picture count only beside the measurements that they were made with.
+    """
+    told = {TRAINING, EVALUATION} | ({CARD, PICTURE} if EVALUATION in present else set())
+    return sorted(
+        name for name in present if name not in new and (name in told or _WEIGHTS.fullmatch(name))
+    )
 
 
 def check_folder(folder: str | os.PathLike) -> Path:
@@ -113,7 +137,7 @@ def push(
             is asked for.
         ConnectionError: if the Hub refuses the push or can't be reached.
     """
-    validate_repo_id(repo_id)
+    check_repo_id(repo_id)
     additions = [CommitOperationAdd(file.name, file) for file in loadable_files(folder)]
     api = api or HfApi()
     head, made = None, False
@@ -122,26 +146,31 @@ def push(
         head = _head(api, repo_id, revision)
         existing = revision if head else None
         api.preupload_lfs_files(repo_id, additions, revision=existing)
-        new = {addition.path_in_repo for addition in additions}
-        stale = [
-            CommitOperationDelete(name)
-            for name in api.list_repo_files(repo_id, revision=existing)
-            if _STALE.fullmatch(name) and name not in new
-        ]
+        present = api.list_repo_files(repo_id, revision=existing)
+        stale = _stale(present, {addition.path_in_repo for addition in additions})
         if head is None:
             api.create_branch(repo_id, branch=revision)
             made = True
         return api.create_commit(
             repo_id,
-            [*additions, *stale],
+            [*additions, *(CommitOperationDelete(name) for name in stale)],
             commit_message=message,
             revision=revision,
             parent_commit=head,
         )
     except (HTTPError, RuntimeError, ConnectionError) as error:
-        state = _state(api, repo_id, revision, head, made)
-        where = f"{repo_id}, revision {revision}, {state}"
+        where = f"{repo_id}, revision {revision}, {_undo(api, repo_id, revision, head, made)}"
         raise ConnectionError(_explained(error, where)) from error
+    except BaseException:
+        _undo(api, repo_id, revision, head, made)
+        raise
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raise ValueError unless it is ``organisation/name``, as the Hub wants it."""
+    validate_repo_id(repo_id)
+    if "/" not in repo_id:
+        raise ValueError(f"repo_id={repo_id!r} is not allowed: it is organisation/name")
 
 
 def loadable_files(folder: str | os.PathLike) -> list[Path]:
@@ -152,20 +181,36 @@ def loadable_files(folder: str | os.PathLike) -> list[Path]:
     """
     folder = Path(folder)
     names = {file.name for file in folder.glob("*") if file.is_file()}
-    missing = sorted({"config.json", "preprocessor_config.json"} - names)
-    if not any(name.endswith(".safetensors") for name in names):
-        missing.append("model.safetensors")
-    if not missing:
+    missing = {"config.json", "preprocessor_config.json"} - names
+    if "config.json" in names:
         classes = json.loads((folder / "config.json").read_text()).get("auto_map", {})
-        missing = sorted({f"{name.split('.')[0]}.py" for name in classes.values()} - names)
+        missing |= _code(folder, classes.values()) - names
         if not classes:
-            missing = ["the auto_map of config.json"]
+            missing.add("the auto_map of config.json")
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        missing |= set(json.loads(index.read_text())["weight_map"].values()) - names
+    elif "model.safetensors" not in names:
+        missing.add("model.safetensors")
     if missing:
         raise ValueError(
-            f"{folder} is not a model's folder that loads anywhere: {', '.join(missing)} missing. "
-            "mctf_hf.hub.save writes one"
+            f"{folder} is not a model's folder that loads anywhere: {', '.join(sorted(missing))} "
+            "missing. mctf_hf.hub.save writes one"
         )
     return [folder / name for name in sorted(names) if not name.startswith(".")]
+
+
+def _code(folder: Path, classes: Collection[str]) -> set[str]:
+    """Names of the modules that hold some classes, and of all that these import."""
+    found: set[str] = set()
+    for name in {f"{reference.split('.')[0]}.py" for reference in classes}:
+        found.add(name)
+        if (folder / name).exists():
+            try:
+                found |= {Path(file).name for file in get_relative_import_files(folder / name)}
+            except FileNotFoundError as error:
+                found.add(Path(error.filename).name)
+    return found
 
 
 def _open(api: HfApi, repo_id: str, private: bool) -> None:
@@ -195,18 +240,20 @@ def _explained(error: Exception, where: str) -> str:
     cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
     reason = " ".join(line.strip() for line in str(cause).split("\n") if line.strip())
     status = getattr(getattr(cause, "response", None), "status_code", None)
+    if status is None and (told := re.search(r"\b(4\d\d) [A-Z]", reason)):  # Xet's have no response
+        status = int(told[1])
     if status in (401, 403) or isinstance(cause, RepositoryNotFoundError):
         advice = "Is the token right, and may it write there? `hf auth login` or HF_TOKEN sets it"
     elif status in (409, 412):
         advice = "Somebody else changed it meanwhile: look at what it has and push again"
-    elif status is not None and status < 500:
-        advice = "The Hub does not accept this push"
-    else:
+    elif status is None or status in (408, 429) or status >= 500:
         advice = "Push again: files that have arrived are not sent twice"
+    else:
+        advice = "The Hub does not accept this push"
     return f"{where}: {reason.rstrip('.')}. {advice}"
 
 
-def _state(api: HfApi, repo_id: str, revision: str, head: str | None, made: bool) -> str:
+def _undo(api: HfApi, repo_id: str, revision: str, head: str | None, made: bool) -> str:
     """What has become of a branch by a push that failed; one that was made for it goes again."""
     if head is None and not made:
         return "was not changed"

@@ -48,6 +48,10 @@ for _class in ("MCTFViTModel", "MCTFViTForImageClassification"):
     )
 
 
+# What transformers' DeiT calls what ViT has, too.
+_DEIT_NAMES = {r"^deit\.": "vit.", r"^cls_classifier\.": "classifier."}
+
+
 @dataclass
 class MCTFModelOutput(BaseModelOutputWithPooling):
     """Output of a backbone; the last two fields are filled by ``output_fusion=True``.
@@ -235,6 +239,7 @@ class MCTFPreTrainedMixin:
         """
         if pretrained_model_name_or_path is None:
             return super().from_pretrained(None, *args, **kwargs)
+        kwargs["key_mapping"] = _DEIT_NAMES | (kwargs.get("key_mapping") or {})
         with checked_downloads(pretrained_model_name_or_path, kwargs.get("cache_dir")):
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
@@ -253,6 +258,8 @@ class MCTFPreTrainedMixin:
         of them with ``trust_remote_code=True``.
         """
         self.config.auto_map = dict(self.config.auto_classes)
+        # Not by the names that the weights were loaded by, which may be those of another class.
+        kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, **kwargs)
 
 
@@ -516,7 +523,7 @@ class MCTFViTForImageClassification(MCTFPreTrainedMixin, ViTForImageClassificati
 
     def _make_heads(self, config: MCTFViTConfig) -> None:
         self.classifier = make_head(config)
-        self.distillation_classifier = make_head(config) if config.distillation_token else None
+        self.distillation_classifier = make_head(config) if config.distillation_head else None
 
     def _classify(self, hidden_states: Tensor) -> Tensor:
         """Logits (b, labels) of what the backbone returns, (b, m, d)."""

@@ -33,7 +33,7 @@ _FAMILIES: tuple[
     (
         MCTFViTConfig,
         {f"{name}_distilled": size for name, size in _DEIT.items()},
-        {"layer_norm_eps": 1e-6, "distillation_token": True},
+        {"layer_norm_eps": 1e-6, "distillation_token": True, "distillation_head": True},
     ),
     (MCTFT2TViTConfig, _T2T_PERFORMER, {"tokens_type": "performer"}),
     (MCTFT2TViTConfig, _T2T_TRANSFORMER, {"tokens_type": "transformer"}),

@@ -1,10 +1,14 @@
 """Token-reduction consistency for those who train with transformers' ``Trainer``."""
 
+import json
+from pathlib import Path
 from typing import Any
 
+import transformers
 from torch import Tensor
 from transformers import Trainer
 
+from .hub import TRAINING
 from .losses import TokenReductionConsistency, teacher_limit, teacher_r
 
 
@@ -23,7 +27,8 @@ class ConsistencyTrainer(Trainer):
             process. Unset: half of the most that a layer of the model fuses.
 
     Raises:
-        ValueError: if the teacher could fuse more than the student, or the model fuses nothing.
+        ValueError: if the teacher could fuse more than the student, the model fuses nothing, or
+            there is a ``compute_loss_func``.
     """
 
     def __init__(
@@ -34,6 +39,10 @@ class ConsistencyTrainer(Trainer):
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
+        if self.compute_loss_func is not None:
+            raise ValueError(
+                "compute_loss_func is not allowed: the objective is this class's own, set by loss"
+            )
         smoothing = self.args.label_smoothing_factor
         self.consistency = loss or TokenReductionConsistency(label_smoothing=smoothing)
         self.r_max = teacher_limit(self.accelerator.unwrap_model(self.model).config, r_max)
@@ -63,3 +72,27 @@ class ConsistencyTrainer(Trainer):
             student.logits, student.class_token, teacher.logits, teacher.class_token, labels
         )
         return (losses.total, student) if return_outputs else losses.total
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save as every ``Trainer`` does, along with a record of the training."""
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            record = {
+                "r_max": self.r_max,
+                "teacher_weight": self.consistency.teacher_weight,
+                "consistency_weight": self.consistency.consistency_weight,
+                "confidence_threshold": self.consistency.confidence_threshold,
+                "label_smoothing": self.consistency.label_smoothing,
+                "learning_rate": self.args.learning_rate,
+                "lr_scheduler_type": str(self.args.lr_scheduler_type),
+                "weight_decay": self.args.weight_decay,
+                "global_batch_size": self.args.train_batch_size
+                * self.args.gradient_accumulation_steps
+                * self.args.world_size,
+                "epochs": self.state.epoch,
+                "steps": self.state.global_step,
+                "seed": self.args.seed,
+                "transformers": transformers.__version__,
+            }
+            folder = output_dir or self.args.output_dir
+            Path(str(folder), TRAINING).write_text(json.dumps(record, indent=2) + "\n")

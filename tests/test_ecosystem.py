@@ -214,6 +214,13 @@ def test_a_teacher_that_teaches_nothing_is_refused(r: int, r_max: int | None, me
         ConsistencyTrainer(model=tiny_model(r=r), args=arguments(), r_max=r_max)
 
 
+def test_a_loss_function_beside_the_objective_is_refused() -> None:
+    with pytest.raises(ValueError, match="compute_loss_func is not allowed"):
+        ConsistencyTrainer(
+            model=tiny_model(r=6), args=arguments(), compute_loss_func=lambda *words: 0
+        )
+
+
 def test_transformers_own_trainer_trains_and_evaluates() -> None:
     settings = arguments(max_steps=2, per_device_train_batch_size=4, save_strategy="no")
     trainer = Trainer(
@@ -254,6 +261,7 @@ trainer = ConsistencyTrainer(
     train_dataset=rows["train"].with_transform(prepare),
     eval_dataset=rows["test"].select(range(100)).with_transform(prepare),
     compute_metrics=accuracy,
+    processing_class=processor,
     r_max=4,
 )
 trainer.train()
@@ -294,3 +302,8 @@ def test_accelerate_launches_two_processes(tiny_folder: Path, tmp_path: Path) ->
     assert sum(losses[-10:]) < sum(losses[:10]) - 10 * 0.4
     assert report["accuracy"] > 0.1
     assert AutoModelForImageClassification.from_pretrained(tmp_path / "trained").config.r == 6
+    record = json.loads((tmp_path / "trained" / "training.json").read_text())
+    assert (record["r_max"], record["epochs"], record["global_batch_size"]) == (4, 3, 32)
+    assert {"preprocessor_config.json", "modeling_mctf_vit.py"} <= {
+        path.name for path in (tmp_path / "trained").iterdir()
+    }

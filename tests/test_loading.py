@@ -1,6 +1,7 @@
 """Weights in and out: any ViT checkpoint loads, and what is saved loads anywhere."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from transformers import (
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification, MCTFViTModel
-from mctf_hf.hub import save
+from mctf_hf.hub import load_image_processor, save
 from tests.conftest import TINY, tiny_model
 
 # What a stranger runs: this library can't be imported there.
@@ -217,9 +218,26 @@ def test_no_warning_without_settings_from_the_future(
     tiny_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = save(tiny_model(r=7), ViTImageProcessorPil(), tmp_path / "model")
-    for checkpoint in (folder, tiny_folder):
+    settings = json.loads((tiny_folder / "config.json").read_text())
+    old = shutil.copytree(tiny_folder, tmp_path / "old")
+    old_settings = {**settings, "finetuning_task": None, "pruned_heads": {}, "use_cache": True}
+    (old / "config.json").write_text(json.dumps(old_settings))
+    save(MCTFViTForImageClassification.from_pretrained(old), ViTImageProcessorPil(), tmp_path / "n")
+    assert "pruned_heads" not in (tmp_path / "n" / "config.json").read_text()
+    for checkpoint in (folder, tiny_folder, old, tmp_path / "n"):
         MCTFViTForImageClassification.from_pretrained(checkpoint)
     assert "does not know" not in caplog.text
+
+
+def test_an_image_processors_own_code_is_not_run(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_folder, tmp_path / "folder")
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    settings |= {"image_processor_type": "Evil", "auto_map": {"AutoImageProcessor": "evil.Evil"}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'harm')!r}, 'w')\nclass Evil: pass\n")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load_image_processor(str(folder))
+    assert not (tmp_path / "harm").exists()
 
 
 def test_a_tampered_auto_map_runs_nothing_without_consent(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,16 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import load_dataset
 from huggingface_hub import HfApi, ModelCard, constants
 from PIL import Image
 from torch import Tensor
-from transformers import ViTImageProcessorPil
+from transformers import ViTForImageClassification, ViTImageProcessorPil
 
+from cli.evaluation import plain_model
 from cli.main import main
 from mctf_hf import MCTFViTForImageClassification
+from mctf_hf.cost import multiply_accumulates
 from mctf_hf.hub import push, save
+from mctf_hf.model_card import make_card
 from tests.conftest import DIGITS, tiny_model
-from tests.e2e.test_commands import mctf
+from tests.e2e.test_commands import fit_words, mctf
 from tests.local_hub import LocalHub
 from tests.test_loading import BLOCKED
 
@@ -86,13 +91,21 @@ def api(hub: LocalHub, token: str = TOKEN) -> HfApi:
 
 
 def load(
-    hub: LocalHub, home: Path, images: Tensor, revision: str = ""
+    hub: LocalHub, home: Path, images: Tensor, revision: str = "", options: str = ""
 ) -> subprocess.CompletedProcess:
     """Load the repository in a process without this library; the results lie beside ``home``."""
     given, results = home.with_suffix(".images"), home.with_suffix(".results")
     torch.save(images, given)
     return subprocess.run(
-        [sys.executable, "-c", STRANGER, REPO, revision, given, results],
+        [
+            sys.executable,
+            "-c",
+            STRANGER.replace("**pinned", f"**pinned, {options}"),
+            REPO,
+            revision,
+            given,
+            results,
+        ],
         env=hub.environment(home),
         capture_output=True,
         text=True,
@@ -117,6 +130,7 @@ def test_pushed_measured_and_loaded_by_a_stranger(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     words = ["--license", "apache-2.0", "--dataset", DIGITS, "--max-images", "40", "--rounds", "2"]
+    words += ["--picture", DIGITS]
     for name, value in hub.environment(tmp_path / "home", TOKEN).items():
         monkeypatch.setenv(name, value)
     shas = []
@@ -160,6 +174,72 @@ def test_commands_take_ids_of_the_hub(
     assert Image.open("fused.png").size[0] > 3 * 400
     assert json.loads(hub.files("org/new")["config.json"])["r"] == 5
     assert ModelCard(hub.files("org/new")["README.md"].decode()).data.base_model == "org/plain"
+
+
+def test_training_and_measurements_are_told_as_they_were(
+    hub: LocalHub, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From ``fit`` by ``push`` to the card, and again from the Hub to another repository."""
+    for name, value in hub.environment(tmp_path / "home", TOKEN).items():
+        monkeypatch.setenv(name, value)
+    done = mctf(*fit_words(tmp_path, tiny_folder), "--trainer.max_epochs", "1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    words = ["--license", "mit", "--dataset", DIGITS, "--rounds", "1"]
+    done = mctf("push", tmp_path / "model", REPO, *words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    card = ModelCard(hub.files(REPO)["README.md"].decode())
+    assert "Finetuned with token-reduction consistency" in card.text
+    for row in ("pretrained | `tiny-vit`", "dataset | `digits`", "r_max | `3`", "epochs | `1`"):
+        assert f"| {row} |" in card.text
+    published = b"".join(hub.files(REPO).values())
+    assert str(tmp_path).encode() not in published and DIGITS.encode() not in published
+    assert card.data.base_model is None and card.data.datasets is None  # no id of the Hub
+
+    model = MCTFViTForImageClassification.from_pretrained(tmp_path / "model").eval()
+    rows = load_dataset(DIGITS, split="test")
+    processor = ViTImageProcessorPil.from_pretrained(tmp_path / "model")
+    pixels = processor([image.convert("RGB") for image in rows["image"]], return_tensors="pt")
+    evaluation = json.loads(hub.files(REPO)["evaluation.json"])
+    for row in (evaluation["plain"], evaluation["own"], *evaluation["others"]):
+        with torch.no_grad():
+            predicted = model(**pixels, r=row["r"]).logits.argmax(-1)
+        right = (predicted == torch.tensor(rows["label"][:])).float().mean().item()
+        assert row["accuracy"] == pytest.approx(right, abs=1.5 / len(rows))
+        assert row["gmacs"] == pytest.approx(multiply_accumulates(model.config, r=row["r"]) / 1e9)
+
+    record = json.loads(hub.files(REPO)["training.json"])
+    record["dataset"], record["pretrained"] = "org/set", "/somebody/else/base"
+    api(hub).upload_file(
+        path_or_fileobj=json.dumps(record).encode(), path_in_repo="training.json", repo_id=REPO
+    )
+    done = mctf("push", f"{REPO},r=2", "org/other", "--license", "mit", "--rounds", "1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    again = ModelCard(hub.files("org/other")["README.md"].decode())
+    assert again.data.datasets == ["org/set"] and "| pretrained | `base` |" in again.text
+    assert "Finetuned with token-reduction consistency" in again.text
+    assert "training.json" in hub.files("org/other")
+
+
+@pytest.mark.parametrize(
+    ("training", "told"),
+    [
+        (None, "\n## Training\n\nNot recorded.\n"),
+        ({"config": {"hidden_size": 4}, "r_max": 0}, "\nTrained from scratch:\n"),
+        ({"pretrained": "org/a", "r_max": 0}, "\nFinetuned:\n"),
+        ({"pretrained": "org/a", "r_max": 2}, "\nFinetuned with token-reduction consistency (sec"),
+    ],
+)
+def test_the_card_says_of_the_training_what_is_known(training: dict | None, told: str) -> None:
+    card = make_card(REPO, tiny_model().config, license="mit", training=training)
+    assert told in card.text
+
+
+def test_the_plain_model_is_that_of_transformers(images: Tensor) -> None:
+    model = tiny_model(r=7)
+    plain = plain_model(model)
+    assert type(plain) is ViTForImageClassification
+    with torch.no_grad():
+        assert torch.equal(plain(images).logits, model(images, r=0).logits)
 
 
 def card_is_true(hub: LocalHub, tmp_path: Path) -> None:
@@ -214,7 +294,7 @@ def test_a_dry_run_writes_what_would_go_up_and_sends_nothing(
     words = ["--license", "mit", "--rounds", "1", "--batch_size", "2", "--base_model", "org/base"]
     main(["push", str(folder), REPO, *words, "--dry-run", str(tmp_path / "draft")])
     shown = capsys.readouterr().out
-    expected = FILES - {".gitattributes", "fused_tokens.png"}  # there were no images to show
+    expected = FILES - {".gitattributes", "fused_tokens.png"}  # no images were named to show
     assert {path.name for path in (tmp_path / "draft").iterdir()} == expected
     assert all(name in shown for name in expected)
     assert f"Would go to {REPO}, revision main" in shown
@@ -240,9 +320,13 @@ def test_a_branch_of_its_own_and_a_private_repository(hub: LocalHub, folder: Pat
     assert set(hub.files("org/open")) == {".gitattributes"}
 
 
-def test_weights_of_an_earlier_push_do_not_stay(hub: LocalHub, folder: Path, tmp_path) -> None:
+def test_weights_of_an_earlier_push_do_not_stay(hub: LocalHub, folder: Path) -> None:
     model = MCTFViTForImageClassification.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
     model.save_pretrained(folder, max_shard_size="40KB")
+    (folder / "model_ema.safetensors").write_bytes(
+        (folder / "model-00001-of-00005.safetensors").read_bytes()
+    )
     (folder / "handler.py").write_text("mine = True")
     push(folder, REPO, api=api(hub))
     shards = {name for name in hub.files(REPO) if re.fullmatch(r"model-.*\.safetensors", name)}
@@ -252,7 +336,24 @@ def test_weights_of_an_earlier_push_do_not_stay(hub: LocalHub, folder: Path, tmp
     push(folder, REPO, api=api(hub))
     names = set(hub.files(REPO))
     assert not names & shards and "model.safetensors.index.json" not in names
-    assert {"model.safetensors", "handler.py"} <= names
+    assert {"model.safetensors", "model_ema.safetensors", "handler.py"} <= names
+
+
+def test_a_card_does_not_outlive_what_was_measured(
+    hub: LocalHub, folder: Path, tmp_path: Path
+) -> None:
+    described = {"README.md": "old", "evaluation.json": "{}", "fused_tokens.png": b"old"}
+    processor = ViTImageProcessorPil.from_pretrained(folder)
+    draft = save(tiny_model(r=2), processor, tmp_path / "draft", files=described)
+    push(draft, REPO, api=api(hub))
+    save(tiny_model(r=3), processor, draft)
+    assert not set(described) & {path.name for path in draft.iterdir()}
+    (draft / "README.md").write_text("mine")
+    save(tiny_model(r=4), processor, draft)
+    assert (draft / "README.md").read_text() == "mine"  # nothing was measured with it
+    (draft / "README.md").unlink()
+    push(draft, REPO, api=api(hub))
+    assert not set(described) & set(hub.files(REPO))
 
 
 @pytest.mark.parametrize("revision", ["main", "fast"])
@@ -310,6 +411,67 @@ def test_a_commit_that_is_refused(hub: LocalHub, folder: Path, status: int, advi
     assert json.loads(hub.files(REPO)["config.json"])["r"] == 2
 
 
+def test_a_card_that_the_hub_refuses_leaves_no_branch(hub: LocalHub, folder: Path) -> None:
+    push(folder, REPO, api=api(hub))
+    before = dict(hub.repos[REPO].branches)
+    (folder / "README.md").write_text("---\nbase_model: a b c\n---\n")
+    with pytest.raises(ValueError, match="base_model"):
+        push(folder, REPO, revision="fast", api=api(hub))
+    assert hub.repos[REPO].branches == before
+
+
+@pytest.mark.parametrize(
+    ("told", "advice"),
+    [
+        ("HTTP status client error (403 Forbidden), domain: https://x", "Is the token right"),
+        ("HTTP status client error (429 Too Many Requests)", "Push again"),
+        ("connection reset by peer", "Push again"),
+    ],
+)
+def test_errors_of_xet_come_without_a_response(
+    hub: LocalHub, folder: Path, monkeypatch: pytest.MonkeyPatch, told: str, advice: str
+) -> None:
+    client = api(hub)
+
+    def fail(*words: object, **options: object) -> None:
+        raise ConnectionError(told)
+
+    monkeypatch.setattr(client, "preupload_lfs_files", fail)
+    with pytest.raises(ConnectionError, match=f"was not changed: .*{advice}"):
+        push(folder, REPO, api=client)
+
+
+def test_a_failed_push_keeps_what_was_measured(
+    hub: LocalHub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in hub.environment(tmp_path / "home", TOKEN).items():
+        monkeypatch.setenv(name, value)
+    hub.refuse_commits(403, times=1)
+    done = mctf("push", folder, REPO, "--license", "mit", "--rounds", "1")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    (kept,) = re.findall(r"lies in (\S+): ", done.stderr)
+    done = mctf("push", kept, REPO, "--as-is")
+    assert done.returncode == 0, done.stderr
+    measured = Path(kept, "evaluation.json").read_bytes()
+    assert hub.files(REPO)["evaluation.json"] == measured
+    shutil.rmtree(kept)
+
+
+def test_columns_of_a_dataset_can_be_named(
+    hub: LocalHub, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    rows = load_dataset(DIGITS, split="test").select(range(20))
+    rows = rows.add_column("coarse", rows["label"][:]).cast_column("coarse", rows.features["label"])
+    rows.to_parquet(tmp_path / "set" / "test.parquet")
+    words = ["push", str(folder), REPO, "--license", "mit", "--rounds", "1"]
+    words += ["--dataset", str(tmp_path / "set"), "--dry-run", str(tmp_path / "draft")]
+    with pytest.raises(SystemExit):
+        main(words)
+    assert "label_column is not set" in capsys.readouterr().err
+    main([*words, "--label-column", "coarse"])
+    assert json.loads((tmp_path / "draft" / "evaluation.json").read_text())["num_images"] == 20
+
+
 def test_a_wrong_token_and_a_hub_that_is_not_there(hub: LocalHub, folder: Path) -> None:
     with pytest.raises(ConnectionError, match="was not changed: .*Is the token right"):
         push(folder, REPO, api=api(hub, "hf_wrong"))
@@ -361,6 +523,9 @@ def test_a_damaged_download_is_told_and_repaired_by_loading_again(
     assert re.match(f"OSError: model.safetensors of {REPO} arrived damaged: its SHA-256", message)
     assert message.endswith("removed from the cache: load the model again")
     check(load(hub, home, images, old), home, images, r=7)
+    hub.corrupt_downloads(".safetensors", times=1)
+    forced = load(hub, home, images, options="force_download=True")
+    assert forced.returncode == 1 and not hub.faults and "arrived damaged" in forced.stderr
     again = load(hub, home, images)
     assert again.returncode == 0, again.stderr[-3000:]
     with torch.no_grad():
@@ -374,6 +539,7 @@ def test_a_damaged_download_is_told_and_repaired_by_loading_again(
         ("preprocessor_config.json", "preprocessor_config.json missing"),
         ("model.safetensors", "model.safetensors missing"),
         ("modeling_mctf_vit.py", "modeling_mctf_vit.py missing"),
+        ("fusion.py", "fusion.py missing"),
     ],
 )
 def test_a_folder_that_would_not_load_is_not_pushed(
@@ -385,10 +551,41 @@ def test_a_folder_that_would_not_load_is_not_pushed(
     assert not hub.requests
 
 
+def test_a_shard_that_is_missing_is_told(hub: LocalHub, folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    tiny_model().save_pretrained(folder, max_shard_size="40KB")
+    (folder / "model-00002-of-00005.safetensors").unlink()
+    with pytest.raises(ValueError, match="model-00002-of-00005.safetensors missing"):
+        push(folder, REPO, api=api(hub))
+
+
+@pytest.mark.parametrize("name", ["noorg", "bad id!", "a/b/c"])
+def test_an_id_that_is_none_is_refused_at_once(
+    hub: LocalHub, folder: Path, name: str, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(ValueError, match=name):
+        push(folder, name, api=api(hub))
+    with pytest.raises(SystemExit):
+        main(["push", str(folder), name, "--license", "mit", "--dry-run", "draft"])
+    assert name in capsys.readouterr().err and not Path("draft").exists()
+
+
+def test_a_model_without_its_head_is_not_pushed(
+    hub: LocalHub, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    headless = save(tiny_model(r=7).vit, ViTImageProcessorPil(), tmp_path / "headless")
+    with pytest.raises(SystemExit):
+        main(["push", str(headless), REPO, "--license", "mit", "--rounds", "1"])
+    shown = capsys.readouterr()
+    assert "missing: ['classifier.bias', 'classifier.weight']" in shown.err
+    assert "Measuring" not in shown.out and not hub.requests
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "license"),
+        ([], "license=None is not allowed"),
+        (["--license", "Apache 2.0"], "license='Apache 2.0' is not allowed"),
         (["--license", "mit", "--max_images", "0"], "max_images=0 is not allowed"),
         (["--license", "mit", "--dataset", "/nowhere"], "/nowhere"),
         (["--license", "mit", "--dataset", DIGITS, "--split", "val"], "has no split 'val'"),
