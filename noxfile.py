@@ -3,6 +3,8 @@
 ``nox`` runs both, each in an environment of its own.
 """
 
+from pathlib import Path
+
 import nox
 
 # What transformers can break: loading, the model, training, the Hub.
@@ -25,12 +27,11 @@ def compatibility(session: nox.Session, transformers: str) -> None:
     """Run them; further arguments go to pytest."""
     pins = {
         line
-        for line in open("constraints.txt").read().splitlines()
+        for line in Path("constraints.txt").read_text().splitlines()
         if not line.lower().startswith(("transformers=", "huggingface_hub=", "tokenizers="))
     }
-    constraints = f"{session.create_tmp()}/constraints.txt"
-    with open(constraints, "w") as file:
-        file.write("\n".join(pins))
+    constraints = Path(session.create_tmp(), "constraints.txt")
+    constraints.write_text("\n".join(sorted(pins)))
     session.install("-c", constraints, "setuptools", "torch")
     session.install(
         "-c", constraints, "--no-build-isolation", "-e", ".[dev]", f"transformers{transformers}"

@@ -9,7 +9,7 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import StrictDataclassError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from cli import benchmark, convert, demo, push, visualize
+from cli import benchmark, convert, demo, export, push, visualize
 from cli.finetuning import finetuning
 
 # Commands beside those of Lightning, which take the words that follow theirs.
@@ -17,6 +17,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "demo": demo.main,
     "benchmark": benchmark.main,
     "convert": convert.main,
+    "export": export.main,
     "push": push.main,
     "visualize": visualize.main,
 }

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from cli.main import main
+from cli.main import COMMANDS, main
 from tests.conftest import DIGITS, REPOSITORY
 from tests.test_data import PNG, encoded, write_dataset
 
@@ -250,9 +250,10 @@ def test_two_processes_train_and_predict_together(tiny_folder: Path, tmp_path: P
 
 def test_help_names_every_command_and_setting() -> None:
     overview = mctf("--help").stdout
-    assert all(
-        word in overview for word in ("fit", "validate", "test", "predict", "demo", "benchmark")
-    )
+    assert all(word in overview for word in ("fit", "validate", "test", "predict", *COMMANDS))
+    for command in COMMANDS:
+        shown = mctf(command, "--help").stdout
+        assert f"usage: mctf {command}" in shown
     fit = mctf("fit", "--help").stdout
     for setting in ("--model.r", "--model.r_max", "--data.dataset", "--export.folder"):
         assert setting in fit

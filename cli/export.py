@@ -1,0 +1,188 @@
+"""``mctf export``: a model as ONNX or as a program of torch.export, checked against torch."""
+
+import math
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import ViTImageProcessorPil
+
+from cli.files import check_output, open_images
+from cli.measuring import images_per_second, machine_name
+from cli.models import load, parse, resolve
+from mctf_hf import MCTFViTForImageClassification
+from mctf_hf import export as exporting
+from mctf_hf.configuration_mctf import as_pair
+from mctf_hf.export import TOLERANCE, Agreement
+from mctf_hf.presets import PRESETS, preset
+
+WRITE = {".onnx": exporting.to_onnx, ".pt2": exporting.to_torch_export}
+RUNTIME = {".onnx": "onnxruntime", ".pt2": "torch.export"}
+
+
+def main(args: Sequence[str]) -> None:
+    """Read the command line and run :func:`export`."""
+    parser = ArgumentParser(
+        prog="mctf export",
+        description="Write a model to a file that runs without this library, and check the file.",
+    )
+    parser.add_argument(
+        "model",
+        help="NAME[,setting=value…]: a folder, a Hub id, or a preset (deit_t, deit_s, deit_b) with "
+        "random weights. Settings are those of fusion (r=16, reduction=tome, …).",
+    )
+    parser.add_function_arguments(export, skip={"model"})
+    export(**parser.parse_args(list(args)).as_dict())
+
+
+def export(
+    model: str,
+    output: str,
+    images: str | None = None,
+    count: int = 100,
+    batch_size: int = 16,
+    speed: bool = False,
+    rounds: int = 10,
+) -> None:
+    """Export a model in float32 and check the file against torch, before it is put in place.
+
+    Args:
+        model: see above.
+        output: file to write, model.onnx or model.pt2.
+        images: what to check it on: a folder of images or of a dataset, or a dataset's id on the
+            Hub, whose first images are used; unset, random numbers.
+        count: how many images to check it on, in batches of several sizes.
+        batch_size: the largest of these sizes.
+        speed: measure the speed in batches of that size, beside the same weights with r=0.
+        rounds: timings of each, whose median counts.
+    """
+    file = check_output(output, *WRITE)
+    for name, value, least in (("count", count, 3), ("batch_size", batch_size, 2)):
+        if value < least:
+            raise ValueError(f"{name}={value!r} is not allowed: it is at least {least}")
+    if rounds < 1:
+        raise ValueError(f"rounds={rounds!r} is not allowed: it is at least 1")
+    if file.suffix == ".onnx":
+        try:
+            exporting.import_onnx()
+        except ImportError as error:
+            raise RuntimeError(str(error)) from error
+    made, processor = _load(model)
+    pixel_values = _pixel_values(made, processor, images, max(count, batch_size if speed else 0))
+
+    console = Console()
+    with exporting.draft(file) as draft:
+        WRITE[file.suffix](made, draft, image_processor=processor)
+        batches = [pixel_values[:1], pixel_values[1:3]]
+        batches += pixel_values[3:count].split(batch_size) if count > 3 else []
+        found = exporting.check(made, draft, batches)
+        rounding = exporting.check_rounding(made, batches) if found.differing else None
+        console.print(_agreement(file, images, found, rounding))
+        _judge(file, found, rounding)
+        if speed:
+            console.print(_speed(made, draft, pixel_values[:batch_size], rounds))
+    console.print(f"{file}: {file.stat().st_size / 2**20:,.1f} MiB", highlight=False)
+
+
+def _load(words: str) -> tuple[MCTFViTForImageClassification, Any]:
+    """A model for inference, and its image processor unless it is a preset."""
+    name, settings = parse(words)
+    if name not in PRESETS:
+        model, processor = load(words)
+        return model.float(), processor
+    config = preset(name, **resolve(preset(name), settings))
+    config.tokens_fused(config.num_tokens(), settings.get("r"))  # does it have an effect?
+    torch.manual_seed(0)
+    return MCTFViTForImageClassification(config).eval(), None
+
+
+def _pixel_values(
+    model: MCTFViTForImageClassification, processor: Any, images: str | None, count: int
+) -> Tensor:
+    """(count, channels, height, width), real or random."""
+    height, width = as_pair(model.config.image_size)
+    shape = (model.config.num_channels, height, width)
+    if images is None:
+        return torch.randn(count, *shape, generator=torch.Generator().manual_seed(0))
+    if processor is None:
+        processor = ViTImageProcessorPil(size={"height": height, "width": width})
+    pixel_values = processor(open_images(images, count), return_tensors="pt")["pixel_values"]
+    if pixel_values.shape[1:] != shape:
+        raise ValueError(
+            f"the image processor makes {' x '.join(map(str, pixel_values.shape[1:]))} numbers of "
+            f"an image, the model takes {' x '.join(map(str, shape))}"
+        )
+    return pixel_values
+
+
+def _judge(file: Path, found: Agreement, rounding: Agreement | None) -> None:
+    """Refuse a file that differs in more than rounding can explain."""
+    if not math.isfinite(found.max_difference):
+        raise RuntimeError(f"{file} is not written: outputs are infinite or no numbers")
+    if rounding is None:
+        return
+    count = sum(found.batch_sizes)
+    differing, explained = found.differing * count, rounding.differing * count
+    if differing > explained + 2 + count / 10:
+        raise RuntimeError(
+            f"{file} is not written: {differing:.0f} of {count} images differ by more than "
+            f"{TOLERANCE:g}, up to {found.max_difference:.1e}, and rounding explains "
+            f"{explained:.0f}"
+        )
+
+
+def _agreement(
+    file: Path, images: str | None, found: Agreement, rounding: Agreement | None
+) -> Table:
+    count = sum(found.batch_sizes)
+    shown = f"{count} random images" if images is None else f"{count} images of {images}"
+    sizes = ", ".join(map(str, sorted(set(found.batch_sizes))))
+    table = Table(title=f"{shown} in batches of {sizes}")
+    if rounding is not None:
+        table.caption = "Where two tokens attract all but equally, rounding decides which one fuses"
+    table.add_column("compared with torch", overflow="fold")
+    for heading in ("max difference", f"images > {TOLERANCE:g}", "same top-1"):
+        table.add_column(heading, justify="right")
+    rows = {f"{file.name} in {RUNTIME[file.suffix]}": found, "torch in float64": rounding}
+    for name, agreement in rows.items():
+        if agreement is not None:
+            table.add_row(
+                name,
+                f"{agreement.max_difference:.1e}",
+                f"{100 * agreement.differing:.1f}%",
+                f"{100 * agreement.top1:.1f}%",
+            )
+    return table
+
+
+@torch.inference_mode()
+def _speed(
+    model: MCTFViTForImageClassification, file: Path, pixel_values: Tensor, rounds: int
+) -> Table:
+    """The file and its model, each beside the same with r=0."""
+    with tempfile.TemporaryDirectory(prefix="mctf-") as folder:
+        base = WRITE[file.suffix](model, Path(folder, f"base{file.suffix}"), r=0)
+        fused_file, base_file = exporting.load(file), exporting.load(base)
+    runs = [
+        lambda: base_file(pixel_values),
+        lambda: fused_file(pixel_values),
+        lambda: model(pixel_values, r=0),
+        lambda: model(pixel_values),
+    ]
+    speeds = images_per_second(runs, len(pixel_values), rounds)
+    table = Table(
+        title=f"batches of {len(pixel_values)}; {machine_name()}, {torch.get_num_threads()} threads"
+    )
+    for heading in ("", "r=0, images/s", "fused, images/s", "ratio"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, base_speed, speed in zip(
+        (RUNTIME[file.suffix], "torch"), speeds[::2], speeds[1::2], strict=True
+    ):
+        table.add_row(name, f"{base_speed:,.1f}", f"{speed:,.1f}", f"{speed / base_speed:.2f}x")
+    return table

@@ -1,0 +1,305 @@
+"""Models in files that run without this library: ONNX, and the ``.pt2`` of ``torch.export``.
+
+The size of the images is fixed, that of the batch is not. Both kinds of file tell what they hold,
+ONNX in its ``metadata_props`` and ``.pt2`` in its extra file ``metadata.json``.
+"""
+
+import copy
+import json
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from .configuration_mctf import TokensFused, as_pair
+from .modeling_mctf_vit import MCTFViTForImageClassification, MCTFViTModel
+
+Model = MCTFViTForImageClassification | MCTFViTModel
+
+# Rounding alone stays far below this; beyond it, some token has been chosen differently.
+TOLERANCE = 1e-4
+# With a limit, for torch before 2.8 cannot see that no batch is as large as the largest integer.
+BATCH = Dim("batch", max=2**31 - 1)
+# What torch and onnx say on each export of any model, by the logger that says it.
+_NOISE = {
+    "torch.onnx._internal.exporter._registration": "torchvision is not installed",
+    "onnx_ir._convenience": "Attribute type is ambiguous because it is an empty sequence",
+}
+
+
+class Agreement(NamedTuple):
+    """How far two functions of images agree.
+
+    Attributes:
+        batch_sizes: images per call, in their order.
+        max_difference: largest absolute difference between two numbers of the outputs.
+        differing: share of the images with a difference above :data:`TOLERANCE`, in [0, 1].
+        top1: share of the images that get the same label, in [0, 1]; ``None`` for a backbone.
+    """
+
+    batch_sizes: tuple[int, ...]
+    max_difference: float
+    differing: float
+    top1: float | None
+
+
+def to_onnx(
+    model: Model,
+    file: str | os.PathLike,
+    *,
+    image_processor: Any = None,
+    r: TokensFused | None = None,
+) -> Path:
+    """Write a model as ONNX, from ``pixel_values`` to ``logits`` or ``last_hidden_state``.
+
+    Weights are part of the file; above 1.5 GiB they lie beside it, in ``<file>.data``. Nothing
+    appears before all of it is written.
+
+    Args:
+        model: a model for inference, in float32.
+        file: its name ends in ``.onnx``.
+        image_processor: what makes ``pixel_values`` of images, to be told in the metadata.
+        r: used instead of the configuration's own ``r``.
+
+    Raises:
+        ImportError: see :func:`import_onnx`.
+        ValueError: for another ending of ``file``, a model that is in training mode or of another
+            type of numbers, or an ``r`` that is not allowed.
+        RuntimeError: if torch cannot export the model.
+    """
+    import_onnx()
+    if model.dtype != torch.float32:
+        raise ValueError(f"a model of {model.dtype} is not written as ONNX: call model.float()")
+    file = _checked(model, file, ".onnx", r)
+    output = "last_hidden_state" if isinstance(model, MCTFViTModel) else "logits"
+    # ONNX holds every attention map in any case: in eager attention each is computed but once.
+    with draft(file) as whole, _quiet(), _attention(model, "eager"), torch.no_grad():
+        program = torch.onnx.export(
+            _Function(model, r),
+            (_example(model),),
+            dynamo=True,
+            input_names=["pixel_values"],
+            output_names=[output],
+            dynamic_shapes={"pixel_values": {0: BATCH}},
+            verbose=False,
+        )
+        assert program is not None
+        for node in program.model.graph:
+            node.metadata_props.clear()  # traces of the stack, which name folders of this machine
+        program.model.metadata_props.update(_metadata(model, image_processor, r))
+        program.save(whole, external_data=False)  # a wish: ONNX has a limit, and torch respects it
+    return file
+
+
+def to_torch_export(
+    model: Model,
+    file: str | os.PathLike,
+    *,
+    image_processor: Any = None,
+    r: TokensFused | None = None,
+) -> Path:
+    """Write a model as a program of ``torch.export``, for ``torch.export.load``.
+
+    Arguments as of :func:`to_onnx`, but ``file`` ends in ``.pt2``, and the model's type of numbers
+    and its backend of attention are kept.
+
+    Raises:
+        ValueError: for another ending of ``file``, a model that is in training mode, or an ``r``
+            that is not allowed.
+        RuntimeError: if torch cannot export the model.
+    """
+    file = _checked(model, file, ".pt2", r)
+    with draft(file) as whole, _quiet(), torch.no_grad():
+        program = torch.export.export(
+            _Function(model, r),
+            (_example(model),),
+            dynamic_shapes={"pixel_values": {0: BATCH}},
+            strict=False,
+        )
+        for node in program.graph.nodes:
+            node.meta.pop("stack_trace", None)
+        metadata = json.dumps(_metadata(model, image_processor, r), indent=2)
+        torch.export.save(program, whole, extra_files={"metadata.json": metadata})
+    return file
+
+
+def load(file: str | os.PathLike) -> Callable[[Tensor], Tensor]:
+    """What an exported file computes: (b, channels, height, width) -> (b, labels) or (b, m, d).
+
+    ONNX runs in onnxruntime on the CPU, with as many threads as torch.
+
+    Raises:
+        ImportError: see :func:`import_onnx`; ``.pt2`` needs nothing.
+    """
+    file = Path(file)
+    if file.suffix == ".pt2":
+        return torch.export.load(file).module()
+    onnxruntime = import_onnx()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Threads that wait for the next call would take the cores from whatever runs until then.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+
+    def run(pixel_values: Tensor) -> Tensor:
+        (output,) = session.run(None, {"pixel_values": pixel_values.numpy(force=True)})
+        return torch.from_numpy(output)
+
+    return run
+
+
+def check(model: Model, file: str | os.PathLike, batches: Iterable[Tensor]) -> Agreement:
+    """Run an exported file and its model on the same images, and compare.
+
+    Not all images need agree: where two tokens are all but equally attractive, rounding decides
+    which of them is fused. :func:`check_rounding` tells how often it does.
+
+    Args:
+        batches: tensors of (b, channels, height, width), best of several sizes.
+
+    Raises:
+        ImportError: as :func:`load`.
+    """
+    return _compare(model, load(file), batches)
+
+
+def check_rounding(model: Model, batches: Iterable[Tensor]) -> Agreement:
+    """Compare a model with itself in float64, which rounds otherwise and is the same in all else.
+
+    Args:
+        batches: tensors of (b, channels, height, width).
+    """
+    return _compare(model, _Function(copy.deepcopy(model).double()), batches)
+
+
+@torch.no_grad()
+def _compare(
+    model: Model, other: Callable[[Tensor], Tensor], batches: Iterable[Tensor]
+) -> Agreement:
+    function = _Function(model)
+    batch_sizes, differences, same = [], [], []
+    for pixel_values in batches:
+        pixel_values = pixel_values.to(model.device, model.dtype)
+        expected, found = function(pixel_values).cpu(), other(pixel_values).cpu()
+        batch_sizes.append(len(pixel_values))
+        differences.append((found - expected).abs().flatten(1).amax(1).double())
+        same.append(found.argmax(-1) == expected.argmax(-1))
+    difference = torch.cat(differences)
+    alike = (difference <= TOLERANCE).double()  # what is no number is not
+    return Agreement(
+        batch_sizes=tuple(batch_sizes),
+        max_difference=difference.max().item(),
+        differing=1 - alike.mean().item(),
+        top1=None if isinstance(model, MCTFViTModel) else torch.cat(same).double().mean().item(),
+    )
+
+
+def import_onnx() -> Any:
+    """The onnxruntime package, if all that ONNX needs is installed.
+
+    Raises:
+        ImportError: with what to install.
+    """
+    try:
+        for package in ("onnx", "onnxscript"):
+            import_module(package)
+        return import_module("onnxruntime")
+    except ImportError as error:
+        raise ImportError(
+            f"ONNX needs a package that cannot be imported ({error}): pip install 'mctf-hf[onnx]'"
+        ) from error
+
+
+@contextmanager
+def draft(file: str | os.PathLike) -> Iterator[Path]:
+    """A path to write instead of ``file``, which takes its place when the block has ended well.
+
+    It has the same name, in a folder of its own. What is written beside it goes along, first.
+    """
+    file = Path(file)
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as folder:
+        yield Path(folder, file.name)
+        for name in sorted(os.listdir(folder), key=lambda name: name == file.name):
+            os.replace(Path(folder, name), file.parent / name)
+
+
+class _Function(nn.Module):
+    """A model as a function of images alone, whose result is one tensor."""
+
+    def __init__(self, model: Model, r: TokensFused | None = None):
+        super().__init__()
+        self.model = model
+        self.r = r
+        self.training = model.training
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.model(pixel_values, r=self.r)[0]
+
+
+def _example(model: Model) -> Tensor:
+    """Two images, for of one torch would conclude that there is never more than one."""
+    shape = (2, model.config.num_channels, *as_pair(model.config.image_size))
+    return torch.zeros(shape, dtype=model.dtype, device=model.device)
+
+
+def _checked(model: Model, file: str | os.PathLike, suffix: str, r: TokensFused | None) -> Path:
+    if Path(file).suffix != suffix:
+        raise ValueError(f"{file} is not allowed: the file's name ends in {suffix}")
+    if model.training:
+        raise ValueError("a model in training mode is not exported: call model.eval()")
+    model.config.tokens_fused(model.config.num_tokens(), r)  # is it allowed?
+    return Path(file)
+
+
+def _metadata(model: Model, image_processor: Any, r: TokensFused | None) -> dict[str, str]:
+    """What a file's user must know, each value in JSON."""
+    config = model.config
+    told: dict[str, Any] = {
+        "image_size": as_pair(config.image_size),
+        "reduction": config.reduction,
+        "r": config.r if r is None else r,
+    }
+    if not isinstance(model, MCTFViTModel):
+        told["id2label"] = config.id2label
+    if image_processor is not None:
+        told["image_processor"] = json.loads(image_processor.to_json_string())
+        if image_processor.do_normalize:
+            told["image_mean"] = image_processor.image_mean
+            told["image_std"] = image_processor.image_std
+    return {name: json.dumps(value, ensure_ascii=False) for name, value in told.items()}
+
+
+@contextmanager
+def _attention(model: Model, implementation: str) -> Iterator[None]:
+    own = model.config._attn_implementation
+    model.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(own)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch and onnx say of themselves, whatever the model."""
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*", FutureWarning)
+        for name, start in _NOISE.items():
+            logger = logging.getLogger(name)
+
+            def speaks(record: logging.LogRecord, start: str = start) -> bool:
+                return not record.getMessage().startswith(start)
+
+            logger.addFilter(speaks)
+            stack.callback(logger.removeFilter, speaks)
+        yield
