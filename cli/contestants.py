@@ -13,6 +13,7 @@ from cli.models import FUSION, parse, resolve
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
 from mctf_hf.configuration_mctf import as_pair
 from mctf_hf.cost import multiply_accumulates
+from mctf_hf.families import CLASSIFIERS, classifier_of
 from mctf_hf.presets import PRESETS, preset
 
 SETTINGS = ("attn_implementation", "compile", "slice")
@@ -62,18 +63,21 @@ def make(words: str, image_size: int | None, dtype: torch.dtype, device: str) ->
         sizes = {} if image_size is None else {"image_size": image_size}
         settings = resolve(preset(name, **sizes), settings, image_size)
         config = preset(name, **sizes, **settings)
-        if settings:
-            model = MCTFViTForImageClassification._from_config(config, **attention)
+        if settings or config.model_type != MCTFViTConfig.model_type or config.distillation_token:
+            if not settings:
+                config.reduction = "none"
+            model = CLASSIFIERS[config.model_type]._from_config(config, **attention)
         else:
             plain = {k: v for k, v in config.to_dict().items() if k not in (*FUSION, "model_type")}
             plain_config = ViTForImageClassification.config_class(**plain)
             model = ViTForImageClassification._from_config(plain_config, **attention)
     elif Path(name).is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         plain_type = AutoConfig.from_pretrained(name).model_type
-        config = MCTFViTConfig.from_pretrained(name)
-        if settings or plain_type == MCTFViTConfig.model_type:
+        classifier = classifier_of(name)
+        config = classifier.config_class.from_pretrained(name)
+        if settings or plain_type in CLASSIFIERS:
             settings = resolve(config, settings, image_size)
-            model = MCTFViTForImageClassification.from_pretrained(name, **settings, **attention)
+            model = classifier.from_pretrained(name, **settings, **attention)
             config = model.config
         else:
             model = AutoModelForImageClassification.from_pretrained(name, **attention)

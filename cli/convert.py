@@ -15,11 +15,15 @@ from cli.models import parse, resolve
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
 from mctf_hf.checkpoints import SUFFIXES, read_checkpoint
 from mctf_hf.configuration_mctf import as_pair
-from mctf_hf.conversion import SOURCES, build_model, infer_config, load_pretrained
+from mctf_hf.conversion import build_model, infer_config, load_pretrained
 from mctf_hf.cost import multiply_accumulates
+from mctf_hf.families import classifier_of
 from mctf_hf.hub import check_folder, load_image_processor, save
+from mctf_hf.sources import SOURCES, detect_source
 
 BICUBIC = 3
+# What no weight tells of a T2T-ViT and an LV-ViT.
+OWN = ("attention_scale", "skip_lambda")
 Lines = dict[str, str]
 
 
@@ -32,9 +36,10 @@ def main(args: Sequence[str]) -> None:
     )
     parser.add_argument(
         "checkpoint",
-        help=f"NAME[,setting=value…]: a file of timm's or the official MCTF's weights "
-        f"({', '.join(SUFFIXES)}), or a folder or Hub id of a ViT of transformers or this "
-        "library. Settings are those of fusion (r=16, r=auto:0.56, fusion_layers=[3,6,9], …).",
+        help="NAME[,setting=value…]: a file of weights of timm, the official MCTF, T2T-ViT or "
+        f"LV-ViT ({', '.join(SUFFIXES)}), or a folder or Hub id of a ViT or DeiT of transformers "
+        "or of this library. Settings are those of fusion (r=16, r=auto:0.56, fusion_layers=[3,6,9], …) "
+        "and, for what no weight tells, attention_scale and skip_lambda.",
     )
     parser.add_argument("--output", required=True, help="the folder to write")
     parser.add_function_arguments(convert, skip={"checkpoint", "output"})
@@ -55,8 +60,8 @@ def convert(
     Args:
         checkpoint: see above.
         output: see above.
-        source: whose checkpoint it is: timm, mctf or hf; unset, hf for a folder or a Hub id, timm
-            for a file.
+        source: whose checkpoint it is: timm, mctf, deit_distilled, t2t_vit, lv_vit or hf; unset, hf
+            for a folder or a Hub id, and what the names of the weights tell for a file.
         num_heads: attention heads of the weights in a file; unset, 64 channels each.
         entry: where in a file the weights are, such as model_ema; unset, as "model" and the like.
         labels: file with the names of the classes, one per line (.txt) or as a list or as
@@ -66,7 +71,7 @@ def convert(
             deviation, without the crop up to 64 pixels.
     """
     check_folder(output)
-    name, settings = parse(checkpoint)
+    name, settings = parse(checkpoint, OWN)
     source = _source(name, source)
     if source == "hf":
         for option, value in {"num_heads": num_heads, "entry": entry}.items():
@@ -90,11 +95,11 @@ def convert(
         print(f"{heading:<18}{text}")
 
 
-def _source(name: str, source: str | None) -> str:
+def _source(name: str, source: str | None) -> str | None:
     path = Path(name)
     if source is None:
         is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and path.suffix not in SUFFIXES
-        return "hf" if path.is_dir() or (is_id and not path.exists()) else "timm"
+        return "hf" if path.is_dir() or (is_id and not path.exists()) else None
     if source not in (*SOURCES, "hf"):
         raise ValueError(
             f"source={source!r} is not allowed: it is one of {', '.join((*SOURCES, 'hf'))}"
@@ -108,15 +113,20 @@ def _from_folder(
     name: str, settings: dict[str, Any]
 ) -> tuple[MCTFViTForImageClassification, Lines]:
     if isinstance(settings.get("r"), str):
-        settings = resolve(MCTFViTConfig.from_pretrained(name), settings)
+        settings = resolve(classifier_of(name).config_class.from_pretrained(name), settings)
     model = load_pretrained(name, **settings)
     return model, {"read": f"{len(model.state_dict())} weights of {name}"}
 
 
 def _from_file(
-    name: str, source: str, num_heads: int | None, entry: str | None, settings: dict[str, Any]
+    name: str,
+    source: str | None,
+    num_heads: int | None,
+    entry: str | None,
+    settings: dict[str, Any],
 ) -> tuple[MCTFViTForImageClassification, Lines]:
     found = read_checkpoint(name, entry)
+    source = source or detect_source(found.weights)
     try:
         config = infer_config(found.weights, source, num_heads)
         settings = resolve(config, settings)

@@ -12,6 +12,7 @@ from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
 from mctf_hf.configuration_mctf import FusionConfigMixin
 from mctf_hf.conversion import load_pretrained
 from mctf_hf.cost import resolve_r
+from mctf_hf.families import classifier_of
 from mctf_hf.hub import load_image_processor
 
 FUSION = tuple(field.name for field in fields(FusionConfigMixin))
@@ -66,7 +67,7 @@ def load(words: str) -> tuple[MCTFViTForImageClassification, Any]:
         OSError: if there is no such model, or no image processor.
     """
     name, settings = parse(words)
-    settings = resolve(MCTFViTConfig.from_pretrained(name), settings)
+    settings = resolve(classifier_of(name).config_class.from_pretrained(name), settings)
     model = load_pretrained(name, **settings)
     model.config.tokens_fused(model.config.num_tokens(), settings.get("r"))  # does it have effect?
     return model, load_image_processor(name)

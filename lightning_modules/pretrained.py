@@ -7,6 +7,7 @@ from transformers import ViTImageProcessorPil
 
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
 from mctf_hf.configuration_mctf import FusionConfigMixin, as_pair
+from mctf_hf.families import CLASSIFIERS, build, classifier_of
 from mctf_hf.hub import load_image_processor
 
 
@@ -20,7 +21,8 @@ def load_or_make(
 
     Args:
         pretrained: id of a model on the Hub or a local folder, or None for a model from scratch.
-        config: settings of ``MCTFViTConfig`` for a model from scratch, or None.
+        config: settings of ``MCTFViTConfig`` for a model from scratch, or those of another
+            configuration of this library with its ``model_type``, or None.
         num_labels: give the model a new head with so many classes; None keeps its own.
         fusion: settings of fusion by name, which replace those of the model.
 
@@ -35,25 +37,35 @@ def load_or_make(
     _check_names("fusion", fusion, FusionConfigMixin)
     labels = {} if num_labels is None else {"num_labels": num_labels}
     if config is not None:
-        _check_names("config", config, MCTFViTConfig, "num_labels")
-        model_config = MCTFViTConfig(**{**config, **labels, **fusion})
+        config = dict(config)
+        model_type = config.pop("model_type", MCTFViTConfig.model_type)
+        if model_type not in CLASSIFIERS:
+            raise ValueError(
+                f"config: model_type={model_type!r} is not allowed: it is one of "
+                f"{', '.join(CLASSIFIERS)}"
+            )
+        config_class = CLASSIFIERS[model_type].config_class
+        _check_names("config", config, config_class, "num_labels")
+        model_config = config_class(**{**config, **labels, **fusion})
         height, width = as_pair(model_config.image_size)
         processor = ViTImageProcessorPil(size={"height": height, "width": width})
-        return MCTFViTForImageClassification(model_config), processor
+        return build(model_config), processor
 
     processor = load_image_processor(pretrained)
-    model, report = MCTFViTForImageClassification.from_pretrained(
+    model, report = classifier_of(pretrained).from_pretrained(
         pretrained, **labels, **fusion, ignore_mismatched_sizes=True, output_loading_info=True
     )
     mismatched = {key[0] if isinstance(key, tuple) else key for key in report["mismatched_keys"]}
     wrong = sorted(mismatched | set(report["missing_keys"]))
     if num_labels is not None:
-        wrong = [name for name in wrong if not name.startswith("classifier.")]
-        model.classifier.reset_parameters()
+        wrong = [name for name in wrong if "classifier." not in name]
+        for name, head in model.named_children():
+            if name.endswith("classifier"):
+                head.reset_parameters()
         model.config.id2label = {i: f"LABEL_{i}" for i in range(num_labels)}
         model.config.label2id = {name: i for i, name in model.config.id2label.items()}
     if wrong:
-        headless = all(name.startswith("classifier.") for name in wrong)
+        headless = all("classifier." in name for name in wrong)
         raise ValueError(
             f"{pretrained} does not fit this model: weights missing or of another shape: {wrong}"
             + (" (set num_labels for a new head)" if headless else "")

@@ -4,7 +4,6 @@ import functools
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,76 +13,16 @@ from transformers.utils import logging
 
 from .checkpoints import UNREADABLE, reading
 from .configuration_mctf import MCTFViTConfig
+from .families import build, classifier_of
 from .modeling_mctf_vit import MCTFViTForImageClassification
+from .sources import EMBEDDINGS, ours, refuse, table_of, theirs
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_PART = "(?P<part>weight|bias)"
-
-
-@dataclass(frozen=True)
-class Source:
-    """How other code names its weights.
-
-    Attributes:
-        names: (their name, ours); ``{layer}`` is a number, ``{part}`` weight or bias. A name of
-            theirs in several rows is one tensor that becomes several, cut along its first axis.
-        refused: (pattern of their names, what such a name tells of the model), for models that are
-            known not to be ours.
-        layer_norm_eps: what their LayerNorms add to the variance, which no weight tells.
-    """
-
-    names: tuple[tuple[str, str], ...]
-    refused: tuple[tuple[str, str], ...]
-    layer_norm_eps: float
-
-
-_TIMM = Source(
-    names=(
-        ("cls_token", "vit.embeddings.cls_token"),
-        ("pos_embed", "vit.embeddings.position_embeddings"),
-        ("patch_embed.proj.{part}", "vit.embeddings.patch_embeddings.projection.{part}"),
-        ("blocks.{layer}.norm1.{part}", "vit.layers.{layer}.layernorm_before.{part}"),
-        ("blocks.{layer}.attn.qkv.{part}", "vit.layers.{layer}.attention.q_proj.{part}"),
-        ("blocks.{layer}.attn.qkv.{part}", "vit.layers.{layer}.attention.k_proj.{part}"),
-        ("blocks.{layer}.attn.qkv.{part}", "vit.layers.{layer}.attention.v_proj.{part}"),
-        ("blocks.{layer}.attn.proj.{part}", "vit.layers.{layer}.attention.o_proj.{part}"),
-        ("blocks.{layer}.norm2.{part}", "vit.layers.{layer}.layernorm_after.{part}"),
-        ("blocks.{layer}.mlp.fc1.{part}", "vit.layers.{layer}.mlp.fc1.{part}"),
-        ("blocks.{layer}.mlp.fc2.{part}", "vit.layers.{layer}.mlp.fc2.{part}"),
-        ("norm.{part}", "vit.layernorm.{part}"),
-        ("head.{part}", "classifier.{part}"),
-    ),
-    refused=(
-        (r"dist_token|head_dist\..+", "a distilled DeiT, not supported yet"),
-        (r"tokens_to_token\..+", "a T2T-ViT, not supported yet"),
-        (r"aux_head\..+|patch_embed\.(conv|bn)\d\..+", "an LV-ViT, not supported yet"),
-        (r"pre_logits\..+", "a hidden layer before the head"),
-        (r"fc_norm\..+", "a head on the mean of the tokens"),
-        (r"attn_pool\..+", "a head on tokens pooled by attention"),
-        (r"reg_token", "register tokens"),
-        (r"norm_pre\..+", "a LayerNorm before the first layer"),
-        (r"blocks\.\d+\.(ls\d\.gamma|gamma_\d)", "LayerScale"),
-        (r"blocks\.\d+\.attn\.([qk]_norm|norm)\..+", "LayerNorms within the attention"),
-        (r"blocks\.\d+\.mlp\.(w\d+|fc1_[gx]|norm)\..+", "a gated MLP"),
-        (r".*(rel_pos|relative_position|rope).*|.+\.[qv]_bias", "relative positions"),
-        (r"patch_embed\.(backbone|norm)\..+", "another patch embedding"),
-        (
-            r"(vit|embeddings|encoder|layers|layernorm|pooler|classifier)\..+",
-            "names of transformers: convert the folder that holds its config.json",
-        ),
-    ),
-    layer_norm_eps=1e-6,
-)
-
-# A further library is a further row here.
-SOURCES: dict[str, Source] = {"timm": _TIMM, "mctf": _TIMM}
-
-# The weights that tell the architecture, and how many axes they have.
-_PATCHES = "vit.embeddings.patch_embeddings.projection.weight"
-_POSITIONS = "vit.embeddings.position_embeddings"
+# The weights that tell the architecture of the layers, and how many axes they have.
+_POSITIONS = f"{EMBEDDINGS}.position_embeddings"
 _MLP = "vit.layers.0.mlp.fc1.weight"
 _HEAD = "classifier.weight"
-_TELLING = {_PATCHES: 4, _POSITIONS: 3, _MLP: 2, _HEAD: 2}
+_TELLING = {_POSITIONS: 3, _MLP: 2, _HEAD: 2}
 
 
 def convert_state_dict(state_dict: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
@@ -92,7 +31,9 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], source: str) -> dict[st
     Args:
         state_dict: weights by name.
         source: whose names they are: ``"timm"`` for timm's ViT and DeiT, ``"mctf"`` for the
-            official MCTF code (github.com/mlvlab/MCTF), which names them alike.
+            official MCTF code (github.com/mlvlab/MCTF), which names them alike,
+            ``"deit_distilled"``, ``"t2t_vit"`` (github.com/yitu-opensource/T2T-ViT) or
+            ``"lv_vit"`` (github.com/zihangJiang/TokenLabeling).
 
     Returns:
         The weights by their new names; timm's joint ``qkv`` split into three.
@@ -100,22 +41,22 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], source: str) -> dict[st
     Raises:
         ValueError: for an unknown source, or keys that it does not have; they are all listed.
     """
-    table = _table(source)
+    table = table_of(source, state_dict)
     converted, unknown = {}, []
     for name, tensor in state_dict.items():
-        ours = _translate(name, table.names)
-        if not ours:
+        new_names = ours(name, table)
+        if not new_names:
             unknown.append(name)
-        elif len(ours) == 1:
-            converted[ours[0]] = tensor
-        elif not tensor.ndim or len(tensor) % len(ours):
+        elif len(new_names) == 1:
+            converted[new_names[0]] = tensor
+        elif not tensor.ndim or len(tensor) % len(new_names):
             shape = tuple(tensor.shape)
-            raise ValueError(f"{name} of shape {shape} cannot be split into {len(ours)}")
+            raise ValueError(f"{name} of shape {shape} cannot be split into {len(new_names)}")
         else:
-            pieces = tensor.chunk(len(ours))
-            converted |= {new: piece.clone() for new, piece in zip(ours, pieces, strict=True)}
+            pieces = tensor.chunk(len(new_names))
+            converted |= {new: piece.clone() for new, piece in zip(new_names, pieces, strict=True)}
     if unknown:
-        _refuse(unknown, table)
+        refuse(unknown, table)
         raise ValueError(f"the state dict has keys that source={source!r} does not know: {unknown}")
     return converted
 
@@ -139,25 +80,26 @@ def infer_config(
             if ``num_heads`` is needed, or does not divide the channels.
         huggingface_hub.errors.StrictDataclassError: for settings that are not allowed.
     """
-    table = _table(source)
-    _refuse(state_dict, table)
-    shapes = {new: state_dict[name].shape for name in state_dict for new in _ours(name, table)}
-    lacking = [name for name, axes in _TELLING.items() if len(shapes.get(name, ())) != axes]
+    table = table_of(source, state_dict)
+    refuse(state_dict, table)
+    shapes = {
+        new: tuple(state_dict[name].shape) for name in state_dict for new in ours(name, table)
+    }
+    telling = {**_TELLING, **table.telling}
+    lacking = [name for name, axes in telling.items() if len(shapes.get(name, ())) != axes]
     if lacking:
         _complain(
-            unknown=[name for name in state_dict if not _ours(name, table)],
-            missing_or_misshapen=[_theirs(name, table) for name in lacking],
+            unknown=[name for name in state_dict if not ours(name, table)],
+            missing_or_misshapen=[theirs(name, table) for name in lacking],
         )
-    hidden_size, channels, patch_size, patch_width = shapes[_PATCHES]
-    if patch_size != patch_width:
-        raise ValueError(f"patches of {patch_size} x {patch_width} pixels are not supported")
-    grid = _grid(shapes[_POSITIONS][1], _theirs(_POSITIONS, table))
+    positions, hidden_size = shapes[_POSITIONS][1:]
+    own = table.infer(shapes)
+    prefix = 1 + own.get("distillation_token", False)
+    grid = _grid(positions, prefix, theirs(_POSITIONS, table))
     layers = {match[1] for name in shapes if (match := re.match(r"vit\.layers\.(\d+)\.", name))}
     fields: dict[str, Any] = {
         "hidden_size": hidden_size,
-        "num_channels": channels,
-        "patch_size": patch_size,
-        "image_size": grid * patch_size,
+        "image_size": grid * own["patch_size"],
         "num_hidden_layers": len(layers),
         "intermediate_size": shapes[_MLP][0],
         "num_attention_heads": _num_heads(hidden_size, num_heads),
@@ -165,13 +107,13 @@ def infer_config(
         "num_labels": shapes[_HEAD][0],
         "layer_norm_eps": table.layer_norm_eps,
     }
-    return MCTFViTConfig(**fields | settings)
+    return table.config_class(**fields | own | settings)
 
 
-def _grid(positions: int, name: str) -> int:
+def _grid(positions: int, prefix: int, name: str) -> int:
     """Patches along one edge of the image."""
-    grid = math.isqrt(max(positions - 1, 0))
-    if grid and grid**2 == positions - 1:
+    grid = math.isqrt(max(positions - prefix, 0))
+    if grid and grid**2 == positions - prefix:
         return grid
     if math.isqrt(positions) ** 2 == positions:
         raise ValueError(f"{name} has no position for the class token, which is not supported")
@@ -209,15 +151,20 @@ def build_model(
         ValueError: unless the weights are exactly those of the model; all that are unknown, missing
             or of another shape or type are listed.
     """
-    table = _table(source)
-    _refuse(state_dict, table)
+    table = table_of(source, state_dict)
+    refuse(state_dict, table)
     with torch.device("meta"):
-        model = MCTFViTForImageClassification(config)
+        model = build(config)
     shapes: dict[str, list[int]] = {}
+    counts: set[str] = set()  # of batches that a BatchNorm has seen
     for name, weight in model.state_dict().items():
-        theirs = _theirs(name, table)
-        joined = shapes.get(theirs, [0])[0]
-        shapes[theirs] = [joined + weight.shape[0], *weight.shape[1:]]
+        their_name = theirs(name, table)
+        if not weight.ndim:
+            shapes[their_name] = []
+            counts.add(their_name)
+            continue
+        joined = shapes.get(their_name, [0])[0]
+        shapes[their_name] = [joined + weight.shape[0], *weight.shape[1:]]
     _complain(
         unknown=[name for name in state_dict if name not in shapes],
         missing=[name for name in shapes if name not in state_dict],
@@ -225,18 +172,20 @@ def build_model(
             f"{name} {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}, "
             f"not {shapes[name]}"
             for name, tensor in state_dict.items()
-            if name in shapes and not _fits(tensor, shapes[name])
+            if name in shapes and not _fits(tensor, shapes[name], counts=name in counts)
         ],
     )
-    dtype = functools.reduce(torch.promote_types, {w.dtype for w in state_dict.values()})
+    dtypes = {w.dtype for w in state_dict.values() if w.is_floating_point()}
+    dtype = functools.reduce(torch.promote_types, dtypes)
     model.to_empty(device="cpu")
     nn.Module.to(model, dtype)
     model.load_state_dict(convert_state_dict(state_dict, source))
     return model.eval()
 
 
-def _fits(tensor: Tensor, shape: list[int]) -> bool:
-    plain = tensor.dtype in _DTYPES and tensor.layout == torch.strided
+def _fits(tensor: Tensor, shape: list[int], *, counts: bool) -> bool:
+    dtypes = (torch.int64,) if counts else _DTYPES
+    plain = tensor.dtype in dtypes and tensor.layout == torch.strided
     return plain and list(tensor.shape) == shape
 
 
@@ -258,12 +207,13 @@ def load_pretrained(name: str, **settings: Any) -> MCTFViTForImageClassification
             f"{name} holds no model of transformers, for its config.json has no model_type: if it "
             "is timm's, convert the model.safetensors that lies there"
         )
-    MCTFViTConfig.from_pretrained(name, **settings)  # says what it has to say of another model
+    classifier = classifier_of(name)
+    classifier.config_class.from_pretrained(name, **settings)  # says what it has to of another
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # all that loading reports is reported below
     try:
         with reading(name, UNREADABLE):
-            model, report = MCTFViTForImageClassification.from_pretrained(
+            model, report = classifier.from_pretrained(
                 name, **settings, ignore_mismatched_sizes=True, output_loading_info=True
             )
     finally:
@@ -277,42 +227,6 @@ def load_pretrained(name: str, **settings: Any) -> MCTFViTForImageClassification
         ),
     )
     return model.eval()
-
-
-def _table(source: str) -> Source:
-    if source not in SOURCES:
-        raise ValueError(f"source={source!r} is not allowed: it is one of {', '.join(SOURCES)}")
-    return SOURCES[source]
-
-
-def _translate(name: str, rows: tuple[tuple[str, str], ...]) -> list[str]:
-    """The names in the right column of the rows whose left column a name matches."""
-    found = []
-    for left, right in rows:
-        pattern = left.replace(".", r"\.").format(layer=r"(?P<layer>\d+)", part=_PART)
-        match = re.fullmatch(pattern, name)
-        if match:
-            found.append(right.format(**match.groupdict()))
-    return found
-
-
-def _ours(name: str, table: Source) -> list[str]:
-    return _translate(name, table.names)
-
-
-def _theirs(name: str, table: Source) -> str:
-    return _translate(name, tuple((ours, theirs) for theirs, ours in table.names))[0]
-
-
-def _refuse(names: Any, table: Source) -> None:
-    """Raise ValueError if names tell of an architecture that is known not to be ours."""
-    telling = []
-    for pattern, meaning in table.refused:
-        found = [name for name in names if re.fullmatch(pattern, name)]
-        if found:
-            telling.append(f"{meaning} {found}")
-    if telling:
-        raise ValueError(f"weights of a model that is not supported: {'; '.join(telling)}")
 
 
 def _complain(**problems: list[str]) -> None:

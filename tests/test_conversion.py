@@ -191,10 +191,6 @@ def test_heads_are_asked_for_where_nothing_tells_them() -> None:
 @pytest.mark.parametrize(
     ("name", "meaning"),
     [
-        ("dist_token", "a distilled DeiT, not supported yet"),
-        ("head_dist.weight", "a distilled DeiT, not supported yet"),
-        ("tokens_to_token.project.weight", "a T2T-ViT, not supported yet"),
-        ("aux_head.bias", "an LV-ViT, not supported yet"),
         ("pre_logits.fc.weight", "a hidden layer before the head"),
         ("fc_norm.weight", "a head on the mean of the tokens"),
         ("blocks.3.ls1.gamma", "LayerScale"),
@@ -572,7 +568,7 @@ def test_what_conversion_does_not_know_is_listed() -> None:
     with pytest.raises(ValueError, match=r"\['y.bias', 'x'\]"):
         convert_state_dict(weights, source="timm")
     with pytest.raises(
-        ValueError, match=r"a distilled DeiT, not supported yet \['head_dist.bias'\]"
+        ValueError, match=r"a distilled DeiT: source='deit_distilled' \['head_dist.bias'\]"
     ):
         convert_state_dict({"head_dist.bias": torch.zeros(2)}, source="timm")
     with pytest.raises(ValueError, match=r"blocks.0.attn.qkv.bias of shape \(7,\) cannot be split"):

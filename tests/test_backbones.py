@@ -1,0 +1,375 @@
+"""T2T-ViT, LV-ViT, distilled DeiT and registers: the same layers behind other front ends."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import load_dataset
+from huggingface_hub.errors import StrictDataclassError
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    AutoModel,
+    AutoModelForImageClassification,
+    DeiTConfig,
+    DeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher,
+    ViTImageProcessorPil,
+)
+
+from cli.main import main
+from mctf_hf import (
+    MCTFLVViTConfig,
+    MCTFLVViTForImageClassification,
+    MCTFT2TViTConfig,
+    MCTFT2TViTForImageClassification,
+    MCTFViTConfig,
+    MCTFViTForImageClassification,
+)
+from mctf_hf.conversion import build_model, infer_config
+from mctf_hf.cost import multiply_accumulates
+from mctf_hf.families import build
+from mctf_hf.hub import save
+from mctf_hf.presets import PRESETS, preset
+from tests.conftest import DIGITS, TINY, Golden
+from tests.e2e.test_commands import mctf
+from tests.test_loading import STRANGER
+
+SMALL = {"hidden_size": 24, "intermediate_size": 72, "num_hidden_layers": 4}
+SMALL |= {"num_attention_heads": 2, "num_labels": 10}
+# Small models of all backbones, for images of 96 pixels.
+MODELS: dict[str, tuple[type[MCTFViTConfig], dict[str, Any]]] = {
+    "t2t transformer": (MCTFT2TViTConfig, {"token_dim": 16}),
+    "t2t performer": (MCTFT2TViTConfig, {"token_dim": 16, "tokens_type": "performer"}),
+    "lv": (MCTFLVViTConfig, {"patch_size": 16, "stem_channels": 8}),
+    "distilled": (
+        MCTFViTConfig,
+        {"distillation_token": True, "distillation_head": True},
+    ),
+    "registers": (MCTFViTConfig, {"num_register_tokens": 4}),
+}
+
+
+def small(kind: str, **more: Any) -> MCTFViTForImageClassification:
+    config_class, own = MODELS[kind]
+    torch.manual_seed(0)
+    model = build(config_class(**{**SMALL, "image_size": 96, "r": 4, **own, **more})).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 2)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("_token", "_tokens")):
+            nn.init.normal_(parameter)
+    return model
+
+
+def pictures(count: int = 2, size: int = 96) -> Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+GOLDEN = [
+    ("t2t", "t2t_transformer", "t2t_vit", {"attention_scale": "head_dim"}),
+    ("t2t", "t2t_performer", "t2t_vit", {"attention_scale": "head_dim"}),
+    ("lvvit", "lvvit", "lv_vit", {"skip_lambda": 2.0}),
+]
+
+
+@pytest.mark.parametrize(("file", "case", "source", "own"), GOLDEN)
+@torch.no_grad()
+def test_logits_are_those_of_the_official_implementations(
+    file: str, case: str, source: str, own: dict[str, Any]
+) -> None:
+    golden = Golden(file)
+    stated = golden.cases[case]
+    weights = golden.weights(f"{case}/model.")
+    config = infer_config(
+        weights, source, num_heads=stated["num_heads"], r=stated["r"], min_tokens=1, **own
+    )
+    assert config.image_size == stated["image_size"]
+    assert config.tokens_fused(config.num_tokens())[0] == 0
+    model = build_model(weights, source, config)
+    images = golden[f"{case}/pixel_values"]
+    for expected, r in (("base_logits", 0), ("logits", None)):
+        torch.testing.assert_close(
+            model(images, r=r).logits, golden[f"{case}/{expected}"], rtol=0, atol=1e-5
+        )
+    assert (model(images).logits - golden[f"{case}/base_logits"]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    "plain_class", [DeiTForImageClassificationWithTeacher, DeiTForImageClassification]
+)
+@torch.no_grad()
+def test_a_distilled_deit_of_transformers_loads_as_it_is(plain_class: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    plain = plain_class(DeiTConfig(**{**TINY, "num_labels": 10})).eval()
+    for parameter in plain.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    plain.save_pretrained(tmp_path / "deit")
+    model, report = MCTFViTForImageClassification.from_pretrained(
+        tmp_path / "deit", r=6, output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    images = pictures(size=32)
+    expected = plain(images).logits
+    torch.testing.assert_close(model.eval()(images, r=0).logits, expected, rtol=0, atol=1e-6)
+    fused = model(images, output_fusion=True)
+    assert fused.token_sizes.shape[1] == 66 - 4 * 6
+    assert not torch.allclose(fused.logits, expected, atol=1e-3)
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForImageClassification.from_pretrained(tmp_path / "saved").eval()
+    assert torch.equal(again(images).logits, fused.logits)
+
+
+@torch.no_grad()
+def test_the_two_heads_of_a_distilled_deit_are_averaged() -> None:
+    model = small("distilled")
+    hidden = model.vit(pictures()).last_hidden_state
+    heads = model.classifier(hidden[:, 0]), model.distillation_classifier(hidden[:, 1])
+    torch.testing.assert_close(model(pictures()).logits, sum(heads) / 2)
+
+
+@torch.no_grad()
+def test_registers_have_no_position_and_come_after_the_class_token() -> None:
+    model = small("registers")
+    embeddings = model.vit.embeddings
+    tokens = embeddings(pictures())
+    registers = embeddings.register_tokens.expand(2, -1, -1)
+    assert torch.equal(tokens[:, 1:5], registers)
+    patches = embeddings.patch_embeddings(pictures()) + embeddings.position_embeddings[:, 1:]
+    assert torch.equal(tokens[:, 5:], patches)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@settings(max_examples=15)
+@given(data=st.data())
+@torch.no_grad()
+def test_prefix_tokens_stay(kind: str, data: st.DataObject) -> None:
+    registers = data.draw(st.sampled_from([0, 1, 4]), label="registers")
+    model = small(
+        kind,
+        num_register_tokens=registers,
+        bidirectional=data.draw(st.booleans(), label="bidirectional"),
+        one_step_ahead=data.draw(st.sampled_from(["approximate", "precise", "past"])),
+        min_tokens=1,
+    )
+    prefix = model.config.num_prefix_tokens
+    output = model(pictures(), r=data.draw(st.integers(1, 12), label="r"), output_fusion=True)
+    assert torch.equal(output.assignment[:, :prefix], torch.arange(prefix).expand(2, -1))
+    assert (output.token_sizes[:, :prefix] == 1).all()
+    assert (output.assignment[:, prefix:] >= prefix).all()
+    assert (output.token_sizes.sum(1) == model.config.num_tokens()).all()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_what_runs_is_what_is_counted(kind: str) -> None:
+    model = small(kind, attn_implementation="eager")
+    normalised = 0
+
+    def count(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        nonlocal normalised
+        normalised += output.numel()
+
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.register_forward_hook(count)
+    # The kernel of the front end's attention is counted where it is one of those that are known.
+    known = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), known:
+        model(pictures(1))
+    counted = counter.get_total_flops() // 2 + 5 * normalised
+    assert multiply_accumulates(model.config) == pytest.approx(counted, rel=0.005)
+
+
+# G, of the official implementations.
+PUBLISHED = [
+    ("t2t_vit_t_14", 6.106, 13, 4.193),
+    ("t2t_vit_t_19", 9.808, 9, 6.442),
+    ("t2t_vit_14", 4.800, 13, 2.887),
+    ("lv_vit_t", 2.879, 12, 2.313),
+    ("lv_vit_s", 6.569, 12, 4.165),
+    ("lv_vit_s", 6.569, 8, 4.956),
+    ("lv_vit_m", 12.704, 8, 8.329),
+]
+
+
+@pytest.mark.parametrize(("name", "base", "r", "fused"), PUBLISHED)
+def test_published_costs(name: str, base: float, r: int, fused: float) -> None:
+    config = preset(name, r=r)
+    assert multiply_accumulates(config, r=0) / 1e9 == pytest.approx(base, rel=0.005)
+    assert multiply_accumulates(config) / 1e9 == pytest.approx(fused, rel=0.0055)
+
+
+def test_every_preset_can_be_built() -> None:
+    assert len(PRESETS) == 19
+    for name in PRESETS:
+        with torch.device("meta"):
+            model = build(preset(name))
+        assert model.config.num_tokens() in (197, 198)
+    assert preset("lv_vit_l").skip_lambda == 3
+
+
+@pytest.mark.parametrize("kind", ["t2t transformer", "lv"])
+@torch.no_grad()
+def test_a_stranger_loads_it(kind: str, tmp_path: Path) -> None:
+    model = small(kind)
+    processor = ViTImageProcessorPil(size={"height": 96, "width": 96})
+    folder = save(model, processor, tmp_path / "model")
+    images = pictures()
+    with_library = AutoModelForImageClassification.from_pretrained(folder).eval()
+    assert type(with_library) is type(model)
+    assert torch.equal(with_library(images).logits, model(images).logits)
+    encoder = AutoModel.from_pretrained(folder).eval()
+    assert torch.equal(encoder(images).last_hidden_state, model.vit(images).last_hidden_state)
+
+    torch.save(images, tmp_path / "images.pt")
+    subprocess.run(
+        [sys.executable, "-c", STRANGER, folder, tmp_path / "images.pt", tmp_path / "out.pt"],
+        check=True,
+        env={"HF_HOME": str(tmp_path / "home"), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"},
+    )
+    found = torch.load(tmp_path / "out.pt")
+    assert found["module"].startswith("transformers_modules.")
+    for name in ("logits", "resaved"):
+        assert torch.equal(found[name], model(images).logits)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@torch.no_grad()
+def test_images_of_another_size_and_shape(kind: str) -> None:
+    model = small(kind)
+    images = torch.randn(2, 3, 128, 160, generator=torch.Generator().manual_seed(1))
+    with pytest.raises(ValueError, match=r"Input image size \(128\*160\) doesn't match model"):
+        model(images)
+    output = model(images, interpolate_pos_encoding=True, output_fusion=True)
+    assert output.assignment.shape[1] == 8 * 10 + model.config.num_prefix_tokens
+    assert torch.isfinite(output.logits).all()
+
+
+@torch.no_grad()
+def test_positions_of_a_t2t_vit_are_fixed() -> None:
+    model = small("t2t performer")
+    positions = model.vit.embeddings.position_embeddings
+    assert not positions.requires_grad
+    assert positions[0, 3, 4].item() == pytest.approx(
+        torch.sin(torch.tensor(3 / 10000 ** (4 / 24))).item(), abs=1e-6
+    )
+    features = model.vit.embeddings.patch_embeddings.token_transformers[0].features
+    torch.testing.assert_close(features @ features.mT, 8 * torch.eye(8), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config_class", "wrong", "message"),
+    [
+        (MCTFT2TViTConfig, {"patch_size": 8}, "patch_size=8 is not allowed: a T2T-ViT's is 16"),
+        (MCTFT2TViTConfig, {"tokens_type": "x"}, "tokens_type='x' is not allowed: it is one of"),
+        (MCTFLVViTConfig, {"patch_size": 7}, "patch_size=7 is not allowed"),
+        (MCTFLVViTConfig, {"skip_lambda": 0}, "skip_lambda=0 is not allowed"),
+        (MCTFViTConfig, {"distillation_head": True}, "not allowed without distillation_token"),
+        (MCTFViTConfig, {"num_register_tokens": -1}, "num_register_tokens=-1 is not allowed"),
+    ],
+)
+def test_settings_are_checked(
+    config_class: type[MCTFViTConfig], wrong: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(StrictDataclassError, match=message):
+        config_class(**wrong)
+
+
+@pytest.mark.parametrize(("file", "case", "source", "own"), GOLDEN)
+@torch.no_grad()
+def test_convert_makes_a_folder_of_published_names(
+    file: str,
+    case: str,
+    source: str,
+    own: dict[str, Any],
+    capsys: pytest.CaptureFixture,
+) -> None:
+    golden = Golden(file)
+    save_file(golden.weights(f"{case}/model."), "weights.safetensors")
+    words = "".join(f",{name}={value}" for name, value in own.items())
+    stated = golden.cases[case]
+    main(
+        ["convert", f"weights.safetensors,r={stated['r']},min_tokens=1{words}", "--num_heads",
+         str(stated["num_heads"]), "--output", "folder"]
+    )  # fmt: skip
+    assert "weights of weights.safetensors" in capsys.readouterr().out
+    model = AutoModelForImageClassification.from_pretrained("folder").eval()
+    torch.testing.assert_close(
+        model(golden[f"{case}/pixel_values"]).logits, golden[f"{case}/logits"], rtol=0, atol=1e-5
+    )
+
+
+def test_convert_of_a_distilled_deit(tmp_path: Path) -> None:
+    golden = Golden("deit")
+    weights = golden.weights("deit/model.")
+    positions = weights["pos_embed"]
+    weights |= {
+        "pos_embed": torch.cat([positions[:, :1], positions], dim=1),
+        "dist_token": torch.randn(1, 1, 24),
+        "head_dist.weight": torch.randn(5, 24),
+        "head_dist.bias": torch.randn(5),
+    }
+    torch.save({"model": weights}, "distilled.pth")
+    main(["convert", "distilled.pth", "--num_heads", "2", "--output", "folder"])
+    model = AutoModelForImageClassification.from_pretrained("folder")
+    assert model.config.distillation_token and model.config.distillation_head
+    assert torch.equal(model.distillation_classifier.weight, weights["head_dist.weight"])
+    assert torch.equal(model.vit.embeddings.distillation_token, weights["dist_token"])
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("model_type", ["mctf_t2t_vit", "mctf_lv_vit"])
+def test_finetuning_ends_above_its_start(model_type: str, tmp_path: Path) -> None:
+    """From scratch on handwritten digits, with consistency, through the real command."""
+    own = {"mctf_t2t_vit": {"token_dim": 16}, "mctf_lv_vit": {"patch_size": 4, "stem_channels": 8}}
+    size = 64 if model_type == "mctf_t2t_vit" else 32
+    config = {**SMALL, **own[model_type], "model_type": model_type, "image_size": size}
+    del config["num_labels"]
+    folder = tmp_path / "model"
+    words = [
+        "fit", "--model.config", str(config), "--model.num_labels", "10", "--model.r", "3",
+        "--model.fusion", "{min_tokens: 5}", "--model.learning_rate", "0.05",
+        "--data.dataset", DIGITS, "--data.batch_size", "32", "--data.num_workers", "1",
+        "--trainer.accelerator", "cpu", "--trainer.logger", "false", "--trainer.max_epochs", "2",
+        "--trainer.default_root_dir", str(tmp_path), "--export.folder", str(folder),
+    ]  # fmt: skip
+    done = mctf(*words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    model = AutoModelForImageClassification.from_pretrained(folder).eval()
+    rows = load_dataset(DIGITS, split="test").select(range(200))
+    processor = ViTImageProcessorPil.from_pretrained(folder)
+    pixels = processor([image.convert("RGB") for image in rows["image"]], return_tensors="pt")
+    with torch.no_grad():
+        predicted = model(**pixels).logits.argmax(-1)
+    assert (predicted == torch.tensor(rows["label"][:])).float().mean() > 0.15  # 0.1 by chance
+
+
+@torch.no_grad()
+def test_they_compile_whole_and_are_drawn(tmp_path: Path) -> None:
+    model = small("t2t performer", num_hidden_layers=2)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(pictures()).logits, model(pictures()).logits)
+    folder = save(model, ViTImageProcessorPil(size={"height": 96, "width": 96}), tmp_path / "m")
+    main(["visualize", str(folder), "--images", DIGITS, "--output", "drawn.png"])
+    assert Path("drawn.png").exists()
+
+
+def test_benchmark_takes_them(capsys: pytest.CaptureFixture) -> None:
+    main(
+        ["benchmark", "t2t_vit_7", "t2t_vit_7,r=8", "lv_vit_t", "deit_t_distilled,r=8",
+         "--image_size", "64", "--batch_sizes", "[1]", "--rounds", "1"]
+    )  # fmt: skip
+    assert "batches of 1, 64 px" in capsys.readouterr().out
+
+
+def test_classes_are_public() -> None:
+    assert MCTFT2TViTForImageClassification.config_class is MCTFT2TViTConfig
+    assert MCTFLVViTForImageClassification.config_class is MCTFLVViTConfig
