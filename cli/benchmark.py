@@ -31,8 +31,8 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument(
         "models",
         nargs="+",
-        help="NAME[,setting=value…]: a preset (deit_t, deit_s, deit_b), a folder or a Hub id. "
-        "Without any setting of fusion a plain ViT is the model of transformers. Settings are "
+        help="NAME[,setting=value…]: a preset (deit_s, t2t_vit_14, lv_vit_s, …), a folder or a Hub "
+        "id. Without any setting of fusion a plain ViT is the model of transformers. Settings are "
         "those of fusion (r=16, r=auto:0.56, reduction=tome, fusion_layers=[3,6,9], …), "
         "attn_implementation, compile (give one batch size, for a second one recompiles for any), "
         "and slice=16 to feed it 16 images at a time.",

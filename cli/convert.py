@@ -38,8 +38,8 @@ def main(args: Sequence[str]) -> None:
         "checkpoint",
         help="NAME[,setting=value…]: a file of weights of timm, the official MCTF, T2T-ViT or "
         f"LV-ViT ({', '.join(SUFFIXES)}), or a folder or Hub id of a ViT or DeiT of transformers "
-        "or of this library. Settings are those of fusion (r=16, r=auto:0.56, fusion_layers=[3,6,9], …) "
-        "and, for what no weight tells, attention_scale and skip_lambda.",
+        "or of this library. Settings are those of fusion (r=16, r=auto:0.56, …) and, for what no "
+        "weight tells, attention_scale and skip_lambda.",
     )
     parser.add_argument("--output", required=True, help="the folder to write")
     parser.add_function_arguments(convert, skip={"checkpoint", "output"})

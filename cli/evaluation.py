@@ -51,7 +51,7 @@ def evaluate(
     batch_size: int,
     rounds: int = 10,
 ) -> Evaluation:
-    """Measure a model beside the plain model of transformers with the same weights.
+    """Measure a model beside the one without fusion, that of transformers if it has it.
 
     Args:
         images: for accuracy, and for speed; unset, speed alone is measured on random numbers.
@@ -63,11 +63,13 @@ def evaluate(
     pixel_values = _pixel_values(config, images, batch_size)
     plain = plain_model(model)
     runs: list[Callable[[], object]] = [lambda: plain(pixel_values)]
+    if plain is None:
+        runs = [lambda: model(pixel_values, r=0)]
     runs += [lambda r=r: model(pixel_values, r=r) for r in settings.values()]
     speeds = images_per_second(runs, len(pixel_values), rounds=rounds)
     accuracies = [None] * len(runs) if images is None else _accuracies(model, images, settings)
 
-    named = {"no fusion (plain ViT)": 0, **settings}
+    named = {"no fusion" if plain is None else "no fusion (plain ViT)": 0, **settings}
     measured = [
         Measurement(
             name=name,
@@ -91,11 +93,14 @@ def evaluate(
     )
 
 
-def plain_model(model: MCTFViTForImageClassification) -> ViTForImageClassification:
-    """The model of transformers with the same weights, without fusion."""
+def plain_model(model: MCTFViTForImageClassification) -> ViTForImageClassification | None:
+    """The ViT of transformers with the same weights, without fusion; None where it has none."""
+    config = model.config
+    if config.model_type != MCTFViTConfig.model_type or config.num_prefix_tokens > 1:
+        return None
     known = {
         name: value
-        for name, value in model.config.to_dict().items()
+        for name, value in config.to_dict().items()
         if name not in (*FUSION, "model_type", "auto_map", "architectures")
     }
     plain = ViTForImageClassification(ViTForImageClassification.config_class(**known))

@@ -20,6 +20,7 @@ from mctf_hf import MCTFViTForImageClassification
 from mctf_hf import export as exporting
 from mctf_hf.configuration_mctf import as_pair
 from mctf_hf.export import TOLERANCE, Agreement
+from mctf_hf.families import build
 from mctf_hf.presets import PRESETS, preset
 
 WRITE = {".onnx": exporting.to_onnx, ".pt2": exporting.to_torch_export}
@@ -34,8 +35,8 @@ def main(args: Sequence[str]) -> None:
     )
     parser.add_argument(
         "model",
-        help="NAME[,setting=value…]: a folder, a Hub id, or a preset (deit_t, deit_s, deit_b) with "
-        "random weights. Settings are those of fusion (r=16, reduction=tome, …).",
+        help="NAME[,setting=value…]: a folder, a Hub id, or a preset with random weights (deit_s, "
+        "t2t_vit_14, lv_vit_s, …). Settings are those of fusion (r=16, reduction=tome, …).",
     )
     parser.add_function_arguments(export, skip={"model"})
     export(**parser.parse_args(list(args)).as_dict())
@@ -99,7 +100,7 @@ def _load(words: str) -> tuple[MCTFViTForImageClassification, Any]:
     config = preset(name, **resolve(preset(name), settings))
     config.tokens_fused(config.num_tokens(), settings.get("r"))  # does it have an effect?
     torch.manual_seed(0)
-    return MCTFViTForImageClassification(config).eval(), None
+    return build(config).eval(), None
 
 
 def _pixel_values(

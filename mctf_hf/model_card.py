@@ -74,7 +74,7 @@ class Evaluation:
     """What was measured of a model, and on what.
 
     Attributes:
-        plain: the model of transformers with the same weights, without fusion.
+        plain: the same weights without fusion, in the model of transformers if it has it.
         own: the model as it is configured.
         others: the model with other r.
         dataset: id on the Hub or name of the dataset; ``None`` if accuracy was not measured.

@@ -309,7 +309,7 @@ def test_files_of_something_else() -> None:
     assert "google.npz is not allowed: a checkpoint's name ends in" in refused("google.npz")
     message = refused("lost.pth,speed=3")
     assert "setting 'speed' of 'lost.pth,speed=3' is not known" in message
-    assert "source='keras' is not allowed: it is one of timm, mctf, hf" in refused(
+    assert "source='keras' is not allowed: it is one of timm, mctf, deit_distilled, " in refused(
         "lost.pth", "--source", "keras"
     )
     torch.save(WEIGHTS, "w.pth")

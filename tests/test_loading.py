@@ -145,8 +145,8 @@ def test_checkpoints_of_other_architectures_and_shapes_are_refused(
     settings = json.loads((tiny_folder / "config.json").read_text())
     other = tmp_path / "other"
     other.mkdir()
-    (other / "config.json").write_text(json.dumps({**settings, "model_type": "deit"}))
-    with pytest.raises(ValueError, match="holds a model of type 'deit'.* 'vit'"):
+    (other / "config.json").write_text(json.dumps({**settings, "model_type": "beit"}))
+    with pytest.raises(ValueError, match="holds a model of type 'beit'.* 'vit'"):
         MCTFViTForImageClassification.from_pretrained(other)
     with pytest.raises(RuntimeError, match="size mismatch|mismatched"):
         MCTFViTForImageClassification.from_pretrained(tiny_folder, image_size=64)
