@@ -312,10 +312,10 @@ class MCTFViTEmbeddings(ViTEmbeddings):
         prefix = [self.cls_token]
         if self.distillation_token is not None:
             prefix.append(self.distillation_token)
-        prefix = [token.expand(len(tokens), -1, -1) for token in prefix]
+        prefix = [token.expand(tokens.shape[0], -1, -1) for token in prefix]
         tokens = torch.cat([*prefix, tokens], dim=1) + positions
         if self.register_tokens is not None:
-            registers = self.register_tokens.expand(len(tokens), -1, -1)
+            registers = self.register_tokens.expand(tokens.shape[0], -1, -1)
             with_position = [tokens[:, : len(prefix)], tokens[:, len(prefix) :]]
             tokens = torch.cat([with_position[0], registers, with_position[1]], dim=1)
         return self.dropout(tokens)

@@ -1,7 +1,5 @@
 """T2T-ViT, LV-ViT, distilled DeiT and registers: the same layers behind other front ends."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModel,
     AutoModelForImageClassification,
@@ -34,12 +31,14 @@ from mctf_hf import (
 )
 from mctf_hf.conversion import build_model, infer_config
 from mctf_hf.cost import multiply_accumulates
+from mctf_hf.export import check, to_torch_export
 from mctf_hf.families import build
 from mctf_hf.hub import save
 from mctf_hf.presets import PRESETS, preset
 from tests.conftest import DIGITS, TINY, Golden
 from tests.e2e.test_commands import mctf
-from tests.test_loading import STRANGER
+from tests.test_cost import count
+from tests.test_loading import load_as_stranger
 
 SMALL = {"hidden_size": 24, "intermediate_size": 72, "num_hidden_layers": 4}
 SMALL |= {"num_attention_heads": 2, "num_labels": 10}
@@ -171,20 +170,9 @@ def test_prefix_tokens_stay(kind: str, data: st.DataObject) -> None:
 @pytest.mark.parametrize("kind", MODELS)
 def test_what_runs_is_what_is_counted(kind: str) -> None:
     model = small(kind, attn_implementation="eager")
-    normalised = 0
-
-    def count(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-        nonlocal normalised
-        normalised += output.numel()
-
-    for module in model.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.register_forward_hook(count)
     # The kernel of the front end's attention is counted where it is one of those that are known.
-    known = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), known:
-        model(pictures(1))
-    counted = counter.get_total_flops() // 2 + 5 * normalised
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        counted = count(model, pictures(1))
     assert multiply_accumulates(model.config) == pytest.approx(counted, rel=0.005)
 
 
@@ -229,14 +217,7 @@ def test_a_stranger_loads_it(kind: str, tmp_path: Path) -> None:
     encoder = AutoModel.from_pretrained(folder).eval()
     assert torch.equal(encoder(images).last_hidden_state, model.vit(images).last_hidden_state)
 
-    torch.save(images, tmp_path / "images.pt")
-    subprocess.run(
-        [sys.executable, "-c", STRANGER, folder, tmp_path / "images.pt", tmp_path / "out.pt"],
-        check=True,
-        env={"HF_HOME": str(tmp_path / "home"), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"},
-    )
-    found = torch.load(tmp_path / "out.pt")
-    assert found["module"].startswith("transformers_modules.")
+    found, _ = load_as_stranger(folder, images, tmp_path)
     for name in ("logits", "resaved"):
         assert torch.equal(found[name], model(images).logits)
 
@@ -353,11 +334,15 @@ def test_finetuning_ends_above_its_start(model_type: str, tmp_path: Path) -> Non
 
 
 @torch.no_grad()
-def test_they_compile_whole_and_are_drawn(tmp_path: Path) -> None:
+def test_they_compile_whole_are_exported_and_drawn(tmp_path: Path) -> None:
     model = small("t2t performer", num_hidden_layers=2)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(pictures()).logits, model(pictures()).logits)
     folder = save(model, ViTImageProcessorPil(size={"height": 96, "width": 96}), tmp_path / "m")
+    for exported in (model, small("lv", num_hidden_layers=2), small("distilled")):
+        file = to_torch_export(exported, "model.pt2")
+        found = check(exported, file, [pictures(1), pictures(3)])
+        assert found.max_difference < 1e-5 and found.top1 == 1
     main(["visualize", str(folder), "--images", DIGITS, "--output", "drawn.png"])
     assert Path("drawn.png").exists()
 

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -64,20 +65,30 @@ with torch.no_grad():
 )
 
 
+def load_as_stranger(
+    folder: Path, images: Tensor, tmp_path: Path
+) -> tuple[dict[str, Any], subprocess.CompletedProcess]:
+    """What a process without this library makes of a folder, and what it says."""
+    torch.save(images, tmp_path / "images.pt")
+    done = subprocess.run(
+        [sys.executable, "-c", STRANGER, folder, tmp_path / "images.pt", tmp_path / "out.pt"],
+        env={"HF_HOME": str(tmp_path / "home"), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = torch.load(tmp_path / "out.pt")
+    assert found["module"].startswith("transformers_modules.")
+    return found, done
+
+
 @pytest.mark.parametrize("saved_by", ["classifier", "encoder"])
 @torch.no_grad()
 def test_a_stranger_loads_what_was_saved(saved_by: str, tmp_path: Path, images: Tensor) -> None:
     model = tiny_model(r=7)
     saved = model if saved_by == "classifier" else model.vit
     folder = save(saved, ViTImageProcessorPil(size={"height": 32, "width": 32}), tmp_path / "model")
-    torch.save(images, tmp_path / "images.pt")
-    subprocess.run(
-        [sys.executable, "-c", STRANGER, folder, tmp_path / "images.pt", tmp_path / "out.pt"],
-        check=True,
-        env={"HF_HOME": str(tmp_path / "home"), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"},
-    )
-    found = torch.load(tmp_path / "out.pt")
-    assert found["module"].startswith("transformers_modules.")
+    found, _ = load_as_stranger(folder, images, tmp_path)
     assert found["processor"].startswith("ViTImageProcessor")
     assert found["r"] == 7
     assert torch.equal(found["hidden"], model.vit(images).last_hidden_state)
@@ -195,19 +206,12 @@ def test_settings_from_the_future_are_told(tmp_path: Path, images: Tensor) -> No
     folder = save(model, ViTImageProcessorPil(), tmp_path / "model")
     settings = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**settings, "tau_depth": 3, "spiral": None}))
-    torch.save(images, tmp_path / "images.pt")
-    done = subprocess.run(
-        [sys.executable, "-c", STRANGER, folder, tmp_path / "images.pt", tmp_path / "out.pt"],
-        env={"HF_HOME": str(tmp_path / "home"), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    found, done = load_as_stranger(folder, images, tmp_path)
     assert "settings that this version does not know" in done.stderr
     assert "no effect: spiral, tau_depth." in done.stderr
     with torch.no_grad():
         expected = model(images).logits
-    assert torch.equal(torch.load(tmp_path / "out.pt")["logits"], expected)
+    assert torch.equal(found["logits"], expected)
 
     (folder / "config.json").write_text(json.dumps({**settings, "reduction": "spiral"}))
     with pytest.raises(StrictDataclassError, match="reduction='spiral' is not allowed: it is one"):

@@ -180,12 +180,18 @@ def test_predict_writes_file_label_and_score(finished: Path, tmp_path: Path, suf
     ],
 )
 def test_a_mistake_gets_one_clear_message(
-    words: list[str], message: str, tiny_folder: Path, tmp_path: Path
+    words: list[str],
+    message: str,
+    tiny_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
 ) -> None:
-    done = mctf(*fit_words(tmp_path, tiny_folder), *words)
-    assert done.returncode in (1, 2)
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    with pytest.raises(SystemExit) as stopped:
+        main([*map(str, fit_words(tmp_path, tiny_folder)), *words])
+    assert stopped.value.code in (1, 2)
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert "Traceback" not in shown
     assert not list(tmp_path.rglob("*.ckpt")) and not (tmp_path / "model").exists()
 
 
@@ -248,16 +254,23 @@ def test_two_processes_train_and_predict_together(tiny_folder: Path, tmp_path: P
     assert [Path(row["file"]).name for row in rows] == [f"{i}.png" for i in range(5)]
 
 
-def test_help_names_every_command_and_setting() -> None:
+def test_help_names_every_command_and_setting(capsys: pytest.CaptureFixture) -> None:
     overview = mctf("--help").stdout
     assert all(word in overview for word in ("fit", "validate", "test", "predict", *COMMANDS))
     for command in COMMANDS:
-        shown = mctf(command, "--help").stdout
-        assert f"usage: mctf {command}" in shown
-    fit = mctf("fit", "--help").stdout
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        assert f"usage: mctf {command}" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    fit = capsys.readouterr().out
     for setting in ("--model.r", "--model.r_max", "--data.dataset", "--export.folder"):
         assert setting in fit
     assert "tokens that each fusing layer fuses" in fit
-    assert "compare the three" in mctf("demo", "--help").stdout
-    help_of_benchmark = mctf("benchmark", "--help").stdout
+    with pytest.raises(SystemExit):
+        main(["demo", "--help"])
+    assert "compare the three" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["benchmark", "--help"])
+    help_of_benchmark = capsys.readouterr().out
     assert "timings of each model" in help_of_benchmark and "auto:0.56" in help_of_benchmark
