@@ -1,5 +1,6 @@
 """T2T-ViT, LV-ViT, distilled DeiT and registers: the same layers behind other front ends."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -345,6 +346,18 @@ def test_they_compile_whole_are_exported_and_drawn(tmp_path: Path) -> None:
         assert found.max_difference < 1e-5 and found.top1 == 1
     main(["visualize", str(folder), "--images", DIGITS, "--output", "drawn.png"])
     assert Path("drawn.png").exists()
+
+
+def test_a_card_is_written_for_them(tmp_path: Path) -> None:
+    folder = save(
+        small("lv"), ViTImageProcessorPil(size={"height": 96, "width": 96}), tmp_path / "lv"
+    )
+    words = ["--license", "mit", "--rounds", "1", "--batch_size", "2", "--max_images", "10"]
+    words += ["--dataset", DIGITS, "--picture", DIGITS, "--dry-run", str(tmp_path / "draft")]
+    main(["push", str(folder), "org/lv", *words])
+    measured = json.loads((tmp_path / "draft" / "evaluation.json").read_text())
+    assert measured["plain"]["name"] == "no fusion" and measured["plain"]["ratio"] == 1
+    assert "`skip_lambda`" not in (tmp_path / "draft" / "README.md").read_text()  # fusion alone
 
 
 def test_benchmark_takes_them(capsys: pytest.CaptureFixture) -> None:
