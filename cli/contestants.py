@@ -1,6 +1,5 @@
 """Models that ``mctf benchmark`` compares, made from words such as ``deit_s,r=16,compile``."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
 from mctf_hf.configuration_mctf import as_pair
 from mctf_hf.cost import multiply_accumulates
 from mctf_hf.families import CLASSIFIERS, classifier_of
+from mctf_hf.hub import HUB_ID
 from mctf_hf.presets import PRESETS, preset
 
 SETTINGS = ("attn_implementation", "compile", "slice")
@@ -71,7 +71,7 @@ def make(words: str, image_size: int | None, dtype: torch.dtype, device: str) ->
             plain = {k: v for k, v in config.to_dict().items() if k not in (*FUSION, "model_type")}
             plain_config = ViTForImageClassification.config_class(**plain)
             model = ViTForImageClassification._from_config(plain_config, **attention)
-    elif Path(name).is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    elif Path(name).is_dir() or HUB_ID.fullmatch(name):
         plain_type = AutoConfig.from_pretrained(name).model_type
         classifier = classifier_of(name)
         config = classifier.config_class.from_pretrained(name)

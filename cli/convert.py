@@ -1,7 +1,6 @@
 """``mctf convert``: a checkpoint of other code, made a folder that loads anywhere."""
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from mctf_hf.configuration_mctf import as_pair
 from mctf_hf.conversion import build_model, infer_config, load_pretrained
 from mctf_hf.cost import multiply_accumulates
 from mctf_hf.families import classifier_of
-from mctf_hf.hub import check_folder, load_image_processor, save
+from mctf_hf.hub import HUB_ID, check_folder, load_image_processor, save
 from mctf_hf.sources import SOURCES, detect_source
 
 BICUBIC = 3
@@ -98,7 +97,7 @@ def convert(
 def _source(name: str, source: str | None) -> str | None:
     path = Path(name)
     if source is None:
-        is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and path.suffix not in SUFFIXES
+        is_id = HUB_ID.fullmatch(name) and path.suffix not in SUFFIXES
         return "hf" if path.is_dir() or (is_id and not path.exists()) else None
     if source not in (*SOURCES, "hf"):
         raise ValueError(

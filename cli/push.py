@@ -23,6 +23,7 @@ from mctf_hf import MCTFViTForImageClassification
 from mctf_hf.hub import (
     CARD,
     EVALUATION,
+    HUB_ID,
     PICTURE,
     TRAINING,
     check_folder,
@@ -218,4 +219,4 @@ def _origin(name: str, training: dict[str, Any], repo_id: str) -> str | None:
 
 
 def _hub_id(name: str | None) -> str | None:
-    return name if name is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
+    return name if name is not None and HUB_ID.fullmatch(name) else None

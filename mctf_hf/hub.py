@@ -30,6 +30,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 TRAINING, EVALUATION = "training.json", "evaluation.json"
 PICTURE, CARD = "fused_tokens.png", "README.md"
 
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # organisation/name; a local path may look the same
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 
 

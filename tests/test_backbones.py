@@ -236,6 +236,20 @@ def test_images_of_another_size_and_shape(kind: str) -> None:
 
 
 @torch.no_grad()
+def test_scores_are_scaled_as_the_published_weights_want_it() -> None:
+    """By all channels: as if queries were smaller by the root of the number of heads."""
+    expected = small("t2t transformer", attention_scale="hidden_size")
+    model = small("t2t transformer")
+    assert torch.equal(model.vit.layers[0].mlp.fc1.weight, expected.vit.layers[0].mlp.fc1.weight)
+    assert not torch.allclose(model(pictures()).logits, expected(pictures()).logits, atol=1e-6)
+    for layer in model.vit.layers:
+        layer.attention.q_proj.weight.mul_(model.config.num_attention_heads**-0.5)
+    torch.testing.assert_close(model(pictures()).logits, expected(pictures()).logits)
+    weights = Golden("t2t").weights("t2t_transformer/model.")
+    assert infer_config(weights, "t2t_vit", num_heads=2).attention_scale == "hidden_size"
+
+
+@torch.no_grad()
 def test_positions_of_a_t2t_vit_are_fixed() -> None:
     model = small("t2t performer")
     positions = model.vit.embeddings.position_embeddings
