@@ -11,7 +11,7 @@ import yaml
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
 from mctf_hf.configuration_mctf import FusionConfigMixin
 from mctf_hf.conversion import load_pretrained
-from mctf_hf.cost import resolve_r
+from mctf_hf.cost import resolve_budget
 from mctf_hf.families import classifier_of
 from mctf_hf.hub import load_image_processor
 
@@ -43,16 +43,23 @@ def parse(words: str, more: Sequence[str] = ()) -> tuple[str, dict[str, Any]]:
 def resolve(
     config: MCTFViTConfig, settings: dict[str, Any], image_size: int | None = None
 ) -> dict[str, Any]:
-    """The settings, with an r that is given as a budget worked out."""
-    if not isinstance(settings.get("r"), str):
+    """The settings, with an r or a keep rate that is given as a budget worked out."""
+    budgets = {
+        key: settings[key] for key in ("r", "keep_rate") if isinstance(settings.get(key), str)
+    }
+    if not budgets:
         return settings
     config = copy.deepcopy(config)
     config.r = 0
     for key, value in settings.items():
-        if key != "r":
+        if key not in budgets:
             setattr(config, key, value)
     config.validate()
-    return {**settings, "r": resolve_r(config, settings["r"], image_size=image_size)}
+    resolved = {
+        key: resolve_budget(config, key, value, image_size=image_size)
+        for key, value in budgets.items()
+    }
+    return settings | resolved
 
 
 def load(words: str) -> tuple[MCTFViTForImageClassification, Any]:

@@ -15,7 +15,7 @@ from transformers import get_cosine_with_min_lr_schedule_with_warmup
 from lightning_modules.pretrained import load_or_make
 from mctf_hf import MCTFViTConfig
 from mctf_hf.configuration_mctf import TokensFused
-from mctf_hf.cost import resolve_r
+from mctf_hf.cost import resolve_budget
 from mctf_hf.losses import TokenReductionConsistency, mix_seed, teacher_limit, teacher_r
 
 Batch = dict[str, Any]
@@ -103,7 +103,7 @@ class MCTFFinetuner(L.LightningModule):
         self.model, self.image_processor = load_or_make(pretrained, config, num_labels, settings)
         self.model.train()
         if budget:
-            self.model.config.r = resolve_r(self.model.config, budget)
+            self.model.config.r = resolve_budget(self.model.config, "r", budget)
         if self.model.config.reduction == "none" and r:
             raise ValueError(
                 f"r={r!r} has no effect with reduction='none', which pretrained or the settings "

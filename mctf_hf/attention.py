@@ -69,6 +69,11 @@ class Attention(NamedTuple):
         ]
         return torch.stack(blocks).sum(0) / (heads * num_tokens)
 
+    def from_class(self) -> Tensor:
+        """Attention from the first token, mean over heads: (b, n), float32 or more."""
+        row = self.rows(0, 1)[:, :, 0] if self.map is None else self.map[:, :, 0]
+        return row.mean(1, dtype=_precision(row))
+
     def mean_keys(self) -> Tensor:
         """Keys, mean over heads: (b, n, d / h)."""
         return self.key.mean(1)

@@ -4,15 +4,20 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import ViTConfig
 from transformers.utils import logging
 
+from .reducers import REDUCERS, Reducer
+
 logger = logging.get_logger(__name__)
 
-TokensFused = int | float | list[int | float]
+# A count or fraction of tokens, one of these by layer, or (r, inflection).
+TokensFused = int | float | list[int | float] | tuple[int | float, int | float]
+KeepRate = int | float | list[int | float]
 
 
 def _is_number(value: Any) -> bool:
@@ -21,12 +26,49 @@ def _is_number(value: Any) -> bool:
 
 def _check_tokens_fused(value: TokensFused) -> None:
     """Raise ValueError unless every entry of ``r`` is a whole count or a fraction in (0, 1)."""
-    for entry in value if isinstance(value, (list, tuple)) else [value]:
+    if isinstance(value, tuple) and len(value) == 2:
+        value, inflection = value
+        _check_inflection(inflection)
+    for entry in value if isinstance(value, list) else [value]:
         if not _is_number(entry) or entry < 0 or (entry >= 1 and entry != int(entry)):
             raise ValueError(
                 f"r={value!r} is not allowed: r is a count of tokens (0, 1, 2, …), a fraction of "
-                "them between 0 and 1, or a list with one of these for each layer"
+                "them between 0 and 1, a list with one of these for each layer, or a count and an "
+                "inflection: (r, inflection)"
             )
+
+
+def _check_inflection(value: float) -> None:
+    if not _is_number(value) or not -1 <= value <= 1:
+        raise ValueError(f"inflection={value!r} is not allowed: it is a number from -1 to 1")
+
+
+def _check_keep_rate(value: KeepRate) -> None:
+    for entry in value if isinstance(value, list) else [value]:
+        if not _is_number(entry) or not 0 < entry <= 1:
+            raise ValueError(
+                f"keep_rate={value!r} is not allowed: it is above 0 and at most 1, or a list with "
+                "one such number for each layer"
+            )
+
+
+def _check_reduction(value: str) -> None:
+    if value != "none" and value not in REDUCERS:
+        raise ValueError(
+            f"reduction={value!r} is not allowed: it is one of {', '.join(REDUCERS)}, none. (One "
+            "that a model brings along is known with trust_remote_code=True, one of your own once "
+            "its module is imported.)"
+        )
+
+
+def _check_multi_scale(value: list[int] | None) -> None:
+    if value is not None and (
+        not value or len(set(value)) != len(value) or any(scale < 2 for scale in value)
+    ):
+        raise ValueError(
+            f"multi_scale={value!r} is not allowed: it lists different whole numbers of at least "
+            "2, how many patches high and wide the coarser ones are"
+        )
 
 
 def _check_layers(value: list[int] | None) -> None:
@@ -59,12 +101,21 @@ class FusionConfigMixin:
 
     Args:
         reduction: which method reduces the tokens: ``"mctf"``, ``"tome"`` (Token Merging, arXiv
-            2210.09461), or ``"none"`` for the plain model.
+            2210.09461), ``"evit"`` (arXiv 2202.07800), ``"token_mergence"`` (arXiv 2306.04897),
+            one that :func:`.reducers.register` made known, or ``"none"`` for the plain model.
+        inflection: how ``r`` changes from layer to layer, as in ToMe: linearly about a mean of
+            ``r``, from 0 up to twice as much (1), down to 0 (-1), or not at all (0).
+            ``r=(8, -1)`` sets both.
         r: how many tokens a fusing layer fuses away: a count (1, 2, …), a fraction in (0, 1) of
             the patch tokens that reach the layer, 0 for none, or a list of these with one entry
-            per layer.
-        fusion_layers: zero-based indices of the layers that fuse. ``None``: all but the first (all
-            for ``"tome"``), or those with an entry above 0 where ``r`` is a list.
+            per layer. Not of ``"evit"`` and ``"token_mergence"``, which go by ``keep_rate``.
+        keep_rate: part of the patch tokens that a layer keeps, or a list with one such number per
+            layer.
+        fuse_token: ``"evit"`` sums up the tokens that are not kept in one more token; or it drops
+            them.
+        fusion_layers: zero-based indices of the layers that fuse. ``None``: the method's own (all
+            but the first for ``"mctf"``, all for ``"tome"``, the 4th, 7th and 10th of 12 for the
+            others), or those that an ``r`` or ``keep_rate`` with one entry per layer says.
         tau_sim: temperature of the similarity criterion; 0 switches it off. This and the settings
             down to ``pooling`` are those of ``"mctf"``.
         tau_info: temperature of the informativeness criterion; 0 switches it off.
@@ -75,20 +126,29 @@ class FusionConfigMixin:
             again after fusion) or ``"past"`` (fuse after the layer, by the attention it used).
         pooling: weight of a token in its pool: ``"attention_size"`` (attention received times
             size), ``"size"``, ``"mean"`` (all the same), or ``"max"`` (elementwise maximum).
-        proportional_attention: add the logarithm of each token's size to its attention scores.
+        proportional_attention: add the logarithm of each token's size to its attention scores;
+            ``"evit"`` never does.
         min_tokens: no layer leaves fewer tokens than this, prefix tokens included.
         drop_path_rate: probability of skipping a residual branch in training, rising linearly
             from 0 in the first layer to this in the last (stochastic depth, arXiv 1603.09382).
+        multi_scale: embed patches that are so many times as high and wide, too, and add each to the
+            patches that it covers (arXiv 2306.04897). It changes nothing before it is trained.
 
     Raises:
         huggingface_hub.errors.StrictDataclassError: for a value outside of what is allowed; the
             message names the setting, the value and the values allowed.
     """
 
-    reduction: str = field(default="mctf", metadata=_one_of("reduction", "mctf", "tome", "none"))
-    r: int | float | list[int | float] = field(
+    reduction: str = field(default="mctf", metadata={"validator": _check_reduction})
+    inflection: float | int = field(default=0.0, metadata={"validator": _check_inflection})
+    # After inflection, which (r, inflection) replaces.
+    r: int | float | list[int | float] | tuple[int | float, int | float] = field(
         default=16, metadata={"validator": _check_tokens_fused}
     )
+    keep_rate: float | int | list[int | float] = field(
+        default=0.7, metadata={"validator": _check_keep_rate}
+    )
+    fuse_token: bool = True
     fusion_layers: list[int] | None = field(default=None, metadata={"validator": _check_layers})
     tau_sim: float | int = field(default=1.0, metadata=_number("tau_sim", 0))
     tau_info: float | int = field(default=20.0, metadata=_number("tau_info", 0))
@@ -107,59 +167,121 @@ class FusionConfigMixin:
     drop_path_rate: float | int = field(
         default=0.0, metadata=_number("drop_path_rate", 0, 1, below=True)
     )
+    multi_scale: list[int] | None = field(default=None, metadata={"validator": _check_multi_scale})
 
     if TYPE_CHECKING:
         num_hidden_layers: int
         num_prefix_tokens: int
 
-    def tokens_fused(self, num_tokens: int, r: TokensFused | None = None) -> tuple[int, ...]:
-        """How many tokens each layer fuses away, by the settings and the input's length alone.
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "r" and isinstance(value, tuple) and len(value) == 2:
+            value, self.inflection = value
+        super().__setattr__(name, value)
+
+    @property
+    def reducer_class(self) -> type[Reducer] | None:
+        """The method of reduction; ``None`` for none."""
+        return None if self.reduction == "none" else REDUCERS[self.reduction]
+
+    def tokens_fused(
+        self, num_tokens: int, r: TokensFused | None = None, keep_rate: KeepRate | None = None
+    ) -> tuple[int, ...]:
+        """How many tokens fewer leave each layer, by the settings and the input's length alone.
 
         Args:
             num_tokens: tokens that enter the first layer, prefix tokens included.
-            r: used instead of the configuration's own ``r``.
+            r: counts, of whatever method, instead of what the configuration says.
+            keep_rate: rates, of a method that keeps tokens by rate, likewise.
 
         Returns:
-            One count per layer. A fraction takes that part of the patch tokens, rounded down; no
-            layer fuses more than half of its patch tokens or leaves fewer than ``min_tokens``.
+            One count per layer. A fraction takes that part of the patch tokens, rounded down; a
+            rate keeps that part, rounded up. No layer loses more than its method allows (half of
+            the patch tokens where tokens are matched) or leaves fewer than ``min_tokens``.
 
         Raises:
-            ValueError: if ``r`` is not allowed, or is not 0 where ``reduction`` is ``"none"``.
+            ValueError: if ``r`` or ``keep_rate`` is not allowed, both are given, or one has no
+                effect on the method.
         """
-        if r is not None:
-            _check_tokens_fused(r)
-        if self.reduction == "none":
+        reducer = self.reducer_class
+        if r is not None and keep_rate is not None:
+            raise ValueError(f"r={r!r} and keep_rate={keep_rate!r}: give one of them")
+        by_rate = reducer is not None and reducer.amount == "keep_rate"
+        if keep_rate is not None and not by_rate:
+            raise ValueError(
+                f"keep_rate={keep_rate!r} has no effect with reduction={self.reduction!r}"
+            )
+        if reducer is None:
+            if r is not None:
+                _check_tokens_fused(r)
             if r and r != [0] * self.num_hidden_layers:
                 raise ValueError(f"r={r!r} has no effect with reduction='none': choose a reduction")
             return (0,) * self.num_hidden_layers
-        wanted = self._wanted_by_layer(self.r if r is None else r)
+        if by_rate and r is None:
+            rates = self._kept_by_layer(self.keep_rate if keep_rate is None else keep_rate)
+            added = reducer.tokens_added(self)
+            fewer = [partial(_fewer_by_rate, rate=rate, added=added) for rate in rates]
+        else:
+            wanted = self._wanted_by_layer(self.r if r is None else r)
+            fewer = [partial(_fewer_by_count, want=want) for want in wanted]
         counts = []
-        for want in wanted:
+        for count_of in fewer:
             patches = num_tokens - self.num_prefix_tokens
-            count = int(patches * want) if 0 < want < 1 else int(want)
-            count = max(0, min(count, patches // 2, num_tokens - self.min_tokens))
-            counts.append(count)
-            num_tokens -= count
+            most = min(reducer.most(patches), num_tokens - self.min_tokens)
+            counts.append(max(0, min(count_of(patches), most)))
+            num_tokens -= counts[-1]
         return tuple(counts)
 
     def _wanted_by_layer(self, r: TokensFused) -> Sequence[int | float]:
+        """What each layer is to fuse."""
+        _check_tokens_fused(r)
+        r, inflection = r if isinstance(r, tuple) else (r, self.inflection)
+        if inflection and not isinstance(r, list):
+            if 0 < r < 1:
+                raise ValueError(
+                    f"inflection={inflection!r} is not allowed with r={r!r}: it takes a count"
+                )
+            first, steps = int(r * (1 - inflection)), max(1, self.num_hidden_layers - 1)
+            rise = 2 * (r - first) / steps
+            rising = [int(first + rise * layer) for layer in range(self.num_hidden_layers)]
+            return self._in_fusing_layers(rising, 0)
+        return self._by_layer("r", r, 0)
+
+    def _kept_by_layer(self, keep_rate: KeepRate) -> Sequence[int | float]:
+        """What part of its patch tokens each layer is to keep."""
+        _check_keep_rate(keep_rate)
+        return self._by_layer("keep_rate", keep_rate, 1)
+
+    def _in_fusing_layers(
+        self, amounts: Sequence[int | float], nothing: int
+    ) -> Sequence[int | float]:
+        """These in the layers that fuse, and ``nothing`` in the others."""
         layers = range(self.num_hidden_layers)
-        if not isinstance(r, (list, tuple)):
-            default = layers if self.reduction == "tome" else layers[1:]
-            fusing = default if self.fusion_layers is None else self.fusion_layers
-            return [r if layer in fusing else 0 for layer in layers]
-        if len(r) != len(layers):
+        fusing = self.fusion_layers
+        if fusing is None and self.reducer_class is not None:
+            fusing = list(self.reducer_class.default_layers(len(layers)))
+        return [amounts[layer] if layer in (fusing or ()) else nothing for layer in layers]
+
+    def _by_layer(
+        self, name: str, amount: int | float | list[int | float], nothing: int
+    ) -> Sequence[int | float]:
+        """One amount per layer; ``nothing`` is the one that leaves the tokens as they are."""
+        layers = range(self.num_hidden_layers)
+        if not isinstance(amount, list):
+            return self._in_fusing_layers([amount] * len(layers), nothing)
+        if len(amount) != len(layers):
             raise ValueError(
-                f"r={r!r} has {len(r)} entries: a list has one for each of the {len(layers)} layers"
+                f"{name}={amount!r} has {len(amount)} entries: a list has one for each of the "
+                f"{len(layers)} layers"
             )
         allowed = layers if self.fusion_layers is None else self.fusion_layers
-        outside = [layer for layer in layers if r[layer] and layer not in allowed]
+        outside = [i for i in layers if amount[i] != nothing and i not in allowed]
         if outside:
             raise ValueError(
-                f"r={r!r} fuses in layers {outside}, which fusion_layers={self.fusion_layers!r} "
-                "leaves out: leave fusion_layers unset or let the list be 0 there"
+                f"{name}={amount!r} fuses in layers {outside}, which fusion_layers="
+                f"{self.fusion_layers!r} leaves out: leave fusion_layers unset or let the list be "
+                f"{nothing} there"
             )
-        return r
+        return amount
 
     def validate_fusion_layers(self) -> None:
         """Check what concerns several settings at once."""
@@ -170,6 +292,15 @@ class FusionConfigMixin:
                 f"layers 0 to {self.num_hidden_layers - 1}"
             )
         self._wanted_by_layer(self.r)
+        self._kept_by_layer(self.keep_rate)
+
+
+def _fewer_by_count(patches: int, want: int | float) -> int:
+    return int(patches * want) if 0 < want < 1 else int(want)
+
+
+def _fewer_by_rate(patches: int, rate: int | float, added: int) -> int:
+    return patches - math.ceil(patches * rate - 1e-9) - added  # 0.55 * 100 is a little above 55
 
 
 def as_pair(value: Any) -> tuple[int, int]:
@@ -197,6 +328,8 @@ class MCTFViTConfig(FusionConfigMixin, ViTConfig):
     All fields of :class:`transformers.ViTConfig` and of :class:`FusionConfigMixin`.
 
     Args:
+        class_token: the first token, which the head reads. Without it the head reads the mean of
+            the patch tokens, weighted by their sizes.
         distillation_token: a second prefix token with a position of its own (DeiT, arXiv
             2012.12877, section 5).
         distillation_head: a second head, on that token; the two heads' logits are averaged.
@@ -219,6 +352,7 @@ class MCTFViTConfig(FusionConfigMixin, ViTConfig):
     attention_scale: ClassVar[str] = "head_dim"
     skip_lambda: ClassVar[float | int] = 1
 
+    class_token: bool = True
     distillation_token: bool = False
     distillation_head: bool = False
     num_register_tokens: int = field(default=0, metadata=_number("num_register_tokens", 0))
@@ -258,7 +392,7 @@ class MCTFViTConfig(FusionConfigMixin, ViTConfig):
     @property
     def num_prefix_tokens(self) -> int:
         """Class, distillation and register tokens, which come before the patches."""
-        return 1 + self.distillation_token + self.num_register_tokens
+        return self.class_token + self.distillation_token + self.num_register_tokens
 
     def num_tokens(self, image_size: int | tuple[int, int] | None = None) -> int:
         """Tokens of an image, prefix tokens included; of the configured size unless given."""
@@ -267,7 +401,12 @@ class MCTFViTConfig(FusionConfigMixin, ViTConfig):
         return (height // patch_height) * (width // patch_width) + self.num_prefix_tokens
 
     def validate_distillation(self) -> None:
-        """Check that a second head has its token."""
+        """Check that a second head has its token, which comes second."""
+        if self.distillation_token and not self.class_token:
+            raise ValueError(
+                f"distillation_token={self.distillation_token!r} is not allowed without "
+                "class_token=True, which comes before it"
+            )
         if self.distillation_head and not self.distillation_token:
             raise ValueError(
                 f"distillation_head={self.distillation_head!r} is not allowed without "

@@ -1,7 +1,7 @@
 """A token reduction as data: which token goes where, and with which weight.
 
 Every method of this library ends in the same small value, a :class:`Reduction`. Each new token
-starts from one old token that is kept, and every other old token is merged into a new one. So
+starts from one old token that is kept; every other one is merged into a new one, or dropped. So
 fusing is a gather of what is kept and a weighted scatter of the few that are merged, broadcasting
 back is a gather, and two reductions compose by gathering one assignment with the other.
 
@@ -21,13 +21,13 @@ class Reduction:
 
     Attributes:
         batch: how many images.
-        rows: (b * n,) int64, the new row that each old row becomes part of.
+        rows: (b * n,) int64, the new row that each old row becomes part of, -1 for none.
         kept: (b * m,) int64, the old row that each new row starts from.
-        merged: (b * (n - m),) int64, the old rows that are not kept.
-        destination: (b * (n - m),) int64, the new rows that these are merged into.
+        merged: (b * k,) int64, the old rows that are merged; without drops, k is n - m.
+        destination: (b * k,) int64, the new rows that these are merged into.
         kept_weights: (b * m, 1), the coefficients of the rows that are kept, in their new row;
             ``None`` stands for elementwise maximum. See :meth:`weigh`.
-        merged_weights: (b * (n - m), 1), those of the rows that are merged.
+        merged_weights: (b * k, 1), those of the rows that are merged.
     """
 
     batch: int
@@ -39,22 +39,46 @@ class Reduction:
     merged_weights: Tensor | None = None
 
     @classmethod
-    def from_assignment(cls, assignment: Tensor, num_tokens: int) -> "Reduction":
-        """Reduction of (b, n) tokens to ``num_tokens``, each of which some token is assigned to."""
+    def from_positions(
+        cls, kept: Tensor, merged: Tensor, destination: Tensor, num_tokens: int
+    ) -> "Reduction":
+        """Reduction of ``num_tokens`` tokens from positions within each image.
+
+        Args:
+            kept: (b, m), the old positions that the new tokens start from, in their new order.
+            merged: (b, k), the old positions that are merged; those in neither are dropped.
+            destination: (b, k), the new positions that these are merged into.
+        """
+        batch, num_new = kept.shape
+        image = torch.arange(batch, device=kept.device)[:, None]
+        old, new = image * num_tokens, image * num_new
+        rows = kept.new_full((batch, num_tokens), -1)
+        rows = rows.scatter(1, kept, torch.arange(num_new, device=kept.device) + new)
+        rows = rows.scatter(1, merged, destination + new)
+        parts = (rows, kept + old, merged + old, destination + new)
+        return cls(batch, *(part.flatten() for part in parts))
+
+    @classmethod
+    def from_assignment(
+        cls, assignment: Tensor, num_tokens: int, num_dropped: int = 0
+    ) -> "Reduction":
+        """Reduction of (b, n) tokens to ``num_tokens``, each of which some token is assigned to.
+
+        In each image ``num_dropped`` tokens are assigned to -1.
+        """
         batch, num_old = assignment.shape
         positions = torch.arange(num_old, device=assignment.device).expand(batch, -1)
-        kept = positions.new_full((batch, num_tokens), num_old)
-        kept = kept.scatter_reduce(1, assignment, positions, "amin")
-        is_kept = torch.zeros_like(assignment).scatter(1, kept, 1)
-        merged = is_kept.argsort(dim=1, stable=True)[:, : num_old - num_tokens]
-        image = torch.arange(batch, device=assignment.device)[:, None]
-        old, new = image * num_old, image * num_tokens
-        rows = (assignment + new, kept + old, merged + old, assignment.gather(1, merged) + new)
-        return cls(batch, *(row.flatten() for row in rows))
+        dropped = assignment < 0
+        slots = assignment.masked_fill(dropped, num_tokens)
+        kept = positions.new_full((batch, num_tokens + 1), num_old)
+        kept = kept.scatter_reduce(1, slots, positions, "amin")[:, :num_tokens]
+        rank = dropped.long().scatter(1, kept, 2)  # merged, dropped, kept
+        merged = rank.argsort(dim=1, stable=True)[:, : num_old - num_tokens - num_dropped]
+        return cls.from_positions(kept, merged, assignment.gather(1, merged), num_old)
 
     @property
     def assignment(self) -> Tensor:
-        """(b, n) int64, the index in [0, m) of the new token that each token joins."""
+        """(b, n) int64, the index in [0, m) of the new token that each token joins, -1 for none."""
         return images_rows(self.rows, self.batch, self.kept.shape[0] // self.batch)
 
     def weigh(self, weights: Tensor) -> None:
@@ -67,9 +91,13 @@ class Reduction:
 
 
 def images_rows(rows: Tensor, batch: int, num_tokens: int) -> Tensor:
-    """Row in its own image of each row of the flattened (b * num_tokens, …): (b * n,) -> (b, n)."""
+    """Row in its own image of each row of the flattened (b * num_tokens, …): (b * n,) -> (b, n).
+
+    Rows of -1, for tokens that were dropped, stay.
+    """
     first = torch.arange(0, batch * num_tokens, num_tokens, device=rows.device)
-    return rows.view(batch, -1) - first[:, None]
+    own = rows.view(batch, -1)
+    return torch.where(own < 0, own, own - first[:, None])
 
 
 def fuse_sizes(x: Tensor, reduction: Reduction) -> Tensor:
@@ -96,7 +124,10 @@ def fuse(x: Tensor, reduction: Reduction) -> Tensor:
 
 
 def unfuse(x: Tensor, reduction: Reduction) -> Tensor:
-    """Give every old position its new token's row: (b, m, …) -> (b, n, …)."""
+    """Give every old position, of which none was dropped, its new token's row.
+
+    (b, m, …) -> (b, n, …).
+    """
     rows = x.flatten(0, 1).index_select(0, reduction.rows)
     return rows.view(x.shape[0], -1, *x.shape[2:])
 
@@ -124,4 +155,4 @@ def fuse_attention(attention: Tensor, reduction: Reduction) -> Tensor:
 
 def compose(first: Tensor, then: Tensor) -> Tensor:
     """New rows of two reductions in a row: (b * n,) and (b * m,) -> (b * n,)."""
-    return then.index_select(0, first)
+    return torch.where(first < 0, first, then.index_select(0, first.clamp(min=0)))

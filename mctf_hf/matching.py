@@ -8,7 +8,7 @@ Shapes: ``b`` images, ``n`` tokens of which the first ``p`` are prefix tokens, `
 ``n_alpha`` and ``n_beta`` patch tokens on the two sides.
 """
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -28,12 +28,23 @@ def similarity(tokens: Tensor, num_prefix_tokens: int) -> Tensor:
     At least in float32, also under autocast: half precision could not tell similar tokens apart.
     """
     alpha, beta = bipartition(num_prefix_tokens)
-    tokens = tokens.to(_precision(tokens))
-    unit = tokens / torch.linalg.vector_norm(tokens, dim=-1, keepdim=True).clamp_(min=1e-12)
+    unit = unit_vectors(tokens)
     half = unit.new_full((1, 1, 1), 0.5)
-    autocast = not tokens.is_cpu or torch.is_autocast_enabled("cpu")
-    with torch.autocast(tokens.device.type, enabled=False) if autocast else nullcontext():
+    with full_precision(unit):
         return torch.baddbmm(half, unit[:, alpha], unit[:, beta].mT, alpha=0.5)
+
+
+def unit_vectors(tokens: Tensor) -> Tensor:
+    """Tokens of length 1, in float32 or more: (b, n, d) -> (b, n, d)."""
+    tokens = tokens.to(_precision(tokens))
+    return tokens / torch.linalg.vector_norm(tokens, dim=-1, keepdim=True).clamp_(min=1e-12)
+
+
+def full_precision(x: Tensor) -> AbstractContextManager:
+    """Keep autocast off matrix products."""
+    if x.is_cpu and not torch.is_autocast_enabled("cpu"):
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def attraction(

@@ -65,8 +65,8 @@ class MCTFLVViTForImageClassification(MCTFViTForImageClassification):
         super()._make_heads(config)
         self.auxiliary_classifier = make_head(config) if config.auxiliary_weight else None
 
-    def _classify(self, hidden_states: Tensor) -> Tensor:
-        logits = super()._classify(hidden_states)
+    def _classify(self, hidden_states: Tensor, class_token: Tensor) -> Tensor:
+        logits = super()._classify(hidden_states, class_token)
         if self.auxiliary_classifier is None:
             return logits
         patches = hidden_states[:, self.config.num_prefix_tokens :]

@@ -32,10 +32,10 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention import Attention, FusionAttentionMixin
-from .configuration_mctf import MCTFViTConfig, TokensFused, as_pair
+from .configuration_mctf import KeepRate, MCTFViTConfig, TokensFused, as_pair
 from .downloads import checked_downloads
 from .fusion import Reduction, compose, fuse, fuse_sizes, images_rows
-from .reducers import Signal, Stage, build_reducer
+from .reducers import Observation, Stage, build_reducer
 
 # The widest activation of the images that a CPU takes through the layers at once.
 SLICE_BYTES = 12 * 2**20
@@ -58,7 +58,8 @@ class MCTFModelOutput(BaseModelOutputWithPooling):
 
     Attributes:
         token_sizes: (b, m), how many of the embedded tokens each final token stands for.
-        assignment: (b, n) int64, index of the final token that each embedded token became part of.
+        assignment: (b, n) int64, index of the final token that each embedded token became part of,
+            -1 where it was dropped.
     """
 
     token_sizes: Tensor | None = None
@@ -71,8 +72,10 @@ class MCTFImageClassifierOutput(ImageClassifierOutput):
 
     Attributes:
         token_sizes: (b, m), how many of the embedded tokens each final token stands for.
-        assignment: (b, n) int64, index of the final token that each embedded token became part of.
-        class_token: (b, d), the class token after the final LayerNorm, which the head sees.
+        assignment: (b, n) int64, index of the final token that each embedded token became part of,
+            -1 where it was dropped.
+        class_token: (b, d), what the head sees: the class token after the final LayerNorm, or the
+            mean of the patch tokens in a model without class token.
     """
 
     token_sizes: Tensor | None = None
@@ -110,7 +113,10 @@ class MCTFViTLayer(ViTLayer):
         self.attention = MCTFViTAttention(config)
         self.reducer = build_reducer(config)
         self.num_prefix_tokens = config.num_prefix_tokens
-        self.proportional_attention = config.proportional_attention
+        self.has_class_token = config.class_token
+        self.proportional_attention = config.proportional_attention and (
+            self.reducer is None or self.reducer.biases_attention
+        )
         self.skip_lambda = config.skip_lambda
         self.drop_path_rate = (
             config.drop_path_rate * layer_idx / max(1, config.num_hidden_layers - 1)
@@ -132,7 +138,7 @@ class MCTFViTLayer(ViTLayer):
         Returns:
             The hidden states (b, m, d), the sizes (b, m), still ``None`` where nothing has been
             fused so far, and the new row of each token in the flattened (b * m, …), a tensor
-            (b * n,), ``None`` where this layer fuses nothing.
+            (b * n,) with -1 for what was dropped, ``None`` where this layer fuses nothing.
         """
         stage = self.reducer.stage if self.reducer is not None and r else None
         shown = self.reducer is not None and bool(kwargs.get("output_attentions"))
@@ -175,10 +181,16 @@ class MCTFViTLayer(ViTLayer):
         """Whether attention's map is computed as such, once."""
         if self.attention.config._attn_implementation == "eager":
             return True
-        if self.reducer is None or self.reducer.signal is not Signal.ATTENTION_RECEIVED:
+        if self.reducer is None or stage is None:
             return False
-        fuses_map = stage is Stage.REUSE and getattr(self.reducer, "pooling", None) == "max"
-        return fuses_map or self.attention.holds_map(normed)
+        needs = self.reducer.needs
+        fuses_map = stage is Stage.REUSE and not self.reducer.pools_linearly
+        if fuses_map or "attention" in needs:
+            return True
+        all_rows = "attention_received" in needs or (
+            "class_attention" in needs and not self.has_class_token
+        )
+        return all_rows and self.attention.holds_map(normed)
 
     def _add(self, residual: Tensor, branch: Tensor) -> Tensor:
         if self.training:
@@ -208,14 +220,16 @@ class MCTFViTLayer(ViTLayer):
         self, hidden_states: Tensor, attention: Attention, token_sizes: Tensor | None, r: int
     ) -> Reduction:
         assert self.reducer is not None
-        keys = self.reducer.signal is Signal.KEYS
-        return self.reducer(
-            hidden_states,
-            attention.mean_keys() if keys else attention.received(),
-            token_sizes,
-            r=r,
-            num_prefix_tokens=self.num_prefix_tokens,
-        )
+        of_class = attention.from_class if self.has_class_token else attention.received
+        observable = {
+            "keys": attention.mean_keys,
+            "attention": lambda: attention.map,
+            "attention_received": attention.received,
+            "class_attention": of_class,
+        }
+        needed = {need: observable[need]() for need in self.reducer.needs}
+        seen = Observation(hidden_states, token_sizes, self.num_prefix_tokens, **needed)
+        return self.reducer(seen, r)
 
 
 class MCTFPreTrainedMixin:
@@ -245,11 +259,12 @@ class MCTFPreTrainedMixin:
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
         if isinstance(module, MCTFViTEmbeddings):
-            for token in (module.distillation_token, module.register_tokens):
-                if token is not None:
-                    init.trunc_normal_(token, mean=0.0, std=self.config.initializer_range)
+            module.init_weights(self.config.initializer_range)
+        elif isinstance(module, ZeroLinear):
+            init.zeros_(module.weight)
+        else:
+            super()._init_weights(module)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Save as every transformers model does, along with the code that a stranger needs.
@@ -261,6 +276,44 @@ class MCTFPreTrainedMixin:
         # Not by the names that the weights were loaded by, which may be those of another class.
         kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, **kwargs)
+
+
+class ZeroLinear(nn.Linear):
+    """A linear layer without bias whose weights start at zero."""
+
+    def __init__(self, width: int):
+        super().__init__(width, width, bias=False)
+
+
+class CoarsePatchEmbeddings(nn.Module):
+    """Larger patches of the same image, each shared by the patches that it covers.
+
+    Multi-scale features of token mergence (arXiv 2306.04897). What they add starts at zero.
+
+    Args:
+        scale: a larger patch is as high and as wide as so many patches. Those at the right and
+            lower edge reach beyond the image where they do not divide it, into zeros.
+    """
+
+    def __init__(self, config: MCTFViTConfig, scale: int):
+        super().__init__()
+        height, width = as_pair(config.patch_size)
+        self.scale = scale
+        self.patch_size = (height * scale, width * scale)
+        self.projection = nn.Conv2d(
+            config.num_channels, config.hidden_size, self.patch_size, stride=self.patch_size
+        )
+        self.fusion = ZeroLinear(config.hidden_size)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """(b, channels, height, width) -> (b, patches, d), to be added to the patches."""
+        (height, width), (patch_height, patch_width) = pixel_values.shape[-2:], self.patch_size
+        beyond = (0, -width % patch_width, 0, -height % patch_height)
+        coarse = self.projection(nn.functional.pad(pixel_values, beyond))
+        coarse = self.fusion(nn.functional.gelu(coarse.permute(0, 2, 3, 1)))
+        rows, columns = height * self.scale // patch_height, width * self.scale // patch_width
+        shared = coarse.repeat_interleave(self.scale, 1)[:, :rows]
+        return shared.repeat_interleave(self.scale, 2)[:, :, :columns].flatten(1, 2)
 
 
 class MCTFViTEmbeddings(ViTEmbeddings):
@@ -283,13 +336,28 @@ class MCTFViTEmbeddings(ViTEmbeddings):
         )
         if patch_embeddings is not None:
             self.patch_embeddings = patch_embeddings
+        self.coarse_patch_embeddings = nn.ModuleList(
+            [CoarsePatchEmbeddings(config, scale) for scale in config.multi_scale or ()]
+        )
         self.distillation_token = self.register_tokens = None
         if config.distillation_token:
             self.distillation_token = nn.Parameter(torch.zeros(1, 1, width))
-            positions = math.prod(self.grid) + 2
+        if not config.class_token:
+            self.cls_token = None
+        positions = math.prod(self.grid) + config.class_token + config.distillation_token
+        if positions != self.position_embeddings.shape[1]:
             self.position_embeddings = nn.Parameter(torch.zeros(1, positions, width))
         if config.num_register_tokens:
             self.register_tokens = nn.Parameter(torch.zeros(1, config.num_register_tokens, width))
+
+    def init_weights(self, std: float) -> None:
+        """Draw positions and tokens anew, as every Vision Transformer does."""
+        tokens = (self.cls_token, self.distillation_token, self.register_tokens)
+        for drawn in (self.position_embeddings, *tokens):
+            if drawn is not None:
+                init.trunc_normal_(drawn, mean=0.0, std=std)
+        if self.mask_token is not None:
+            init.zeros_(self.mask_token)
 
     def forward(
         self,
@@ -303,15 +371,15 @@ class MCTFViTEmbeddings(ViTEmbeddings):
             ValueError: for images of another size unless ``interpolate_pos_encoding``.
         """
         tokens = self.patch_embeddings(pixel_values)
+        for coarse in self.coarse_patch_embeddings:
+            tokens = tokens + coarse(pixel_values)
         if bool_masked_pos is not None:
             assert self.mask_token is not None
             masked = bool_masked_pos[:, :, None].type_as(tokens)
             tokens = tokens * (1 - masked) + self.mask_token * masked
         height, width = pixel_values.shape[-2:]
         positions = self._positions(height, width, bool(interpolate_pos_encoding))
-        prefix = [self.cls_token]
-        if self.distillation_token is not None:
-            prefix.append(self.distillation_token)
+        prefix = [token for token in (self.cls_token, self.distillation_token) if token is not None]
         prefix = [token.expand(tokens.shape[0], -1, -1) for token in prefix]
         tokens = torch.cat([*prefix, tokens], dim=1) + positions
         if self.register_tokens is not None:
@@ -378,6 +446,7 @@ class MCTFViTModel(MCTFPreTrainedMixin, ViTModel):
         r: TokensFused | None = None,
         output_fusion: bool = False,
         inputs_embeds: Tensor | None = None,
+        keep_rate: KeepRate | None = None,
         **kwargs: Any,
     ) -> MCTFModelOutput:
         """Encode images.
@@ -391,10 +460,12 @@ class MCTFViTModel(MCTFPreTrainedMixin, ViTModel):
             output_fusion: fill ``token_sizes`` and ``assignment``.
             inputs_embeds: (b, n, d), what ``model.embeddings`` makes of images, instead of
                 ``pixel_values``; for several passes over the same images.
+            keep_rate: part of the patch tokens to keep in this call, instead of ``r``, with a
+                method that goes by it.
 
         Raises:
-            ValueError: for images of another size, an ``r`` that is not allowed, an
-                ``attention_mask`` where tokens are fused, or unless exactly one of
+            ValueError: for images of another size, an ``r`` or ``keep_rate`` that is not allowed,
+                an ``attention_mask`` where tokens are fused, or unless exactly one of
                 ``pixel_values`` and ``inputs_embeds`` is given.
         """
         if (pixel_values is None) == (inputs_embeds is None):
@@ -408,27 +479,31 @@ class MCTFViTModel(MCTFPreTrainedMixin, ViTModel):
             )
         for shown in ("output_attentions", "output_hidden_states"):  # asked for here or always
             kwargs.setdefault(shown, getattr(self.config, shown, False))
+        fused_by_layer = self.config.tokens_fused(inputs_embeds.shape[1], r, keep_rate)
+        pools_patches = self.pooler is not None and not self.config.class_token
         hidden_states, token_sizes, assignment = self._encode(
-            inputs_embeds, attention_mask, r, output_fusion, **kwargs
+            inputs_embeds, attention_mask, fused_by_layer, output_fusion or pools_patches, **kwargs
         )
         hidden_states = self.layernorm(hidden_states)
+        pooled = None
+        if self.pooler is not None:
+            pooled = self.pooler(summary(self.config, hidden_states, token_sizes)[:, None])
         return MCTFModelOutput(
             last_hidden_state=hidden_states,
-            pooler_output=None if self.pooler is None else self.pooler(hidden_states),
-            token_sizes=token_sizes,
-            assignment=assignment,
+            pooler_output=pooled,
+            token_sizes=token_sizes if output_fusion else None,
+            assignment=assignment if output_fusion else None,
         )
 
     def _encode(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None,
-        r: TokensFused | None,
+        fused_by_layer: tuple[int, ...],
         output_fusion: bool,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Run all layers: (b, n, d) -> (b, m, d), sizes and assignment if ``output_fusion``."""
-        fused_by_layer = self.config.tokens_fused(hidden_states.shape[1], r)
         if attention_mask is not None and any(fused_by_layer):
             raise ValueError(
                 "attention_mask is not allowed where tokens are fused: leave it out, or set r=0 "
@@ -501,6 +576,20 @@ class MCTFViTModel(MCTFPreTrainedMixin, ViTModel):
         return hidden_states, token_sizes, assignment
 
 
+def summary(config: MCTFViTConfig, hidden_states: Tensor, token_sizes: Tensor | None) -> Tensor:
+    """What stands for the whole image: (b, m, d), (b, m) -> (b, d).
+
+    The class token; without one, the mean of the patch tokens, each counting as many times as it
+    has patches.
+    """
+    if config.class_token:
+        return hidden_states[:, 0]
+    assert token_sizes is not None
+    first = config.num_prefix_tokens
+    weights = token_sizes[:, first:, None].to(hidden_states.dtype)
+    return (hidden_states[:, first:] * weights).sum(1) / weights.sum(1)
+
+
 def make_head(config: MCTFViTConfig) -> nn.Module:
     if not config.num_labels:
         return nn.Identity()
@@ -508,7 +597,7 @@ def make_head(config: MCTFViTConfig) -> nn.Module:
 
 
 class MCTFViTForImageClassification(MCTFPreTrainedMixin, ViTForImageClassification):
-    """ViT with token fusion and a linear head on the class token."""
+    """ViT with token fusion and a linear head on the class token, or the mean of the patches."""
 
     _auto_class = "AutoModelForImageClassification"
     backbone_class: ClassVar[type[MCTFViTModel]] = MCTFViTModel
@@ -525,9 +614,9 @@ class MCTFViTForImageClassification(MCTFPreTrainedMixin, ViTForImageClassificati
         self.classifier = make_head(config)
         self.distillation_classifier = make_head(config) if config.distillation_head else None
 
-    def _classify(self, hidden_states: Tensor) -> Tensor:
-        """Logits (b, labels) of what the backbone returns, (b, m, d)."""
-        logits = self.classifier(hidden_states[:, 0])
+    def _classify(self, hidden_states: Tensor, class_token: Tensor) -> Tensor:
+        """Logits (b, labels) of what the backbone returns, (b, m, d) and its summary (b, d)."""
+        logits = self.classifier(class_token)
         if self.distillation_classifier is None:
             return logits
         return (logits + self.distillation_classifier(hidden_states[:, 1])) / 2
@@ -542,6 +631,7 @@ class MCTFViTForImageClassification(MCTFPreTrainedMixin, ViTForImageClassificati
         r: TokensFused | None = None,
         output_fusion: bool = False,
         inputs_embeds: Tensor | None = None,
+        keep_rate: KeepRate | None = None,
         **kwargs: Any,
     ) -> MCTFImageClassifierOutput:
         """Classify images; arguments as of :meth:`MCTFViTModel.forward`.
@@ -554,11 +644,14 @@ class MCTFViTForImageClassification(MCTFPreTrainedMixin, ViTForImageClassificati
             interpolate_pos_encoding=interpolate_pos_encoding,
             attention_mask=attention_mask,
             r=r,
-            output_fusion=output_fusion,
+            output_fusion=output_fusion or not self.config.class_token,
             inputs_embeds=inputs_embeds,
+            keep_rate=keep_rate,
             **kwargs,
         )
-        logits = self._classify(outputs.last_hidden_state)
+        hidden_states = outputs.last_hidden_state
+        class_token = summary(self.config, hidden_states, outputs.token_sizes)
+        logits = self._classify(hidden_states, class_token)
         return MCTFImageClassifierOutput(
             loss=None
             if labels is None
@@ -566,7 +659,7 @@ class MCTFViTForImageClassification(MCTFPreTrainedMixin, ViTForImageClassificati
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            token_sizes=outputs.token_sizes,
-            assignment=outputs.assignment,
-            class_token=outputs.last_hidden_state[:, 0] if output_fusion else None,
+            token_sizes=outputs.token_sizes if output_fusion else None,
+            assignment=outputs.assignment if output_fusion else None,
+            class_token=class_token if output_fusion else None,
         )

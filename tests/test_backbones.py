@@ -45,6 +45,7 @@ SMALL = {"hidden_size": 24, "intermediate_size": 72, "num_hidden_layers": 4}
 SMALL |= {"num_attention_heads": 2, "num_labels": 10}
 # Small models of all backbones, for images of 96 pixels.
 MODELS: dict[str, tuple[type[MCTFViTConfig], dict[str, Any]]] = {
+    "vit": (MCTFViTConfig, {}),
     "t2t transformer": (MCTFT2TViTConfig, {"token_dim": 16}),
     "t2t performer": (MCTFT2TViTConfig, {"token_dim": 16, "tokens_type": "performer"}),
     "lv": (MCTFLVViTConfig, {"patch_size": 16, "stem_channels": 8}),

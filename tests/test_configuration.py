@@ -56,7 +56,10 @@ def test_r_of_one_call_replaces_the_setting() -> None:
         ({"fusion_layers": [-1]}, r"fusion_layers=\[-1\] is not allowed"),
         ({"fusion_layers": [3, 3]}, "names a layer twice"),
         ({"fusion_layers": 3}, "'fusion_layers' with value 3"),
-        ({"reduction": "prune"}, "reduction='prune' is not allowed: it is one of mctf, tome, none"),
+        (
+            {"reduction": "prune"},
+            "reduction='prune' is not allowed: it is one of mctf, tome, evit",
+        ),
         ({"pooling": "sum"}, "pooling='sum' is not allowed: it is one of attention_size"),
         ({"one_step_ahead": "future"}, "one_step_ahead='future' is not allowed: it is one of appr"),
         ({"tau_sim": -1}, "tau_sim=-1 is not allowed: it is a number of at least 0"),

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
-from mctf_hf.cost import multiply_accumulates, r_for_budget, resolve_r
+from mctf_hf.cost import multiply_accumulates, r_for_budget, resolve_budget
 from mctf_hf.presets import preset
 from tests.conftest import TINY
 
@@ -86,7 +86,7 @@ def test_a_budget_is_met_from_below(reduction: str, fraction: float) -> None:
     for layer, fused in enumerate(schedule):  # nothing more can be left unfused
         less = [*schedule[:layer], max(0, fused - 1), *schedule[layer + 1 :]]
         assert not fused or cost(less) > fraction
-    assert resolve_r(config, f"auto:{fraction}") == schedule
+    assert resolve_budget(config, "r", f"auto:{fraction}") == schedule
     assert r_for_budget(config, 1) == (0, [0] * 12)
 
 
@@ -102,13 +102,13 @@ def test_a_budget_of_the_layers_that_fuse_and_of_another_image_size() -> None:
         ("auto:0.1", {}, r"budget 0.1 is not allowed: with r=98, the most .* 0\.217 of the cost"),
         ("auto:1.5", {}, "budget 1.5 is not allowed: it is above 0 and at most 1"),
         ("auto:0.5", {"reduction": "none"}, "reduction='none' meets no budget"),
-        ("half", {}, "r='half' is not allowed: r is a count, a fraction, a list"),
-        ("auto:much", {}, "r='auto:much' is not allowed: r is a count, a fraction, a list"),
+        ("half", {}, "r='half' is not allowed: it is a number, a list"),
+        ("auto:much", {}, "r='auto:much' is not allowed: it is a number, a list"),
     ],
 )
 def test_budgets_that_cannot_be_met_are_refused(r: str, settings: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        resolve_r(preset("deit_s", **settings), r)
+        resolve_budget(preset("deit_s", **settings), "r", r)
 
 
 def test_unknown_presets_are_refused() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from mctf_hf import MCTFViTConfig
 from mctf_hf.fusion import Reduction, fuse, fuse_attention, fuse_sizes
 from mctf_hf.matching import attraction, bipartite_soft_matching, bipartition, similarity
-from mctf_hf.reducers import build_reducer
+from mctf_hf.reducers import Observation, build_reducer
 from tests.conftest import Golden
 
 GOLDEN = Golden("fusion")
@@ -22,7 +22,7 @@ def reduce(
     reducer = build_reducer(MCTFViTConfig(**fusion))
     assert reducer is not None
     received = attention.mean((1, 2), dtype=torch.promote_types(tokens.dtype, torch.float32))
-    return reducer(tokens, received, sizes, r=r, num_prefix_tokens=prefix)
+    return reducer(Observation(tokens, sizes, prefix, attention_received=received), r)
 
 
 @pytest.mark.parametrize("case", GOLDEN.cases)

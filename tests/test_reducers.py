@@ -1,0 +1,420 @@
+"""The methods of token reduction behind one contract: EViT, token mergence, ToMe's schedule."""
+
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import ViTConfig, ViTForImageClassification
+
+from mctf_hf import MCTFViTConfig, MCTFViTModel
+from mctf_hf.conversion import convert_state_dict
+from mctf_hf.cost import keep_rate_for_budget, multiply_accumulates, resolve_budget
+from mctf_hf.fusion import Reduction, compose, fuse, fuse_sizes, images_rows
+from mctf_hf.presets import preset
+from mctf_hf.reducers import REDUCERS, Observation, Reducer, Stage, build_reducer, register
+from mctf_hf.selection import keep_most_important, merge_into_most_important
+from tests.conftest import TINY, Golden, tiny_model
+from tests.test_backbones import MODELS, pictures, small
+
+EVIT = Golden("evit")
+EXACT = {"atol": 1e-5, "rtol": 0}
+RATES = {"evit": {"fuse_token": True}, "token_mergence": {}}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["evit_fuse", "evit_drop"])
+@torch.no_grad()
+def test_evit_equals_the_official_one(name: str, attention: str) -> None:
+    case = EVIT.cases[name]
+    model = tiny_model(
+        reduction="evit",
+        keep_rate=case["keep_rate"],
+        fuse_token=case["fuse_token"],
+        attn_implementation=attention,
+    )
+    weights = EVIT.weights(f"{name}/model.") or EVIT.weights("evit/model.")
+    model.load_state_dict(convert_state_dict(weights, source="timm"))
+    output = model(EVIT[f"{name}/pixel_values"], output_fusion=True)
+    torch.testing.assert_close(output.logits, EVIT[f"{name}/logits"], **EXACT)
+    patches = output.assignment[:, 1:]
+    if case["fuse_token"]:  # 64 -> 45 + 1 -> 33 + 1
+        assert output.token_sizes.shape[1] == 1 + 34
+        assert torch.equal(output.token_sizes.sum(1), torch.full((2,), 65.0))
+        assert patches.min() >= 1
+        assert ((patches == 34).sum(1) == output.token_sizes[:, -1]).all()
+    else:  # 64 -> 45 -> 32
+        assert output.token_sizes.shape[1] == 1 + 32
+        assert torch.equal(output.token_sizes, torch.ones(2, 33))
+        assert ((patches == -1).sum(1) == 32).all()
+    assert all(set(range(1, output.token_sizes.shape[1])) <= set(row.tolist()) for row in patches)
+
+
+def test_which_layers_reduce_and_how_much() -> None:
+    for reduction, added in (("evit", 1), ("token_mergence", 0)):
+        config = MCTFViTConfig(reduction=reduction)
+        # 196 patches; 0.7 of them is 137.2, of 138 (139 with EViT's own token) 96.6 (97.3), …
+        fused = config.tokens_fused(197)
+        assert [layer for layer, count in enumerate(fused) if count] == [3, 6, 9]
+        left = 196
+        for count in (fused[3], fused[6], fused[9]):
+            kept = -(-left * 7 // 10)
+            assert count == left - kept - added
+            left -= count
+        assert config.tokens_fused(197, r=0) == config.tokens_fused(197, keep_rate=1) == (0,) * 12
+        assert config.tokens_fused(197, keep_rate=0.9)[3] == 196 - 177 - added
+        assert config.tokens_fused(197, r=5) == tuple(5 * (i in (3, 6, 9)) for i in range(12))
+        by_layer = [1.0, 0.5, *[1.0] * 10]
+        assert config.tokens_fused(197, keep_rate=by_layer) == (0, 98 - added, *[0] * 10)
+    assert MCTFViTConfig(reduction="evit", fuse_token=False).tokens_fused(197)[3] == 58
+    rate = {"reduction": "token_mergence", "keep_rate": 0.55, "fusion_layers": [0]}
+    assert MCTFViTConfig(**rate).tokens_fused(101)[0] == 45  # though 0.55 * 100 > 55
+    sixteen = MCTFViTConfig(reduction="evit", num_hidden_layers=16).tokens_fused(197)
+    assert [layer for layer, count in enumerate(sixteen) if count] == [4, 8, 12]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"keep_rate": 0}, "keep_rate=0 is not allowed: it is above 0 and at most 1"),
+        ({"keep_rate": 1.2}, "keep_rate=1.2 is not allowed"),
+        ({"keep_rate": [0.7] * 3}, r"keep_rate=\[0.7, 0.7, 0.7\] has 3 entries: .* 12 layers"),
+        ({"inflection": 2}, "inflection=2 is not allowed: it is a number from -1 to 1"),
+        ({"r": (8, -3)}, "inflection=-3 is not allowed"),
+        ({"r": 0.2, "inflection": 1}, "inflection=1 is not allowed with r=0.2"),
+        ({"multi_scale": [1]}, r"multi_scale=\[1\] is not allowed"),
+        ({"multi_scale": []}, r"multi_scale=\[\] is not allowed"),
+        ({"multi_scale": [2, 2]}, r"multi_scale=\[2, 2\] is not allowed"),
+        ({"class_token": False, "distillation_token": True}, "without class_token=True"),
+    ],
+)
+def test_settings_are_checked(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(StrictDataclassError, match=message):
+        MCTFViTConfig(**given)
+
+
+def test_amounts_of_one_call_are_checked() -> None:
+    config = MCTFViTConfig(reduction="evit")
+    with pytest.raises(ValueError, match=r"r=4 and keep_rate=0\.7: give one of them"):
+        config.tokens_fused(197, r=4, keep_rate=0.7)
+    with pytest.raises(ValueError, match="keep_rate=2 is not allowed"):
+        config.tokens_fused(197, keep_rate=2)
+    for other in ("mctf", "tome", "none"):
+        with pytest.raises(ValueError, match=f"keep_rate=0.5 has no effect with .*{other}"):
+            MCTFViTConfig(reduction=other).tokens_fused(197, keep_rate=0.5)
+
+
+@pytest.mark.parametrize("reduction", ["tome", "mctf"])
+def test_r_may_rise_or_fall_from_layer_to_layer(reduction: str) -> None:
+    falling = MCTFViTConfig(reduction=reduction, r=(8, -1.0))
+    assert (falling.r, falling.inflection) == (8, -1.0)
+    expected = [16, 14, 13, 11, 10, 8, 7, 5, 4, 2, 1, 0]  # 16 - 16 / 11 per layer, rounded down
+    if reduction == "mctf":
+        expected[0] = 0
+    assert list(falling.tokens_fused(197)) == expected
+    rising = MCTFViTConfig(reduction=reduction, r=8, inflection=1)
+    assert list(rising.tokens_fused(197)) == [0, 1, 2, 4, 5, 7, 8, 10, 11, 13, 14, 16]
+    assert MCTFViTConfig(reduction=reduction).tokens_fused(197, (8, -1.0)) == tuple(expected)
+    again = MCTFViTConfig(**{k: falling.to_dict()[k] for k in ("reduction", "r", "inflection")})
+    assert again.tokens_fused(197) == tuple(expected)
+    falling.r = (4, 0.5)
+    assert (falling.r, falling.inflection) == (4, 0.5)
+
+
+def test_token_mergence_by_hand() -> None:
+    """A class token and five patches, of which 0.6 are kept: three crucial ones.
+
+    Importance of the patches is 0.1, 0.3, 0.2, 0.05, 0.25. So positions 2, 5 and 3 are crucial, in
+    their old order 2, 3, 5; positions 1 and 4 are merged.
+
+    Tokens:  1: (1, 1)   2: (2, 0)   3: (0, 5)   4: (-1, 1)   5: (-3, 0)
+
+    Cosines of 1: with 2  2 / (√2 · 2) = 0.707, with 3  0.707, with 5  -0.707. A tie would prove
+    nothing, so 1 is (2, 1): with 2  4 / (√5 · 2) = 0.894, with 3  5 / (√5 · 5) = 0.447.
+    Cosines of 4, which is (-2, 1): with 2  -0.894, with 3  0.447, with 5  6 / (√5 · 3) = 0.894.
+
+    New tokens: 2 with 1  (0.3 · (2, 0) + 0.1 · (2, 1)) / 0.4 = (2, 0.25)
+                3         (0, 5)
+                5 with 4  (0.25 · (-3, 0) + 0.05 · (-2, 1)) / 0.3 = (-0.85, 0.05) / 0.3
+    """
+    tokens = torch.tensor(
+        [[[9.0, 9.0], [2.0, 1.0], [2.0, 0.0], [0.0, 5.0], [-2.0, 1.0], [-3.0, 0.0]]]
+    )
+    importance = torch.tensor([[0.1, 0.1, 0.3, 0.2, 0.05, 0.25]])
+    reduction = merge_into_most_important(tokens, importance, 2, num_prefix_tokens=1)
+    assert reduction.assignment.tolist() == [[0, 1, 1, 2, 3, 3]]
+    torch.testing.assert_close(
+        fuse(tokens, reduction),
+        torch.tensor([[[9.0, 9.0], [2.0, 0.25], [0.0, 5.0], [-0.85 / 0.3, 0.05 / 0.3]]]),
+    )
+    sizes = fuse_sizes(torch.tensor([[1.0, 1.0, 1.0, 2.0, 3.0, 1.0]]), reduction)
+    assert sizes.tolist() == [[1, 2, 2, 4]]
+
+
+def test_evit_by_hand() -> None:
+    """Of four patches two are kept, the more important one first; the others are summed."""
+    tokens = torch.tensor([[[7.0], [10.0], [20.0], [30.0], [40.0]]])
+    importance = torch.tensor([[0.3, 0.1, 0.15, 0.2, 0.25]])
+    fused = keep_most_important(importance, 1, num_prefix_tokens=1, fuse_token=True)
+    assert fused.assignment.tolist() == [[0, 3, 3, 2, 1]]
+    torch.testing.assert_close(
+        fuse(tokens, fused), torch.tensor([[[7.0], [40.0], [30.0], [0.15 * 20 + 0.1 * 10]]])
+    )
+    dropped = keep_most_important(importance, 2, num_prefix_tokens=1, fuse_token=False)
+    assert dropped.assignment.tolist() == [[0, -1, -1, 2, 1]]
+    assert fuse(tokens, dropped).flatten().tolist() == [7, 40, 30]
+    assert fuse_sizes(torch.ones(1, 5), dropped).tolist() == [[1, 1, 1]]
+
+
+@given(
+    seed=st.integers(0, 2**16),
+    patches=st.integers(2, 30),
+    rate=st.floats(0.05, 1),
+    prefix=st.sampled_from([0, 1, 2, 5]),
+)
+def test_token_mergence_discards_nothing(seed: int, patches: int, rate: float, prefix: int) -> None:
+    torch.manual_seed(seed)
+    n = prefix + patches
+    r = min(patches - 1, int(patches * (1 - rate)))
+    tokens, importance, sizes = torch.randn(2, n, 6), torch.rand(2, n), torch.ones(2, n)
+    reducer = build_reducer(MCTFViTConfig(reduction="token_mergence"))
+    assert reducer is not None
+    seen = Observation(tokens, sizes, prefix, class_attention=importance)
+    reduction = reducer(seen, r)
+    new, new_sizes = fuse(tokens, reduction), fuse_sizes(sizes, reduction)
+    assert new.shape[1] == n - r
+    assert torch.equal(new_sizes.sum(1), torch.full((2,), float(n)))
+    assert reduction.assignment.min() == 0
+    for image in range(2):
+        ranked = importance[image, prefix:].argsort(descending=True) + prefix
+        crucial = sorted(ranked[: patches - r].tolist())
+        kept = [*range(prefix), *crucial]
+        assert reduction.assignment[image, kept].tolist() == list(range(n - r))  # order
+        for position, old in enumerate(kept):  # identity
+            if new_sizes[image, position] == 1:
+                assert torch.equal(new[image, position], tokens[image, old])
+        assert torch.equal(new_sizes[image, :prefix], torch.ones(prefix))
+        others = sorted(set(range(n)) - set(kept))
+        cosine = torch.nn.functional.cosine_similarity(
+            tokens[image, others, None], tokens[image, None, crucial], dim=2
+        )
+        chosen = cosine.gather(1, reduction.assignment[image, others, None] - prefix)
+        torch.testing.assert_close(chosen[:, 0], cosine.amax(1) if others else cosine.sum(1))
+
+
+@pytest.mark.parametrize("reduction", RATES)
+@torch.no_grad()
+def test_keep_rate_one_is_the_unreduced_model(reduction: str, images: Tensor) -> None:
+    torch.manual_seed(0)
+    plain = ViTForImageClassification(ViTConfig(**TINY)).eval()
+    model = tiny_model(reduction=reduction, keep_rate=1)
+    model.load_state_dict(plain.state_dict())
+    assert torch.equal(model(images).logits, plain(images).logits)
+    reducing = tiny_model(reduction=reduction, keep_rate=0.5)
+    reducing.load_state_dict(plain.state_dict())
+    assert torch.equal(reducing(images, keep_rate=1).logits, plain(images).logits)
+    assert torch.equal(reducing(images, r=0).logits, plain(images).logits)
+    assert not torch.equal(reducing(images).logits, plain(images).logits)
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 2, 5])
+@pytest.mark.parametrize("kind", ["t2t transformer", "t2t performer", "lv", "vit"])
+@settings(max_examples=4, deadline=None)
+@given(
+    reduction=st.sampled_from(["mctf", "tome", "evit", "token_mergence"]),
+    r=st.integers(1, 8),
+    seed=st.integers(0, 99),
+)
+@torch.no_grad()
+def test_prefix_tokens_stay_on_every_backbone(
+    kind: str, prefix: int, reduction: str, r: int, seed: int
+) -> None:
+    own: dict[str, Any] = {"class_token": prefix > 0, "distillation_token": prefix == 2}
+    if prefix == 5:
+        own["num_register_tokens"] = 4
+    if kind == "vit":
+        own["patch_size"] = 16
+    model = small(kind, **own, r=r, reduction=reduction, min_tokens=1, fusion_layers=[0, 2])
+    assert model.config.num_prefix_tokens == prefix
+    torch.manual_seed(seed)
+    output = model(torch.randn(2, 3, 96, 96), r=r, output_fusion=True)
+    n = 36 + prefix
+    assert output.assignment.shape == (2, n)
+    assert output.assignment[:, :prefix].tolist() == [list(range(prefix))] * 2
+    assert (output.assignment[:, prefix:] >= prefix).all()
+    assert torch.equal(output.token_sizes[:, :prefix], torch.ones(2, prefix))
+    assert torch.equal(output.token_sizes.sum(1), torch.full((2,), float(n)))
+    assert output.logits.isfinite().all()
+
+
+@torch.no_grad()
+def test_without_class_token_the_head_reads_the_mean_of_all_patches() -> None:
+    model = small("vit", class_token=False, patch_size=16, r=6)
+    output = model(pictures(), output_fusion=True, output_hidden_states=True)
+    last = model.vit.layernorm(output.hidden_states[-1])
+    assert last.shape[1] == output.token_sizes.shape[1] < 36
+    spread = last.gather(1, output.assignment[:, :, None].expand(-1, -1, last.shape[2]))
+    torch.testing.assert_close(output.class_token, spread.mean(1))
+    torch.testing.assert_close(output.logits, model.classifier(output.class_token))
+    backbone = MCTFViTModel(model.config).eval()
+    assert backbone(pictures()).pooler_output.shape == (2, 24)
+    assert "token_sizes" not in backbone(pictures())
+
+
+@torch.no_grad()
+def test_without_class_token_importance_is_the_attention_received(images: Tensor) -> None:
+    """The layer shows what its eager attention map says."""
+    for class_token in (True, False):
+        config = {"reduction": "evit", "keep_rate": 0.5, "fusion_layers": [0], "fuse_token": False}
+        model = tiny_model(**config, class_token=class_token, attn_implementation="eager")
+        output = model(images, output_fusion=True, output_attentions=True)
+        attention = output.attentions[0].mean(1)
+        importance = attention[:, 0, 1:] if class_token else attention.mean(1)
+        kept = importance.argsort(1, descending=True)[:, :32]
+        patches = output.assignment[:, class_token:]
+        assert torch.equal(patches.gather(1, kept), torch.arange(32).expand(3, -1) + class_token)
+
+
+@pytest.mark.parametrize("reduction", RATES)
+@torch.no_grad()
+def test_reductions_compose_and_compile(reduction: str, images: Tensor) -> None:
+    model = tiny_model(reduction=reduction, keep_rate=0.6, fusion_layers=[0, 2, 3])
+    output = model(images, output_fusion=True, output_hidden_states=True)
+    assert [h.shape[1] for h in output.hidden_states[1:-1]] == [
+        65 - sum(model.config.tokens_fused(65)[: i + 1]) for i in range(4)
+    ]
+    counted = torch.zeros(3, output.token_sizes.shape[1]).scatter_add(
+        1, output.assignment, torch.ones(3, 65)
+    )
+    assert torch.equal(counted, output.token_sizes)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(images).logits, output.logits, **EXACT)
+
+
+def test_dropped_tokens_stay_dropped() -> None:
+    first = Reduction.from_assignment(torch.tensor([[0, -1, 1, 2], [2, 1, -1, 0]]), 3, 1)
+    then = Reduction.from_assignment(torch.tensor([[0, -1, 1], [1, 0, -1]]), 2, 1)
+    whole = images_rows(compose(first.rows, then.rows), 2, 2)
+    assert whole.tolist() == [[0, -1, -1, 1], [-1, 0, -1, 1]]
+
+
+@pytest.mark.parametrize("scales", [[2], [2, 4]])
+def test_multi_scale_begins_as_the_identity_and_learns(scales: list[int], images: Tensor) -> None:
+    settings = {"reduction": "token_mergence", "keep_rate": 0.7}
+    plain = tiny_model(**settings)
+    model = tiny_model(**settings, multi_scale=scales)
+    report = model.load_state_dict(plain.state_dict(), strict=False)
+    assert {name.split(".")[2] for name in report.missing_keys} == {"coarse_patch_embeddings"}
+    assert torch.equal(model(images).logits, plain(images).logits)
+    larger = torch.randn(2, 3, 44, 36)  # 11 x 9 patches, which no coarse patch divides
+    wide = {"interpolate_pos_encoding": True}
+    assert torch.equal(model(larger, **wide).logits, plain(larger, **wide).logits)
+
+    before = model(images).logits
+    optimizer = torch.optim.SGD(model.vit.embeddings.coarse_patch_embeddings.parameters(), lr=1.0)
+    model(images, labels=torch.tensor([0, 1, 2])).loss.backward()
+    optimizer.step()
+    assert not torch.equal(model(images).logits, before)
+    assert not torch.equal(model(larger, **wide).logits, plain(larger, **wide).logits)
+    model(images, labels=torch.tensor([0, 1, 2])).loss.backward()
+    for coarse in model.vit.embeddings.coarse_patch_embeddings:
+        assert coarse.projection.weight.grad.abs().max() > 0
+
+
+@torch.no_grad()
+def test_coarse_patches_are_shared_by_the_patches_that_they_cover() -> None:
+    model = tiny_model(multi_scale=[4])
+    (coarse,) = model.vit.embeddings.coarse_patch_embeddings
+    torch.nn.init.normal_(coarse.fusion.weight)
+    image = torch.zeros(1, 3, 32, 24)
+    image[:, :, 16:, :16] = torch.randn(3, 16, 16)  # the lower left of 2 x 2 coarse patches
+    added = (coarse(image) - coarse(torch.zeros_like(image))).view(8, 6, -1)
+    assert (added[4:, :4] == added[4, 0]).all() and added[4, 0].abs().max() > 0
+    assert (added[:4] == 0).all() and (added[4:, 4:] == 0).all()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@torch.no_grad()
+def test_multi_scale_on_every_backbone(kind: str) -> None:
+    plain, model = small(kind), small(kind, multi_scale=[2])
+    model.load_state_dict(plain.state_dict(), strict=False)
+    assert torch.equal(model(pictures()).logits, plain(pictures()).logits)
+
+
+def test_published_cost_of_token_mergence() -> None:
+    config = preset("deit_s", reduction="token_mergence", multi_scale=[2])
+    base = multiply_accumulates(preset("deit_s"), r=0)
+    cost = multiply_accumulates(config)
+    assert cost / 1e9 <= 3.1 and cost / base < 0.67
+    evit = multiply_accumulates(preset("deit_s", reduction="evit"))
+    assert abs(evit / 1e9 - 3.0) < 0.05  # EViT, table 1
+
+
+@pytest.mark.parametrize("reduction", RATES)
+def test_a_keep_rate_can_be_a_budget(reduction: str) -> None:
+    config = preset("deit_s", reduction=reduction)
+    base = multiply_accumulates(config, r=0)
+    for fraction in (0.9, 0.6):
+        rate = keep_rate_for_budget(config, fraction)
+        assert multiply_accumulates(config, keep_rate=rate) <= fraction * base
+        assert multiply_accumulates(config, keep_rate=rate + 0.01) > fraction * base
+        assert resolve_budget(config, "keep_rate", f"auto:{fraction}") == rate
+    with pytest.raises(ValueError, match="meets a budget by its keep_rate, not by r: set"):
+        resolve_budget(config, "r", "auto:0.5")
+    with pytest.raises(ValueError, match="meets a budget by its r, not by keep_rate"):
+        resolve_budget(preset("deit_s"), "keep_rate", "auto:0.5")
+    with pytest.raises(ValueError, match=r"budget 0.01 is not allowed: with keep_rate=0.001"):
+        resolve_budget(config, "keep_rate", "auto:0.01")
+
+
+class Everything(Reducer):
+    """Merges the last tokens into the first patch, and looks at all there is."""
+
+    stage = Stage.AFTER_MLP
+    needs = ("keys", "attention", "attention_received", "class_attention")
+    seen: Observation
+
+    def __call__(self, seen: Observation, r: int) -> Reduction:
+        type(self).seen = seen
+        batch, n, _ = seen.tokens.shape
+        assignment = torch.arange(n).expand(batch, -1).clone()
+        assignment[:, n - r :] = seen.num_prefix_tokens
+        reduction = Reduction.from_assignment(assignment, n - r)
+        reduction.weigh(torch.ones(batch, n))
+        return reduction
+
+
+@pytest.fixture
+def everything() -> Any:
+    register("everything")(Everything)
+    yield Everything
+    del REDUCERS["everything"]
+
+
+@torch.no_grad()
+def test_a_reducer_sees_what_it_needs(everything: type[Everything], images: Tensor) -> None:
+    model = tiny_model(reduction="everything", r=4, fusion_layers=[2])
+    output = model(images, output_fusion=True)
+    assert output.token_sizes.shape == (3, 61)
+    assert torch.equal(output.token_sizes[:, 1], torch.full((3,), 5.0))
+    seen = everything.seen
+    assert seen.attention is not None and seen.attention.shape == (3, 2, 65, 65)
+    assert seen.keys is not None and seen.keys.shape == (3, 65, 12)
+    torch.testing.assert_close(seen.attention_received, seen.attention.mean((1, 2)))
+    torch.testing.assert_close(seen.class_attention, seen.attention.mean(1)[:, 0])
+    assert seen.sizes is None and seen.num_prefix_tokens == 1
+
+
+def test_names_and_needs_of_reducers_are_checked(everything: type[Everything]) -> None:
+    register("everything")(Everything)  # again, as when a module is imported anew
+    with pytest.raises(ValueError, match="reduction 'mctf' cannot be registered: the name is tak"):
+        register("mctf")(Everything)
+    with pytest.raises(ValueError, match="reduction 'none' cannot be registered"):
+        register("none")(Everything)
+    wrong = type("Wrong", (Everything,), {"needs": ("queries",)})
+    with pytest.raises(ValueError, match=r"needs=\('queries',\).* are not allowed: .*keys, atten"):
+        register("wrong")(wrong)
+    assert "wrong" not in REDUCERS
