@@ -1,6 +1,6 @@
 """What a model costs, how fast and how accurate it is, with its own and with other r."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,11 +15,13 @@ from cli.models import FUSION
 from lightning_modules.data import HFImageDataModule, LabelledImages, Process
 from lightning_modules.finetuning import check_order
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
-from mctf_hf.configuration_mctf import TokensFused, as_pair
-from mctf_hf.cost import multiply_accumulates, r_for_budget
+from mctf_hf.configuration_mctf import as_pair
+from mctf_hf.cost import keep_rate_for_budget, multiply_accumulates, r_for_budget
 from mctf_hf.model_card import Evaluation, Measurement
 
 BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5)
+Amount = dict[str, Any]  # r or keep_rate, as an argument of the model
+NOTHING: Amount = {"r": 0}
 
 
 def open_labelled(
@@ -65,21 +67,21 @@ def evaluate(
     runs: list[Callable[[], object]] = [lambda: plain(pixel_values)]
     if plain is None:
         runs = [lambda: model(pixel_values, r=0)]
-    runs += [lambda r=r: model(pixel_values, r=r) for r in settings.values()]
+    runs += [lambda amount=amount: model(pixel_values, **amount) for amount in settings.values()]
     speeds = images_per_second(runs, len(pixel_values), rounds=rounds)
     accuracies = [None] * len(runs) if images is None else _accuracies(model, images, settings)
 
-    named = {"no fusion" if plain is None else "no fusion (plain ViT)": 0, **settings}
+    named = {"no fusion" if plain is None else "no fusion (plain ViT)": NOTHING, **settings}
     measured = [
         Measurement(
             name=name,
-            r=r,
-            gmacs=multiply_accumulates(config, r=r) / 1e9,
+            **amount,
+            gmacs=multiply_accumulates(config, **amount) / 1e9,
             images_per_second=speed,
             ratio=speed / speeds[0],
             accuracy=accuracy,
         )
-        for (name, r), speed, accuracy in zip(named.items(), speeds, accuracies, strict=True)
+        for (name, amount), speed, accuracy in zip(named.items(), speeds, accuracies, strict=True)
     ]
     return Evaluation(
         plain=measured[0],
@@ -96,7 +98,8 @@ def evaluate(
 def plain_model(model: MCTFViTForImageClassification) -> ViTForImageClassification | None:
     """The ViT of transformers with the same weights, without fusion; None where it has none."""
     config = model.config
-    if config.model_type != MCTFViTConfig.model_type or config.num_prefix_tokens > 1:
+    special = config.num_prefix_tokens != 1 or config.multi_scale
+    if config.model_type != MCTFViTConfig.model_type or special:
         return None
     known = {
         name: value
@@ -108,22 +111,27 @@ def plain_model(model: MCTFViTForImageClassification) -> ViTForImageClassificati
     return plain.to(model.dtype).eval()
 
 
-def _sweep(config: MCTFViTConfig) -> dict[str, TokensFused]:
-    """Settings by name: the own one, and the r that meet a few budgets."""
-    own = config.r if config.reduction != "none" else 0
-    settings: dict[str, TokensFused] = {f"**r {own}, as configured**": own}
-    if config.reduction == "none":
-        return settings
-    tokens = config.num_tokens()
-    known = {config.tokens_fused(tokens, own)}
+def _sweep(config: MCTFViTConfig) -> dict[str, Amount]:
+    """Settings by name: the own one, and those that meet a few budgets."""
+    reducer, tokens = config.reducer_class, config.num_tokens()
+    if reducer is None:
+        return {"**r 0, as configured**": NOTHING}
+    name = reducer.amount
+    own: Amount = {name: getattr(config, name)}
+    settings = {f"**{name} {own[name]}, as configured**": own}
+    known = {config.tokens_fused(tokens, **own)}
     for budget in BUDGETS:
         try:
-            r = r_for_budget(config, budget)[0]
+            found = (
+                keep_rate_for_budget(config, budget)
+                if name == "keep_rate"
+                else r_for_budget(config, budget)[0]
+            )
         except ValueError:  # these layers can't fuse as much
             break
-        if config.tokens_fused(tokens, r) not in known:
-            known.add(config.tokens_fused(tokens, r))
-            settings[f"r {r}"] = r
+        if config.tokens_fused(tokens, **{name: found}) not in known:
+            known.add(config.tokens_fused(tokens, **{name: found}))
+            settings[f"{name} {found}"] = {name: found}
     return settings
 
 
@@ -138,13 +146,13 @@ def _pixel_values(config: MCTFViTConfig, images: LabelledImages | None, batch_si
 def _accuracies(
     model: MCTFViTForImageClassification,
     images: LabelledImages,
-    settings: dict[str, TokensFused],
+    settings: dict[str, Amount],
 ) -> list[float]:
     """Fraction of images classified right without fusion, and by setting."""
-    rs: Sequence[TokensFused] = [0, *settings.values()]
-    right = torch.zeros(len(rs))
+    amounts = [NOTHING, *settings.values()]
+    right = torch.zeros(len(amounts))
     for batch in DataLoader(images, batch_size=64, num_workers=2):
-        for i, r in enumerate(rs):
-            predicted = model(batch["pixel_values"].to(model.dtype), r=r).logits.argmax(-1)
+        for i, amount in enumerate(amounts):
+            predicted = model(batch["pixel_values"].to(model.dtype), **amount).logits.argmax(-1)
             right[i] += (predicted == batch["labels"]).sum()
     return (right / len(images)).tolist()

@@ -14,9 +14,9 @@ from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from lightning_modules.pretrained import load_or_make
 from mctf_hf import MCTFViTConfig
-from mctf_hf.configuration_mctf import TokensFused
+from mctf_hf.configuration_mctf import KeepRate, TokensFused
 from mctf_hf.cost import resolve_budget
-from mctf_hf.losses import TokenReductionConsistency, mix_seed, teacher_limit, teacher_r
+from mctf_hf.losses import TokenReductionConsistency, mix_seed, teacher_amount, teacher_limit
 
 Batch = dict[str, Any]
 
@@ -33,15 +33,18 @@ class MCTFFinetuner(L.LightningModule):
             model of this library. Unset: train from scratch with ``config``.
         config: settings of ``MCTFViTConfig`` for training from scratch.
         num_labels: give the model a new head with so many classes. Unset: keep its own.
-        reduction: method of token reduction, ``mctf``, ``tome`` or ``none``. Unset, here and in
-            the next three: as ``pretrained`` has it, or the defaults of ``MCTFViTConfig`` (``mctf``
-            with an ``r`` of 16) where it is a plain ViT.
+        reduction: method of token reduction, ``mctf``, ``tome``, ``evit``, ``token_mergence`` or
+            ``none``. Unset, here and in the next four: as ``pretrained`` has it, or the defaults of
+            ``MCTFViTConfig`` (``mctf`` with an ``r`` of 16) where it is a plain ViT.
         r: tokens that each fusing layer fuses: a count, a fraction, a list with one per layer, or
             ``auto:0.56`` for the list that leaves 56% of the multiply-accumulates.
+        keep_rate: instead of ``r`` with ``evit`` and ``token_mergence``: part of the patch tokens
+            that each fusing layer keeps, a list with one per layer, or ``auto:0.56``.
         fusion_layers: zero-based layers that fuse.
         fusion: further settings of fusion by name, such as ``tau_sim`` or ``pooling``.
         r_max: the teacher's r stays below this, which is at most ``r``; 0 trains without a
-            teacher. Unset: half of ``r``, and 0 without reduction.
+            teacher. Unset: half of ``r``, and 0 without reduction. Where ``keep_rate`` counts, the
+            teacher's is drawn above the student's, unless ``r_max`` is 0.
         teacher_weight: weight of the teacher's cross-entropy.
         consistency_weight: weight of the distance of class tokens.
         confidence_threshold: images count for consistency if the student gives their label more.
@@ -63,6 +66,7 @@ class MCTFFinetuner(L.LightningModule):
         num_labels: int | None = None,
         reduction: str | None = None,
         r: int | float | list[int | float] | str | None = None,
+        keep_rate: float | list[int | float] | str | None = None,
         fusion_layers: list[int] | None = None,
         fusion: dict[str, Any] | None = None,
         r_max: int | None = None,
@@ -93,22 +97,25 @@ class MCTFFinetuner(L.LightningModule):
         )
         self.save_hyperparameters()
         settings = dict(fusion or {}, drop_path_rate=drop_path_rate)
-        budget = r if isinstance(r, str) else None
         given = {
             "reduction": reduction,
-            "r": 0 if budget else r,
+            "r": r,
+            "keep_rate": keep_rate,
             "fusion_layers": fusion_layers,
         }
         settings.update({name: value for name, value in given.items() if value is not None})
+        budgets = {
+            name: settings.pop(name)
+            for name in ("r", "keep_rate")
+            if isinstance(settings.get(name), str)
+        }
+        if "r" in budgets:  # the method decides what a plain model's default does
+            settings["r"] = 0
         self.model, self.image_processor = load_or_make(pretrained, config, num_labels, settings)
         self.model.train()
-        if budget:
-            self.model.config.r = resolve_budget(self.model.config, "r", budget)
-        if self.model.config.reduction == "none" and r:
-            raise ValueError(
-                f"r={r!r} has no effect with reduction='none', which pretrained or the settings "
-                "say: set reduction, or leave r unset"
-            )
+        for name, budget in budgets.items():
+            setattr(self.model.config, name, resolve_budget(self.model.config, name, budget))
+        _check_effect(self.model.config, r=r, keep_rate=keep_rate)
         self.r_max = teacher_limit(self.model.config, r_max)
         self.num_labels: int = self.model.config.num_labels
         self.loss = TokenReductionConsistency(
@@ -125,9 +132,12 @@ class MCTFFinetuner(L.LightningModule):
         pixel_values: Tensor | None = None,
         r: TokensFused | None = None,
         inputs_embeds: Tensor | None = None,
+        keep_rate: KeepRate | None = None,
     ) -> Any:
         """Classify images, (b, channels, height, width); see ``MCTFViTForImageClassification``."""
-        return self.model(pixel_values, r=r, output_fusion=True, inputs_embeds=inputs_embeds)
+        return self.model(
+            pixel_values, r=r, output_fusion=True, inputs_embeds=inputs_embeds, keep_rate=keep_rate
+        )
 
     def setup(self, stage: str) -> None:
         """Tell what will run, and agree with the dataset on the names of the classes.
@@ -157,14 +167,18 @@ class MCTFFinetuner(L.LightningModule):
         embedded = self.model.base_model.embeddings(batch["pixel_values"])  # for both passes
         student = self(inputs_embeds=embedded)
         if self.r_max:
-            r = teacher_r(self.hparams["seed"], self._step(), self.r_max)
-            teacher = self(inputs_embeds=embedded, r=r)
+            amount = teacher_amount(
+                self.model.config, self.r_max, self.hparams["seed"], self._step()
+            )
+            teacher = self(inputs_embeds=embedded, **amount)
             total, *parts = self.loss(
                 student.logits, student.class_token, teacher.logits, teacher.class_token, labels
             )
             names = ("student", "teacher", "consistency", "passing", "confidence")
             self._log_step(dict(zip(names, parts, strict=True)), labels)
-            self._log_step({"teacher_r": float(r)}, labels)
+            for name, value in amount.items():
+                least = min(value) if isinstance(value, list) else value
+                self._log_step({f"teacher_{name}": float(least)}, labels)
         else:
             smoothing = self.loss.label_smoothing
             total = F.cross_entropy(student.logits, labels, label_smoothing=smoothing)
@@ -251,6 +265,18 @@ def _check_numbers(**settings: tuple[float | None, float, float]) -> None:
         if value is not None and not low <= value <= high:
             limit = f" and at most {high}" if math.isfinite(high) else ""
             raise ValueError(f"{name}={value!r} is not allowed: it is at least {low}{limit}")
+
+
+def _check_effect(config: MCTFViTConfig, **given: Any) -> None:
+    """Raise ValueError for an amount that the method does not go by."""
+    amount = None if config.reducer_class is None else config.reducer_class.amount
+    nothing = {"r": 0, "keep_rate": 1}
+    for name, value in given.items():
+        if value not in (None, nothing[name]) and name != amount:
+            raise ValueError(
+                f"{name}={value!r} has no effect with reduction={config.reduction!r}, which "
+                f"pretrained or the settings say: set reduction, or leave {name} unset"
+            )
 
 
 def check_order(config: MCTFViTConfig, names: list[str]) -> None:

@@ -56,7 +56,10 @@ def load_or_make(
         pretrained, **labels, **fusion, ignore_mismatched_sizes=True, output_loading_info=True
     )
     mismatched = {key[0] if isinstance(key, tuple) else key for key in report["mismatched_keys"]}
-    wrong = sorted(mismatched | set(report["missing_keys"]))
+    missing = set(report["missing_keys"])
+    if not model.config_class.from_pretrained(pretrained).multi_scale:  # begin as the identity
+        missing = {name for name in missing if ".coarse_patch_embeddings." not in name}
+    wrong = sorted(mismatched | missing)
     if num_labels is not None:
         wrong = [name for name in wrong if "classifier." not in name]
         for name, head in model.named_children():

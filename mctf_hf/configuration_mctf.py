@@ -55,9 +55,9 @@ def _check_keep_rate(value: KeepRate) -> None:
 def _check_reduction(value: str) -> None:
     if value != "none" and value not in REDUCERS:
         raise ValueError(
-            f"reduction={value!r} is not allowed: it is one of {', '.join(REDUCERS)}, none. (One "
-            "that a model brings along is known with trust_remote_code=True, one of your own once "
-            "its module is imported.)"
+            f"reduction={value!r} is not allowed: it is one of {', '.join(REDUCERS)}, none. (One of "
+            "your own is known once its module is imported; a model that brings one along loads "
+            "with trust_remote_code=True where this library is not imported.)"
         )
 
 
@@ -217,7 +217,7 @@ class FusionConfigMixin:
                 raise ValueError(f"r={r!r} has no effect with reduction='none': choose a reduction")
             return (0,) * self.num_hidden_layers
         if by_rate and r is None:
-            rates = self._kept_by_layer(self.keep_rate if keep_rate is None else keep_rate)
+            rates = self.kept_by_layer(keep_rate)
             added = reducer.tokens_added(self)
             fewer = [partial(_fewer_by_rate, rate=rate, added=added) for rate in rates]
         else:
@@ -246,8 +246,13 @@ class FusionConfigMixin:
             return self._in_fusing_layers(rising, 0)
         return self._by_layer("r", r, 0)
 
-    def _kept_by_layer(self, keep_rate: KeepRate) -> Sequence[int | float]:
-        """What part of its patch tokens each layer is to keep."""
+    def kept_by_layer(self, keep_rate: KeepRate | None = None) -> Sequence[int | float]:
+        """What part of its patch tokens each layer is to keep, by the configuration unless given.
+
+        Raises:
+            ValueError: for rates that are not allowed.
+        """
+        keep_rate = self.keep_rate if keep_rate is None else keep_rate
         _check_keep_rate(keep_rate)
         return self._by_layer("keep_rate", keep_rate, 1)
 
@@ -292,7 +297,7 @@ class FusionConfigMixin:
                 f"layers 0 to {self.num_hidden_layers - 1}"
             )
         self._wanted_by_layer(self.r)
-        self._kept_by_layer(self.keep_rate)
+        self.kept_by_layer()
 
 
 def _fewer_by_count(patches: int, want: int | float) -> int:

@@ -1,6 +1,6 @@
 """Token-reduction consistency: what a model with fusion is finetuned by."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -103,13 +103,43 @@ def teacher_r(seed: int, step: int, r_max: int) -> int:
     return int(torch.randint(r_max, (), generator=generator))
 
 
+def teacher_amount(config: MCTFViTConfig, limit: int, seed: int, step: int) -> dict[str, Any]:
+    """How little the teacher reduces in a step, the same in every process.
+
+    Args:
+        limit: see :func:`teacher_limit`.
+
+    Returns:
+        Arguments of the model: ``r``, uniform in {0, …, limit - 1}; or ``keep_rate`` by layer, the
+        student's raised by one share of what it lacks to 1, uniform in (0, 1].
+    """
+    if not _by_rate(config):
+        return {"r": teacher_r(seed, step, limit)}
+    generator = torch.Generator().manual_seed(mix_seed(seed, step, 0))
+    share = 1 - float(torch.rand((), generator=generator))
+    return {"keep_rate": [rate + (1 - rate) * share for rate in config.kept_by_layer()]}
+
+
+def _by_rate(config: MCTFViTConfig) -> bool:
+    return config.reducer_class is not None and config.reducer_class.amount == "keep_rate"
+
+
 def teacher_limit(config: MCTFViTConfig, r_max: int | None) -> int:
     """The teacher's r stays below this: ``r_max``, or half of the most that a layer fuses.
+
+    For a method that goes by ``keep_rate`` it is 1 with a teacher, and 0 without.
 
     Raises:
         ValueError: if the teacher could fuse more than the student.
     """
     most = max(config.tokens_fused(config.num_tokens()))
+    if _by_rate(config):
+        if r_max not in (None, 0):
+            raise ValueError(
+                f"r_max={r_max!r} is not allowed with reduction={config.reduction!r}, whose "
+                "teacher keeps more by its keep_rate: it is 0 (no teacher), or unset"
+            )
+        return int(most > 0 and r_max is None)
     if r_max is None:
         return most // 2
     if not 0 <= r_max <= most:

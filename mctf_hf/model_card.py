@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .configuration_mctf import FusionConfigMixin, MCTFViTConfig, TokensFused
+from .configuration_mctf import FusionConfigMixin, KeepRate, MCTFViTConfig, TokensFused
 from .cost import multiply_accumulates
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
@@ -45,6 +45,28 @@ METHODS = {
   year      = {2023}
 }""",
     ),
+    "evit": Method(
+        "Token reorganization",
+        "2202.07800",
+        """@inproceedings{liang2022evit,
+  title     = {Not All Patches are What You Need: Expediting Vision Transformers via Token
+               Reorganizations},
+  author    = {Liang, Youwei and Ge, Chongjian and Tong, Zhan and Song, Yibing and Wang, Jue and
+               Xie, Pengtao},
+  booktitle = {International Conference on Learning Representations (ICLR)},
+  year      = {2022}
+}""",
+    ),
+    "token_mergence": Method(
+        "Token mergence",
+        "2306.04897",
+        """@article{bian2023mergence,
+  title   = {Multi-Scale And Token Mergence: Make Your {ViT} More Efficient},
+  author  = {Bian, Zhe and Wang, Zhe and Han, Wenqiang and Wang, Kangping},
+  journal = {arXiv preprint arXiv:2306.04897},
+  year    = {2023}
+}""",
+    ),
 }
 
 
@@ -54,19 +76,22 @@ class Measurement:
 
     Attributes:
         name: of the setting.
-        r: tokens fused per layer, as the configuration takes it; 0 for the plain model.
+        r: tokens fused per layer, as the configuration takes it; 0 for the plain model, ``None``
+            where ``keep_rate`` says it.
         gmacs: 1e9 multiply-accumulates of one image.
         images_per_second: median speed.
         ratio: that speed over the plain model's, in the same run.
         accuracy: fraction of images classified right; ``None`` if it was not measured.
+        keep_rate: part of the patch tokens that layers keep, as the configuration takes it.
     """
 
     name: str
-    r: TokensFused
     gmacs: float
     images_per_second: float
     ratio: float
     accuracy: float | None = None
+    r: TokensFused | None = None
+    keep_rate: KeepRate | None = None
 
 
 @dataclass
@@ -140,6 +165,7 @@ def make_card(
         repo_id=repo_id,
         config=config,
         method=METHODS.get(config.reduction),
+        amount=None if config.reducer_class is None else config.reducer_class.amount,
         settings={field.name: getattr(config, field.name) for field in fields(FusionConfigMixin)},
         tokens=_tokens_by_layer(config),
         base_gmacs=multiply_accumulates(config, r=0) / 1e9,

@@ -5,9 +5,11 @@ What is new is in the layer: attend, fuse if this layer fuses, MLP. Shapes: ``b`
 tokens before and ``m`` after a layer's fusion, ``d`` channels, ``h`` heads.
 """
 
+import json
 import math
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -35,6 +37,7 @@ from .attention import Attention, FusionAttentionMixin
 from .configuration_mctf import KeepRate, MCTFViTConfig, TokensFused, as_pair
 from .downloads import checked_downloads
 from .fusion import Reduction, compose, fuse, fuse_sizes, images_rows
+from .own_reducers import own_code
 from .reducers import Observation, Stage, build_reducer
 
 # The widest activation of the images that a CPU takes through the layers at once.
@@ -270,12 +273,28 @@ class MCTFPreTrainedMixin:
         """Save as every transformers model does, along with the code that a stranger needs.
 
         ``auto_map`` names all classes of the family, so that what one of them saved loads as any
-        of them with ``trust_remote_code=True``.
+        of them with ``trust_remote_code=True``. A reducer that somebody registered goes along.
+
+        Raises:
+            ValueError: for a reducer of one's own that cannot, see :func:`.own_reducers.own_code`.
         """
-        self.config.auto_map = dict(self.config.auto_classes)
+        classes = dict(self.config.auto_classes)
+        files, auto_map = own_code(self.config.reducer_class, classes)
+        if files and kwargs.get("push_to_hub"):
+            raise ValueError(
+                f"push_to_hub=True is not allowed with reduction={self.config.reduction!r}, which "
+                "is not of this library: save the model, then use its push_to_hub()"
+            )
+        self.config.auto_map = classes
         # Not by the names that the weights were loaded by, which may be those of another class.
         kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, **kwargs)
+        if files and kwargs.get("is_main_process", True):
+            for name, content in files.items():
+                Path(save_directory, name).write_text(content, encoding="utf-8")
+            config = Path(save_directory, "config.json")
+            settings = json.loads(config.read_text(encoding="utf-8"))
+            config.write_text(json.dumps({**settings, "auto_map": auto_map}, indent=2) + "\n")
 
 
 class ZeroLinear(nn.Linear):

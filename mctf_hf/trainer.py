@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from .hub import TRAINING
-from .losses import TokenReductionConsistency, teacher_limit, teacher_r
+from .losses import TokenReductionConsistency, teacher_amount, teacher_limit
 
 
 class ConsistencyTrainer(Trainer):
@@ -24,7 +24,8 @@ class ConsistencyTrainer(Trainer):
         loss: joins the two passes. Unset: the usual weights, and the label smoothing of
             ``TrainingArguments``.
         r_max: the teacher's r is drawn from {0, …, r_max - 1} in each step, the same in every
-            process. Unset: half of the most that a layer of the model fuses.
+            process. Unset: half of the most that a layer of the model fuses. Leave it so for a
+            method that goes by ``keep_rate``, whose teacher keeps more than the student.
 
     Raises:
         ValueError: if the teacher could fuse more than the student, the model fuses nothing, or
@@ -49,7 +50,8 @@ class ConsistencyTrainer(Trainer):
         if not self.r_max:
             raise ValueError(
                 f"r_max={r_max!r}: without a teacher there is no consistency. Choose an r of the "
-                "model and an r_max that are above 0, or use transformers' Trainer"
+                "model and an r_max that are above 0 (a keep_rate below 1 and no r_max), or use "
+                "transformers' Trainer"
             )
         # Its loss is a mean over the images of one batch, whatever is accumulated.
         self.model_accepts_loss_kwargs = False
@@ -65,9 +67,10 @@ class ConsistencyTrainer(Trainer):
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         images, labels = inputs["pixel_values"], inputs["labels"]
-        r = teacher_r(self.args.seed, self.state.global_step, self.r_max)
+        config = self.accelerator.unwrap_model(model).config
+        amount = teacher_amount(config, self.r_max, self.args.seed, self.state.global_step)
         student = model(images, output_fusion=True)
-        teacher = model(images, r=r, output_fusion=True)
+        teacher = model(images, **amount, output_fusion=True)
         losses = self.consistency(
             student.logits, student.class_token, teacher.logits, teacher.class_token, labels
         )

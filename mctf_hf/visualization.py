@@ -43,7 +43,8 @@ class FusedTokens:
 
     Attributes:
         view: the image after the image processor, height x width pixels, in RGB.
-        groups: (rows, columns) int64, index of the token that each patch has become part of.
+        groups: (rows, columns) int64, index of the token that each patch has become part of, -1
+            where it was dropped.
         num_tokens: tokens that entered the first layer, prefix tokens included.
         tokens_left: tokens that are left, prefix tokens included.
     """
@@ -135,11 +136,11 @@ def draw_groups(image: Image.Image, groups: ArrayLike, scale: int | None = None)
     A group of several patches has a border of one colour around each of its regions, so that those
     which belong together can be told; ``BORDER_COLOURS`` go to the largest groups first, and start
     again where there are more. A patch that is alone has a thin border, darker or lighter than
-    itself. All borders lie within their group.
+    itself. All borders lie within their group. Patches that were dropped are black.
 
     Args:
         image: height x width pixels, multiples of rows and columns.
-        groups: (rows, columns) integers, the same for the patches of one group.
+        groups: (rows, columns) integers, the same for the patches of one group, -1 for none.
         scale: side of the square that a pixel becomes; unset, as large as the longer side of the
             picture stays within ``DISPLAY_SIZE``, and at least 1.
 
@@ -168,6 +169,7 @@ def draw_groups(image: Image.Image, groups: ArrayLike, scale: int | None = None)
     canvas[thin] = _shades(means)[on_canvas[thin]]
     thick = _border(on_canvas, max(1, min(patch) * scale // 10)) & (sizes > 1)[on_canvas]
     canvas[thick] = _border_colours(sizes)[on_canvas[thick]]
+    canvas[_enlarged(found, patch[0] * scale, patch[1] * scale) < 0] = 0
     return Image.fromarray(canvas)
 
 

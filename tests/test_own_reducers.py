@@ -1,0 +1,136 @@
+"""A method of reduction from user code: registered, run, counted, saved and loaded by strangers."""
+
+import importlib
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
+from transformers import AutoModelForImageClassification, ViTImageProcessorPil
+
+from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
+from mctf_hf.cost import multiply_accumulates
+from mctf_hf.hub import loadable_files, save
+from mctf_hf.reducers import REDUCERS, Reducer
+from tests.conftest import REPOSITORY, TINY, tiny_model
+from tests.test_cost import count
+from tests.test_loading import load_as_stranger
+
+EXAMPLES = re.findall(
+    r"```python\n(.*?)```", (REPOSITORY / "docs" / "reducers.md").read_text(), re.DOTALL
+)
+PROCESSOR = ViTImageProcessorPil(size={"height": 32, "width": 32})
+
+
+@pytest.fixture
+def by_norm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Reducer]]:
+    """The class of the documentation, in the file that it names."""
+    (tmp_path / "by_norm.py").write_text(EXAMPLES[0])
+    monkeypatch.syspath_prepend(tmp_path)
+    yield importlib.import_module("by_norm").NormReducer
+    del REDUCERS["by_norm"], sys.modules["by_norm"]
+
+
+def test_the_documented_example_runs(by_norm: type[Reducer], images: Tensor) -> None:
+    exec(EXAMPLES[1], {})
+    model = MCTFViTForImageClassification.from_pretrained("vit-by-norm")
+    assert (model.config.reduction, model.config.r) == ("by_norm", 8)
+    assert Path("vit-by-norm/by_norm.py").exists()
+
+
+@torch.no_grad()
+def test_it_is_a_setting_like_the_others(by_norm: type[Reducer], images: Tensor) -> None:
+    config = MCTFViTConfig(**TINY, reduction="by_norm", r=6, attn_implementation="eager")
+    model = MCTFViTForImageClassification(config).eval()
+    assert multiply_accumulates(config) == count(model, images[:1])
+    output = model(images, output_fusion=True, output_hidden_states=True)
+    assert output.token_sizes.shape == (3, 65 - 4 * 6)
+    assert torch.equal(output.token_sizes.sum(1), torch.full((3,), 65.0))
+    lengths = torch.linalg.vector_norm(model.vit.layers[0](output.hidden_states[0])[0], dim=-1)
+    first = model(images, r=[6, 0, 0, 0, 0], output_fusion=True)
+    merged = lengths[:, 1:].argsort(1)[:, :6] + 1
+    sizes = first.token_sizes.gather(1, first.assignment.gather(1, merged))
+    assert (sizes >= 2).all()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(images).logits, output.logits)
+
+
+@torch.no_grad()
+def test_strangers_load_it(by_norm: type[Reducer], images: Tensor, tmp_path: Path) -> None:
+    model = tiny_model(reduction="by_norm", r=6)
+    folder = save(model, PROCESSOR, tmp_path / "model")
+    names = {file.name for file in loadable_files(folder)}
+    assert {"by_norm.py", "model_with_by_norm.py", "reducers.py", "selection.py"} <= names
+    assert "mctf_hf" not in (folder / "by_norm.py").read_text()
+    found, _ = load_as_stranger(folder, images, tmp_path)
+    assert torch.equal(found["logits"], model(images).logits)
+    assert torch.equal(found["resaved"], found["logits"])
+    assert torch.equal(found["hidden"], model.vit(images).last_hidden_state)
+
+    known = AutoModelForImageClassification.from_pretrained(folder).eval()  # it is registered
+    assert torch.equal(known(images).logits, model(images).logits)
+    (folder / "by_norm.py").unlink()
+    with pytest.raises(ValueError, match=r"loads anywhere: by_norm\.py missing"):
+        loadable_files(folder)
+
+
+def test_without_its_module_the_method_is_unknown(by_norm: type[Reducer], tmp_path: Path) -> None:
+    folder = save(tiny_model(reduction="by_norm", r=6), PROCESSOR, tmp_path / "model")
+    known = REDUCERS.pop("by_norm")
+    try:
+        with pytest.raises(StrictDataclassError, match="'by_norm' is not allowed: .*trust_remote"):
+            AutoModelForImageClassification.from_pretrained(folder)
+    finally:
+        REDUCERS["by_norm"] = known
+
+
+BROKEN = {
+    "import mctf_hf.fusion\n": "'import mctf_hf.fusion' has to name a module, as in from mctf_hf.",
+    "from mctf_hf import MCTFViTConfig\n": "'from mctf_hf import MCTFViTConfig' has to name a mod",
+}
+
+
+@pytest.mark.parametrize("line", BROKEN)
+def test_what_cannot_travel_is_refused_before_anything_is_written(
+    line: str, by_norm: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "by_norm.py").write_text(line + EXAMPLES[0])
+    model = tiny_model(reduction="by_norm")
+    with pytest.raises(
+        ValueError, match=re.escape(f"by_norm.py, which defines NormReducer: {BROKEN[line]}")
+    ):
+        model.save_pretrained(tmp_path / "model")
+    (tmp_path / "by_norm.py").write_text("from .helpers import x\n" + EXAMPLES[0])
+    with pytest.raises(ValueError, match="it imports helpers, where all has to be in one file"):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_what_is_defined_in_a_script_or_named_like_a_module_of_ours_is_refused(
+    by_norm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(reduction="by_norm")
+    with pytest.raises(ValueError, match="push_to_hub=True is not allowed with reduction='by_norm"):
+        model.save_pretrained(tmp_path / "model", push_to_hub=True)
+    monkeypatch.setattr(by_norm, "__module__", "__main__")
+    with pytest.raises(ValueError, match="NormReducer is defined in __main__, .* of its own"):
+        model.save_pretrained(tmp_path / "model")
+    (tmp_path / "fusion.py").write_text(EXAMPLES[0])
+    monkeypatch.setattr(by_norm, "__module__", "by_norm")
+    monkeypatch.setattr(sys.modules["by_norm"], "__file__", str(tmp_path / "fusion.py"))
+    with pytest.raises(ValueError, match="fusion.py, .*: a module of this library has that name"):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_models_of_this_librarys_methods_bring_no_more(tmp_path: Path) -> None:
+    tiny_model(reduction="evit").save_pretrained(tmp_path / "model")
+    assert not list((tmp_path / "model").glob("model_with_*"))
+    auto_map = json.loads((tmp_path / "model" / "config.json").read_text())["auto_map"]
+    assert auto_map == dict(MCTFViTConfig.auto_classes)
