@@ -1,4 +1,4 @@
-"""``mctf benchmark``: cost, speed and memory of models, measured side by side."""
+"""``mctf benchmark``: cost, speed, memory and accuracy of models, measured side by side."""
 
 import json
 import statistics
@@ -12,11 +12,15 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import ViTImageProcessorPil
 
 from cli.contestants import Contestant, make
+from cli.evaluation import open_labelled
 from cli.files import check_output, open_images, replace
 from cli.measuring import machine_name, peak_bytes, seconds_in_rounds
+from lightning_modules.data import HFImageDataModule, LabelledImages
+from mctf_hf.hub import load_image_processor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Row = dict[str, Any]
@@ -33,7 +37,7 @@ def main(args: Sequence[str]) -> None:
         nargs="+",
         help="NAME[,setting=value…]: a preset (deit_s, t2t_vit_14, lv_vit_s, …), a folder or a Hub "
         "id. Without any setting of fusion a plain ViT is the model of transformers. Settings are "
-        "those of fusion (r=16, r=auto:0.56, reduction=tome, fusion_layers=[3,6,9], …), "
+        "those of fusion (r=16, r=auto:0.56, reduction=tome, keep_rate=0.7, …), "
         "attn_implementation, compile (give one batch size, for a second one recompiles for any), "
         "and slice=16 to feed it 16 images at a time.",
     )
@@ -51,6 +55,9 @@ def benchmark(
     device: str = "cpu",
     threads: int | None = None,
     rounds: int = 20,
+    accuracy: str | None = None,
+    split: str = "test",
+    max_images: int | None = None,
     output: str | None = None,
     plot: str | None = None,
 ) -> None:
@@ -66,6 +73,9 @@ def benchmark(
         device: cpu or cuda, which is the current GPU.
         threads: threads of the CPU; unset, PyTorch's own choice.
         rounds: timings of each model, whose median counts.
+        accuracy: folder of a dataset or its id on the Hub, for the models' top-1 accuracy.
+        split: of that dataset.
+        max_images: so many evenly spaced ones of that split; unset, all.
         output: JSON file to write.
         plot: PNG file to draw.
     """
@@ -74,7 +84,12 @@ def benchmark(
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         allowed = "cpu or cuda" if torch.cuda.is_available() else "cpu (there is no GPU here)"
         raise ValueError(f"device={device!r} is not allowed: it is {allowed}")
-    for name, value in {"rounds": rounds, "threads": threads, "image_size": image_size}.items():
+    for name, value in {
+        "rounds": rounds,
+        "threads": threads,
+        "image_size": image_size,
+        "max_images": max_images,
+    }.items():
         if value is not None and value < 1:
             raise ValueError(f"{name}={value!r} is not allowed: it is at least 1")
     if not batch_sizes or min(batch_sizes) < 1:
@@ -88,14 +103,21 @@ def benchmark(
     for words in models:
         contestants.append(make(words, image_size, DTYPES[dtype], device))
         image_size = contestants[0].image_size
+    top1: list[float | None] = [None] * len(contestants)
+    labelled = None if accuracy is None else _labelled(contestants, accuracy, split, max_images)
     pixels = _pixel_values(images, max(batch_sizes), contestants[0].image_size)
     pixels = pixels.to(device, DTYPES[dtype])
 
     console = Console()
     environment = _environment(device, dtype, pixels.shape[-1], images, rounds)
     rows: list[Row] = []
+    if labelled is not None:
+        top1 = _accuracies(contestants, labelled, device, DTYPES[dtype])
+        environment |= {"accuracy": accuracy, "split": split, "num_images": len(labelled)}
     for batch in batch_sizes:
         measured = compare(contestants, pixels[:batch], rounds=rounds, device=device)
+        for row, fraction in zip(measured, top1, strict=True):
+            row["accuracy"] = fraction
         console.print(_table(measured, batch, environment))
         rows += measured
     if output is not None:
@@ -144,6 +166,38 @@ def compare(
     return rows
 
 
+def _labelled(
+    contestants: Sequence[Contestant], dataset: str, split: str, max_images: int | None
+) -> LabelledImages:
+    """The images that all models classify, as the first one's processor prepares them."""
+    for contestant in contestants:
+        if contestant.folder is None:
+            raise ValueError(
+                f"accuracy={dataset!r} is not allowed with {contestant.name}, whose weights are "
+                "random: name folders or ids on the Hub"
+            )
+    processor = load_image_processor(str(contestants[0].folder))
+    data = HFImageDataModule(dataset)
+    labelled = [
+        open_labelled(data, split, max_images, contestant.model.model, processor)
+        for contestant in contestants
+    ]
+    return labelled[0]
+
+
+@torch.inference_mode()
+def _accuracies(
+    contestants: Sequence[Contestant], images: LabelledImages, device: str, dtype: torch.dtype
+) -> list[float | None]:
+    """Fraction of images that each model classifies right."""
+    right = torch.zeros(len(contestants))
+    for batch in DataLoader(images, batch_size=64, num_workers=2):
+        pixels = batch["pixel_values"].to(device, dtype)
+        for i, contestant in enumerate(contestants):
+            right[i] += (contestant.model(pixels).argmax(-1).cpu() == batch["labels"]).sum()
+    return [float(count) / len(images) for count in right]
+
+
 def _percentile(values: list[float], percent: int) -> float:
     return sorted(values)[min(len(values) - 1, round(percent / 100 * (len(values) - 1)))]
 
@@ -174,7 +228,8 @@ def _table(rows: list[Row], batch: int, environment: dict[str, Any]) -> Table:
     where = f"{environment['device']}, {environment['threads']} threads, {environment['dtype']}"
     table = Table(title=f"batches of {batch}, {environment['image_size']} px; {where}")
     table.add_column("model", overflow="fold")
-    for heading in ("GMACs", "images/s", "p50 ms", "p95 ms", "peak MiB", "ratio", "efficiency"):
+    headings = ["GMACs", "images/s", "p50 ms", "p95 ms", "peak MiB", "ratio", "efficiency"]
+    for heading in (*headings, *(["top-1"] if "accuracy" in environment else [])):
         table.add_column(heading, justify="right")
     for row in rows:
         table.add_row(
@@ -186,6 +241,7 @@ def _table(rows: list[Row], batch: int, environment: dict[str, Any]) -> Table:
             f"{row['peak_memory_mib']:,.1f}",
             f"{row['ratio']:.2f}x",
             f"{row['efficiency']:.2f}",
+            *([] if row["accuracy"] is None else [f"{100 * row['accuracy']:.2f}%"]),
         )
     return table
 

@@ -28,12 +28,14 @@ class Contestant:
         model: classifies (b, channels, height, width).
         multiply_accumulates: of one image.
         image_size: height and width of the images that it was made for.
+        folder: or id on the Hub that the weights are from; ``None`` for random ones.
     """
 
     name: str
     model: nn.Module
     multiply_accumulates: int
     image_size: int
+    folder: str | None = None
 
 
 def make(words: str, image_size: int | None, dtype: torch.dtype, device: str) -> Contestant:
@@ -99,7 +101,7 @@ def make(words: str, image_size: int | None, dtype: torch.dtype, device: str) ->
     model = Classifier(model.eval().to(device, dtype), other_size, slice_size)
     if compiled:
         model.model = torch.compile(model.model, fullgraph=True, mode=_mode(compiled))
-    return Contestant(words, model, cost, image_size or height)
+    return Contestant(words, model, cost, image_size or height, None if name in PRESETS else name)
 
 
 class Classifier(nn.Module):

@@ -55,8 +55,8 @@ def _check_keep_rate(value: KeepRate) -> None:
 def _check_reduction(value: str) -> None:
     if value != "none" and value not in REDUCERS:
         raise ValueError(
-            f"reduction={value!r} is not allowed: it is one of {', '.join(REDUCERS)}, none. (One of "
-            "your own is known once its module is imported; a model that brings one along loads "
+            f"reduction={value!r} is not allowed: it is one of {', '.join(REDUCERS)}, none. (One "
+            "of your own is known once its module is imported; a model that brings one along loads "
             "with trust_remote_code=True where this library is not imported.)"
         )
 

@@ -11,10 +11,13 @@ from PIL import Image
 from transformers import ViTForImageClassification
 
 from cli.contestants import make
+from cli.evaluation import open_labelled
 from cli.main import main
 from cli.measuring import peak_bytes, seconds_in_rounds
+from lightning_modules.data import HFImageDataModule
 from mctf_hf import MCTFViTForImageClassification
 from mctf_hf.cost import multiply_accumulates, r_for_budget
+from mctf_hf.hub import load_image_processor
 from mctf_hf.presets import preset
 from tests.conftest import DIGITS, tiny_model
 
@@ -55,6 +58,33 @@ def test_real_images_of_another_size_in_bfloat16(tiny_folder: Path) -> None:
         written["environment"] | {"image_size": 48, "dtype": "bfloat16"} == written["environment"]
     )
     assert len(written["results"]) == 2
+
+
+def test_accuracy_is_counted_beside_speed(tiny_folder: Path, capsys: pytest.CaptureFixture) -> None:
+    models = [f"{tiny_folder}{settings}" for settings in ("", ",r=8", ",reduction=evit,r=0")]
+    words = ["--accuracy", DIGITS, "--max_images", "50", "--rounds", "1", "--batch_sizes", "[2]"]
+    main(["benchmark", *models, *words, "--output", "o.json"])
+    assert "top-1" in capsys.readouterr().out
+    written = json.loads(Path("o.json").read_text())
+    assert written["environment"]["num_images"] == 50
+    main(["benchmark", models[1], *words[2:], "--accuracy", DIGITS, "--output", "again.json"])
+    again = json.loads(Path("again.json").read_text())["results"][0]["accuracy"]
+
+    labelled = open_labelled(
+        HFImageDataModule(DIGITS),
+        "test",
+        50,
+        make(models[1], None, torch.float32, "cpu").model.model,
+        load_image_processor(str(tiny_folder)),
+    )
+    pixels = torch.stack([labelled[i]["pixel_values"] for i in range(50)])
+    labels = torch.tensor([labelled[i]["labels"] for i in range(50)])
+    for row, words in zip(written["results"], models, strict=True):
+        with torch.inference_mode():
+            found = make(words, None, torch.float32, "cpu").model(pixels).argmax(-1)
+        assert row["accuracy"] == (found == labels).sum().item() / 50
+    assert written["results"][1]["accuracy"] == again
+    assert written["results"][2]["accuracy"] == written["results"][0]["accuracy"]
 
 
 @pytest.mark.parametrize(

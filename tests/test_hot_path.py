@@ -55,9 +55,15 @@ def test_a_fused_layer_calls_few_operators() -> None:
     plain = record(reduction="none").calls.total()
     assert record().calls.total() - plain <= 72
     assert record(reduction="tome").calls.total() - plain <= 42
+    assert record(reduction="evit").calls.total() - plain <= 50
+    assert record(reduction="token_mergence").calls.total() - plain <= 50
 
 
-@pytest.mark.parametrize("settings", [{}, {"one_step_ahead": "precise"}, {"reduction": "tome"}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"one_step_ahead": "precise"}]
+    + [{"reduction": reduction} for reduction in ("tome", "evit", "token_mergence")],
+)
 def test_nothing_larger_than_the_map_or_the_mlp_is_made(settings: dict[str, Any]) -> None:
     n, batch = 65, 2
     most = max(TINY["num_attention_heads"] * n * n, n * TINY["intermediate_size"])
