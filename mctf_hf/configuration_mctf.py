@@ -296,8 +296,10 @@ class FusionConfigMixin:
                 f"fusion_layers={self.fusion_layers!r} is not allowed: {wrong} are not among the "
                 f"layers 0 to {self.num_hidden_layers - 1}"
             )
-        self._wanted_by_layer(self.r)
-        self.kept_by_layer()
+        if self.reducer_class is not None and self.reducer_class.amount == "keep_rate":
+            self.kept_by_layer()
+        else:
+            self._wanted_by_layer(self.r)
 
 
 def _fewer_by_count(patches: int, want: int | float) -> int:

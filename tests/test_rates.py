@@ -19,7 +19,7 @@ from cli.main import main
 from lightning_modules import MCTFFinetuner
 from mctf_hf.conversion import load_pretrained
 from mctf_hf.cost import keep_rate_for_budget, multiply_accumulates
-from mctf_hf.export import check, to_torch_export
+from mctf_hf.export import check, to_onnx, to_torch_export
 from mctf_hf.losses import teacher_amount, teacher_limit
 from mctf_hf.model_card import make_card
 from mctf_hf.trainer import ConsistencyTrainer
@@ -195,3 +195,20 @@ def test_they_are_exported(reduction: str, tmp_path: Path) -> None:
     model = tiny_model(reduction=reduction, keep_rate=0.6)
     to_torch_export(model, tmp_path / "m.pt2")
     assert check(model, tmp_path / "m.pt2", [torch.randn(4, 3, 32, 32)]).differing == 0
+
+
+@pytest.mark.parametrize("fuse_token", [True, False])
+def test_evit_in_onnx(fuse_token: bool, tmp_path: Path) -> None:
+    model = tiny_model(reduction="evit", keep_rate=0.6, fuse_token=fuse_token, num_hidden_layers=3)
+    to_onnx(model, tmp_path / "m.onnx")
+    assert check(model, tmp_path / "m.onnx", [torch.randn(4, 3, 32, 32)]).differing == 0
+
+
+@torch.no_grad()
+def test_sizes_enter_attention_but_with_evit(images: Tensor) -> None:
+    for reduction, same in (("evit", True), ("token_mergence", False), ("tome", False)):
+        logits = [
+            tiny_model(reduction=reduction, r=8, keep_rate=0.5, proportional_attention=on)(images)
+            for on in (True, False)
+        ]
+        assert torch.equal(logits[0].logits, logits[1].logits) is same

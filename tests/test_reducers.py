@@ -81,7 +81,10 @@ def test_which_layers_reduce_and_how_much() -> None:
     [
         ({"keep_rate": 0}, "keep_rate=0 is not allowed: it is above 0 and at most 1"),
         ({"keep_rate": 1.2}, "keep_rate=1.2 is not allowed"),
-        ({"keep_rate": [0.7] * 3}, r"keep_rate=\[0.7, 0.7, 0.7\] has 3 entries: .* 12 layers"),
+        (
+            {"reduction": "evit", "keep_rate": [0.7] * 3},
+            r"keep_rate=\[0.7, 0.7, 0.7\] has 3 entries: .* 12 layers",
+        ),
         ({"inflection": 2}, "inflection=2 is not allowed: it is a number from -1 to 1"),
         ({"r": (8, -3)}, "inflection=-3 is not allowed"),
         ({"r": 0.2, "inflection": 1}, "inflection=1 is not allowed with r=0.2"),
