@@ -192,9 +192,15 @@ PUBLISHED = [
 
 @pytest.mark.parametrize(("name", "base", "r", "fused"), PUBLISHED)
 def test_published_costs(name: str, base: float, r: int, fused: float) -> None:
+    """The official code applies a fused map, which only maximum pooling does here.
+
+    Without it attention is applied to the values of all old positions: up to 0.51% more.
+    """
+    config = preset(name, r=r, pooling="max")
+    assert multiply_accumulates(config, r=0) / 1e9 == pytest.approx(base, rel=0.0025)
+    assert multiply_accumulates(config) / 1e9 == pytest.approx(fused, rel=0.0025)
     config = preset(name, r=r)
-    assert multiply_accumulates(config, r=0) / 1e9 == pytest.approx(base, rel=0.005)
-    assert multiply_accumulates(config) / 1e9 == pytest.approx(fused, rel=0.0055)
+    assert multiply_accumulates(config) / 1e9 == pytest.approx(fused, rel=0.0051)
 
 
 def test_every_preset_can_be_built() -> None:

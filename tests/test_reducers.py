@@ -76,15 +76,15 @@ def test_which_layers_reduce_and_how_much() -> None:
     assert [layer for layer, count in enumerate(sixteen) if count] == [4, 8, 12]
 
 
+KEEPING = {"reduction": "evit"}
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"keep_rate": 0}, "keep_rate=0 is not allowed: it is above 0 and at most 1"),
         ({"keep_rate": 1.2}, "keep_rate=1.2 is not allowed"),
-        (
-            {"reduction": "evit", "keep_rate": [0.7] * 3},
-            r"keep_rate=\[0.7, 0.7, 0.7\] has 3 entries: .* 12 layers",
-        ),
+        (KEEPING | {"keep_rate": [0.7] * 3}, r"\[0.7, 0.7, 0.7\] has 3 entries: .* 12 layers"),
         ({"inflection": 2}, "inflection=2 is not allowed: it is a number from -1 to 1"),
         ({"r": (8, -3)}, "inflection=-3 is not allowed"),
         ({"r": 0.2, "inflection": 1}, "inflection=1 is not allowed with r=0.2"),
@@ -97,6 +97,12 @@ def test_which_layers_reduce_and_how_much() -> None:
 def test_settings_are_checked(given: dict[str, Any], message: str) -> None:
     with pytest.raises(StrictDataclassError, match=message):
         MCTFViTConfig(**given)
+
+
+def test_what_a_method_does_not_go_by_is_not_in_its_way() -> None:
+    config = MCTFViTConfig(**KEEPING, r=[1] * 12, fusion_layers=[3])
+    assert sum(count > 0 for count in config.tokens_fused(197)) == 1
+    assert sum(MCTFViTConfig(keep_rate=[0.5] * 3, r=1).tokens_fused(197)) == 11
 
 
 def test_amounts_of_one_call_are_checked() -> None:
