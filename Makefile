@@ -1,5 +1,6 @@
 # Everything sets itself up: a machine with Python 3.10 to 3.13 and make is enough.
 PYTHON ?= python3
+WORKERS ?= 2
 VENV := .venv
 RUN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -17,8 +18,8 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## train, fuse and finetune a small model on handwritten digits
 	$(RUN)/mctf demo
 
-test: lint  ## lint and the whole test suite
-	$(RUN)/pytest
+test: lint  ## lint and the whole test suite, in two processes or as many as WORKERS says
+	$(RUN)/pytest --numprocesses $(WORKERS) --dist worksteal
 
 compatibility: $(READY)  ## what depends on transformers, with its oldest and newest release
 	$(RUN)/nox

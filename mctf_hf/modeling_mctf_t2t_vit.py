@@ -15,6 +15,9 @@ from transformers import initialization as init
 from .configuration_mctf import MCTFT2TViTConfig
 from .modeling_mctf_vit import MCTFViTEmbeddings, MCTFViTForImageClassification, MCTFViTModel
 
+# What keeps performers from dividing by nothing: 1e-8 as in float32, but rounded up, for onnxscript
+# leaves out what is added if it is no more than 1e-8.
+EPSILON = 1.0000001e-8
 # Windows of the three steps: side, stride, padding.
 WINDOWS = ((7, 4, 2), (3, 2, 1), (3, 2, 1))
 
@@ -78,7 +81,7 @@ class TokenPerformer(TokenTransformer):
         key, query = self._random_features(key), self._random_features(query)  # [b, n, m]
         norm = (query * key.sum(1, keepdim=True)).sum(-1, keepdim=True)  # [b, n, 1]
         output = query @ (key.mT @ value)
-        return output / (norm + 1e-8), value
+        return output / (norm + EPSILON), value
 
     def _random_features(self, x: Tensor) -> Tensor:
         """``exp(w x - |x|² / 2) / √m``: (b, n, width) -> (b, n, m)."""

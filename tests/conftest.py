@@ -12,6 +12,11 @@ from transformers import ViTImageProcessorPil
 
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # The workers, and what they start, share the cores.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
 REPOSITORY = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("MCTF_SHARED", REPOSITORY.parent / "shared"))
 DIGITS = str(REPOSITORY / "data" / "digits")
@@ -27,6 +32,16 @@ TINY: dict[str, Any] = {
     "num_labels": 5,
     "layer_norm_eps": 1e-6,
 }
+
+
+def environment_of_a_stranger(home: Path) -> dict[str, str]:
+    """A process that has none of this one's environment, but as many threads."""
+    return {
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        "PATH": "/usr/bin:/bin",
+    }
 
 
 class Golden:

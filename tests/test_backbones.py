@@ -32,13 +32,13 @@ from mctf_hf import (
 )
 from mctf_hf.conversion import build_model, infer_config
 from mctf_hf.cost import multiply_accumulates
-from mctf_hf.export import check, to_torch_export
+from mctf_hf.export import check
 from mctf_hf.families import build
 from mctf_hf.hub import save
 from mctf_hf.presets import PRESETS, preset
 from tests.conftest import DIGITS, TINY, Golden
-from tests.e2e.test_commands import mctf
 from tests.test_cost import count
+from tests.test_export import WRITE
 from tests.test_loading import load_as_stranger
 
 SMALL = {"hidden_size": 24, "intermediate_size": 72, "num_hidden_layers": 4}
@@ -328,43 +328,50 @@ def test_convert_of_a_distilled_deit(tmp_path: Path) -> None:
     assert torch.equal(model.vit.embeddings.distillation_token, weights["dist_token"])
 
 
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("model_type", ["mctf_t2t_vit", "mctf_lv_vit"])
-def test_finetuning_ends_above_its_start(model_type: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", MODELS)
+def test_finetuning_ends_above_its_start(kind: str, tmp_path: Path) -> None:
     """From scratch on handwritten digits, with consistency, through the real command."""
-    own = {"mctf_t2t_vit": {"token_dim": 16}, "mctf_lv_vit": {"patch_size": 4, "stem_channels": 8}}
-    size = 64 if model_type == "mctf_t2t_vit" else 32
-    config = {**SMALL, **own[model_type], "model_type": model_type, "image_size": size}
+    config_class, own = MODELS[kind]
+    size = {"image_size": 64} if kind.startswith("t2t") else {"image_size": 32, "patch_size": 8}
+    config: dict[str, Any] = {**SMALL, **own, **size, "model_type": config_class.model_type}
+    config |= {"hidden_size": 64, "num_hidden_layers": 3, "initializer_range": 0.1}
     del config["num_labels"]
     folder = tmp_path / "model"
-    words = [
-        "fit", "--model.config", str(config), "--model.num_labels", "10", "--model.r", "3",
-        "--model.fusion", "{min_tokens: 5}", "--model.learning_rate", "0.05",
-        "--data.dataset", DIGITS, "--data.batch_size", "32", "--data.num_workers", "1",
-        "--trainer.accelerator", "cpu", "--trainer.logger", "false", "--trainer.max_epochs", "2",
-        "--trainer.default_root_dir", str(tmp_path), "--export.folder", str(folder),
-    ]  # fmt: skip
-    done = mctf(*words)
-    assert done.returncode == 0, done.stderr[-3000:]
+    main(
+        ["fit", "--model.config", str(config), "--model.num_labels", "10", "--model.r", "2",
+         "--model.fusion", "{min_tokens: 5}", "--model.learning_rate", "0.05",
+         "--data.dataset", DIGITS, "--data.batch_size", "32", "--data.num_workers", "0",
+         "--trainer.accelerator", "cpu", "--trainer.logger", "false", "--trainer.max_epochs", "3",
+         "--trainer.default_root_dir", str(tmp_path), "--export.folder", str(folder)]
+    )  # fmt: skip
     model = AutoModelForImageClassification.from_pretrained(folder).eval()
+    assert sum(model.config.tokens_fused(model.config.num_tokens())) == 4
     rows = load_dataset(DIGITS, split="test").select(range(200))
     processor = ViTImageProcessorPil.from_pretrained(folder)
     pixels = processor([image.convert("RGB") for image in rows["image"]], return_tensors="pt")
     with torch.no_grad():
         predicted = model(**pixels).logits.argmax(-1)
-    assert (predicted == torch.tensor(rows["label"][:])).float().mean() > 0.15  # 0.1 by chance
+    assert (predicted == torch.tensor(rows["label"][:])).float().mean() > 0.4  # 0.1 by chance
+
+
+@pytest.mark.parametrize("suffix", WRITE)
+@pytest.mark.parametrize("kind", MODELS)
+@torch.no_grad()
+def test_an_exported_file_computes_what_its_model_does(kind: str, suffix: str) -> None:
+    # With weights so wide that fusion shows, and that a performer's features underflow.
+    model = small(kind, num_hidden_layers=2, fusion_layers=[0, 1], initializer_range=0.3)
+    assert (model(pictures()).logits - model(pictures(), r=0).logits).abs().max() > 0.1
+    file = WRITE[suffix](model, f"model.{suffix}")
+    found = check(model, file, [pictures(1), pictures(3)])
+    assert found.differing == 0 and found.top1 == 1
 
 
 @torch.no_grad()
-def test_they_compile_whole_are_exported_and_drawn(tmp_path: Path) -> None:
+def test_they_compile_whole_and_are_drawn(tmp_path: Path) -> None:
     model = small("t2t performer", num_hidden_layers=2)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(pictures()).logits, model(pictures()).logits)
     folder = save(model, ViTImageProcessorPil(size={"height": 96, "width": 96}), tmp_path / "m")
-    for exported in (model, small("lv", num_hidden_layers=2), small("distilled")):
-        file = to_torch_export(exported, "model.pt2")
-        found = check(exported, file, [pictures(1), pictures(3)])
-        assert found.max_difference < 1e-5 and found.top1 == 1
     main(["visualize", str(folder), "--images", DIGITS, "--output", "drawn.png"])
     assert Path("drawn.png").exists()
 

@@ -23,7 +23,8 @@ from tests.conftest import DIGITS, tiny_model
 
 
 def test_a_table_a_file_and_a_picture(tiny_folder: Path, capsys: pytest.CaptureFixture) -> None:
-    models = [f"{tiny_folder}{settings}" for settings in ("", ",r=8", ",r=8,slice=1", ",compile")]
+    ViTForImageClassification.from_pretrained(tiny_folder, num_hidden_layers=2).save_pretrained("m")
+    models = [f"m{settings}" for settings in ("", ",r=8", ",r=8,slice=1", ",compile")]
     words = ["--batch_sizes", "[1,3]", "--rounds", "3", "--output", "o.json", "--plot", "o.png"]
     main(["benchmark", *models, *words])
 

@@ -350,8 +350,10 @@ def test_real_weights_on_real_images() -> None:
     rows = load_dataset(str(SHARED / "data" / "cifar10"), split="test[:1000]")
     processor = AutoImageProcessor.from_pretrained(checkpoint, backend="pil")
     pixels = processor([np.asarray(image) for image in rows["image"]], return_tensors="pt")
-    model = MCTFViTForImageClassification.from_pretrained(checkpoint, r=5).eval()
+    model = MCTFViTForImageClassification.from_pretrained(
+        checkpoint, r=0.35, fusion_layers=[3, 6, 9]
+    ).eval()
     to_onnx(model, "model.onnx", image_processor=processor)
     found = check(model, "model.onnx", pixels["pixel_values"].split([1, 99, 300, 600]))
     assert found.top1 == 1
-    assert found.differing <= 0.005  # torch in float64 differs in one image of the thousand
+    assert found.differing <= 0.002  # torch in float64 differs in none

@@ -22,7 +22,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification, MCTFViTModel
 from mctf_hf.hub import load_image_processor, save
-from tests.conftest import TINY, tiny_model
+from tests.conftest import TINY, environment_of_a_stranger, tiny_model
 
 # What a stranger runs: this library can't be imported there.
 BLOCKED = """
@@ -72,7 +72,7 @@ def load_as_stranger(
     torch.save(images, tmp_path / "images.pt")
     done = subprocess.run(
         [sys.executable, "-c", STRANGER, folder, tmp_path / "images.pt", tmp_path / "out.pt"],
-        env={"HF_HOME": str(tmp_path / "home"), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"},
+        env=environment_of_a_stranger(tmp_path / "home"),
         capture_output=True,
         text=True,
     )
@@ -260,7 +260,7 @@ def test_a_tampered_auto_map_runs_nothing_without_consent(tmp_path: Path) -> Non
     )
     done = subprocess.run(
         [sys.executable, "-c", load, folder],
-        env={"HF_HOME": str(tmp_path / "home"), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"},
+        env=environment_of_a_stranger(tmp_path / "home"),
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,

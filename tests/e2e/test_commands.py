@@ -116,17 +116,19 @@ def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(
     )
 
 
-def test_validate_and_test_report_accuracy(finished: Path) -> None:
+def test_validate_and_test_report_accuracy(
+    finished: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+) -> None:
     for command in ("validate", "test"):
-        done = mctf(
-            command, "--model.pretrained", finished / "model", "--data.dataset", DIGITS,
-            "--trainer.logger", "false",
+        caplog.clear()
+        main(
+            [command, "--model.pretrained", str(finished / "model"), "--data.dataset", DIGITS,
+             "--trainer.logger", "false"]
         )  # fmt: skip
-        assert done.returncode == 0, done.stderr
         split = {"validate": "val", "test": "test"}[command]
-        (shown,) = re.findall(rf"{split}/accuracy +│ +([\d.]+)", done.stdout)
+        (shown,) = re.findall(rf"{split}/accuracy +│ +([\d.]+)", capsys.readouterr().out)
         assert 0 <= float(shown) <= 1
-        assert "the layers fuse 0, 6, 6, 6, 6 tokens" in done.stdout + done.stderr
+        assert "the layers fuse 0, 6, 6, 6, 6 tokens" in caplog.text
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
@@ -135,11 +137,10 @@ def test_predict_writes_file_label_and_score(finished: Path, tmp_path: Path, suf
     for i, level in enumerate((0, 90, 255)):
         Image.new("L", (20, 20), level).save(tmp_path / "photos" / f"{i}.png")
     output = tmp_path / "out" / f"labels.{suffix}"
-    done = mctf(
-        "predict", "--model.pretrained", finished / "model", "--trainer.logger", "false",
-        "--data.predict_folder", tmp_path / "photos", "--predictions.path", output,
+    main(
+        ["predict", "--model.pretrained", str(finished / "model"), "--trainer.logger", "false",
+         "--data.predict_folder", str(tmp_path / "photos"), "--predictions.path", str(output)]
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
     text = output.read_text()
     rows = (
         list(csv.DictReader(text.splitlines()))
@@ -225,12 +226,15 @@ def test_recipes_are_complete_and_without_mistakes(
 
 
 def test_a_folder_of_something_else_is_refused_before_training(
-    tiny_folder: Path, tmp_path: Path
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    (tmp_path / "documents").mkdir()
-    (tmp_path / "documents" / "thesis.txt").write_text("mine")
-    done = mctf(*fit_words(tmp_path, tiny_folder), "--export.folder", tmp_path / "documents")
-    assert done.returncode == 1 and "holds something else than a model" in done.stderr
+    documents = tmp_path / "documents"
+    documents.mkdir()
+    (documents / "thesis.txt").write_text("mine")
+    with pytest.raises(SystemExit) as stopped:
+        main([*map(str, fit_words(tmp_path, tiny_folder)), "--export.folder", str(documents)])
+    assert stopped.value.code == 1
+    assert "holds something else than a model" in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
@@ -255,7 +259,9 @@ def test_two_processes_train_and_predict_together(tiny_folder: Path, tmp_path: P
 
 
 def test_help_names_every_command_and_setting(capsys: pytest.CaptureFixture) -> None:
-    overview = mctf("--help").stdout
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    overview = capsys.readouterr().out
     assert all(word in overview for word in ("fit", "validate", "test", "predict", *COMMANDS))
     for command in COMMANDS:
         with pytest.raises(SystemExit):

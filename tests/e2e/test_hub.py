@@ -357,8 +357,14 @@ def test_a_card_does_not_outlive_what_was_measured(
 
 @pytest.mark.parametrize("revision", ["main", "fast"])
 def test_an_upload_that_breaks_off_changes_nothing_and_can_be_repeated(
-    hub: LocalHub, folder: Path, tmp_path: Path, images: Tensor, revision: str
+    hub: LocalHub,
+    folder: Path,
+    tmp_path: Path,
+    images: Tensor,
+    revision: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the client's attempts
     push(folder, REPO, api=api(hub))
     before = dict(hub.repos[REPO].branches)
     changed = MCTFViTForImageClassification.from_pretrained(folder, r=3)
