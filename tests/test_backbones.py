@@ -212,22 +212,24 @@ def test_every_preset_can_be_built() -> None:
     assert preset("lv_vit_l").skip_lambda == 3
 
 
-@pytest.mark.parametrize("kind", ["t2t transformer", "lv"])
 @torch.no_grad()
-def test_a_stranger_loads_it(kind: str, tmp_path: Path) -> None:
-    model = small(kind)
+def test_a_stranger_loads_them(tmp_path: Path) -> None:
     processor = ViTImageProcessorPil(size={"height": 96, "width": 96})
-    folder = save(model, processor, tmp_path / "model")
+    models = {kind: small(kind) for kind in MODELS}
+    folders = [
+        save(model, processor, tmp_path / kind.replace(" ", "-")) for kind, model in models.items()
+    ]
     images = pictures()
-    with_library = AutoModelForImageClassification.from_pretrained(folder).eval()
-    assert type(with_library) is type(model)
-    assert torch.equal(with_library(images).logits, model(images).logits)
-    encoder = AutoModel.from_pretrained(folder).eval()
-    assert torch.equal(encoder(images).last_hidden_state, model.vit(images).last_hidden_state)
-
-    found, _ = load_as_stranger(folder, images, tmp_path)
-    for name in ("logits", "resaved"):
-        assert torch.equal(found[name], model(images).logits)
+    strangers, _ = load_as_stranger(folders, images, tmp_path)
+    for model, folder, found in zip(models.values(), folders, strangers, strict=True):
+        logits, hidden = model(images).logits, model.vit(images).last_hidden_state
+        with_library = AutoModelForImageClassification.from_pretrained(folder).eval()
+        assert type(with_library) is type(model)
+        assert torch.equal(with_library(images).logits, logits)
+        assert torch.equal(found["logits"], logits) and torch.equal(found["resaved"], logits)
+        encoder = AutoModel.from_pretrained(folder).eval()
+        assert torch.equal(encoder(images).last_hidden_state, hidden)
+        assert torch.equal(found["hidden"], hidden)
 
 
 @pytest.mark.parametrize("kind", MODELS)
