@@ -16,7 +16,7 @@ from transformers import DeiTImageProcessorPil, ViTImageProcessorPil
 
 from lightning_modules import HFImageDataModule
 from lightning_modules.augmentation import FlipAndCrop
-from lightning_modules.data import read_image
+from lightning_modules.images import read_image
 from tests.conftest import DIGITS
 
 PROCESSOR = ViTImageProcessorPil(size={"height": 32, "width": 32})
