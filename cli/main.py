@@ -9,13 +9,14 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import StrictDataclassError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from cli import benchmark, convert, demo, export, push, visualize
+from cli import benchmark, benchmark_data, convert, demo, export, push, visualize
 from cli.finetuning import finetuning
 
 # Commands beside those of Lightning, which take the words that follow theirs.
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "demo": demo.main,
     "benchmark": benchmark.main,
+    "benchmark-data": benchmark_data.main,
     "convert": convert.main,
     "export": export.main,
     "push": push.main,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, IterableDataset, Value
 from datasets import Image as ImageFeature
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import default_collate
@@ -52,7 +52,9 @@ def decode(stored: dict[str, Any] | str | Path | None, name: str) -> Image.Image
     try:
         return read_image(source)
     except (*broken, Image.DecompressionBombError) as error:
-        raise UnreadableImage(f"{name} holds no readable image: {error}") from error
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "its format is unknown" if unknown else error
+        raise UnreadableImage(f"{name} holds no readable image: {reason}") from error
 
 
 class Process:

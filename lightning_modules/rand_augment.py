@@ -45,21 +45,18 @@ class RandAugment:
         Raises:
             ValueError: for any other form.
         """
-        settings: dict[str, float] = {}
         first, *parts = policy.split("-")
-        for part in parts:
-            found = re.fullmatch(r"(mstd|inc|m|n|p)(\d+(?:\.\d+)?)", part)
-            if found is None or found[1] in settings:
-                first = ""
-                break
-            settings[found[1]] = float(found[2])
+        found = [re.fullmatch(r"(mstd|inc|m|n|p)(\d+(?:\.\d+)?)", part) for part in parts]
+        given = {match[1]: float(match[2]) for match in found if match}
+        settings = {"m": 9.0, "mstd": 0.0, "inc": 0.0, "n": 2.0, "p": 0.5, **given}
         fine = (
             first == "rand"
-            and 0 <= settings.get("m", 0) <= HIGHEST
-            and settings.get("inc", 0) in (0, 1)
-            and settings.get("n", 1).is_integer()
-            and settings.get("n", 1) >= 1
-            and settings.get("p", 0) <= 1
+            and len(given) == len(parts)
+            and settings["m"] <= HIGHEST
+            and settings["inc"] in (0, 1)
+            and settings["n"] >= 1
+            and settings["n"].is_integer()
+            and settings["p"] <= 1
         )
         if not fine:
             raise ValueError(
@@ -69,11 +66,11 @@ class RandAugment:
                 "such as rand-m9-mstd0.5-inc1"
             )
         return cls(
-            magnitude=settings.get("m", 9),
-            std=settings.get("mstd", 0.0),
-            increasing=settings.get("inc", 0) == 1,
-            num_ops=int(settings.get("n", 2)),
-            probability=settings.get("p", 0.5),
+            magnitude=settings["m"],
+            std=settings["mstd"],
+            increasing=settings["inc"] == 1,
+            num_ops=int(settings["n"]),
+            probability=settings["p"],
         )
 
     @property
@@ -94,7 +91,7 @@ class RandAugment:
         images = images.clone()
         for choice, apply, normal, sign in draws.T.reshape(self.num_ops, 4, len(images)):
             chosen = (choice * len(OPERATIONS)).astype(int)
-            spread = torch.special.ndtri(torch.from_numpy(normal)).numpy()
+            spread = torch.special.ndtri(torch.from_numpy(normal.clip(2.0**-53))).numpy()
             levels = np.clip(self.magnitude + self.std * spread, 0, HIGHEST) / HIGHEST
             signs = np.where(sign < 0.5, -1.0, 1.0)
             for number, name in enumerate(OPERATIONS):

@@ -108,13 +108,13 @@ class StreamedImages(TorchIterableDataset):
 
         The images of batches that nobody needs are not decoded; their samples are empty.
         """
+        self.rows.set_epoch(epoch)  # which workers see
         self._epoch.copy_(torch.tensor([epoch, again, max(0, unneeded)]))
 
     def __iter__(self) -> Iterator[Sample]:
         epoch, again, unneeded = self._epoch.tolist()
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
-        self.rows.set_epoch(epoch)
         rows = iter(self.rows)
         batch = 0
         while chunk := list(islice(rows, self.batch_size)):
