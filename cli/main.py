@@ -63,6 +63,12 @@ def _underscored(option: re.Match) -> str:
 def _message(error: BaseException) -> str:
     """The error's own words, without the traceback that a data loading worker puts before them."""
     text = str(error)
+    if text.startswith("DataLoader worker"):
+        return (
+            f"a process that loads images has died ({text.strip()}): mostly the memory was full, "
+            "then take fewer num_workers, or a smaller batch_size or shuffle_buffer; checkpoints "
+            "saved so far are untouched"
+        )
     if not text.startswith("Caught "):
         return text
     raised = list(re.finditer(rf"^(\w+\.)*{type(error).__name__}: ", text, re.MULTILINE))

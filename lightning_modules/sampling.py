@@ -48,24 +48,7 @@ class ResumableDataLoader(DataLoader):
 
     def __iter__(self) -> Iterator[Any]:
         self.sampler.start = self.batches_done() * (self.batch_size or 1)
-        yield from self._batches()
-
-    def _batches(self) -> Iterator[Any]:
-        """The batches of an ordinary loader.
-
-        Raises:
-            RuntimeError: if a worker was killed.
-        """
-        try:
-            yield from super().__iter__()
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise RuntimeError(
-                f"a process that loads images has died ({str(error).strip()}): mostly the memory "
-                "was full, then take fewer num_workers or a smaller batch_size or shuffle_buffer; "
-                "checkpoints saved so far are untouched"
-            ) from error
+        yield from super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: the trainer's own count of batches is the state."""

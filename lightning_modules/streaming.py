@@ -15,8 +15,8 @@ from datasets import IterableDataset, load_dataset_builder
 from datasets.distributed import split_dataset_by_node
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data import IterableDataset as TorchIterableDataset
-from torch.utils.data import get_worker_info
 
 from .augmentation import FlipAndCrop
 from .images import (
@@ -177,7 +177,7 @@ class StreamLoader(ResumableDataLoader):
     """A loader of a stream that makes whole batches of what its workers leave over.
 
     Where a number of ``steps`` is given, each epoch has so many batches in every process: what is
-    left then waits for another epoch, and a share that ends before starts again, in another order.
+    left then waits for another epoch, and a share that ends before starts again, augmented anew.
 
     Args:
         images: the stream.
@@ -227,7 +227,7 @@ class StreamLoader(ResumableDataLoader):
     def _whole_batches(self) -> Iterator[Batch]:
         """Whole batches, empty ones that nobody needs among them, and in evaluation the rest."""
         rest: list[Batch] = []
-        for batch in self._batches():
+        for batch in DataLoader.__iter__(self):  # each worker's, in turn
             if not batch or len(batch["labels"]) == self.batch_size:
                 yield batch
             else:

@@ -3,14 +3,17 @@
 import io
 import multiprocessing
 import os
+import re
 import signal
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -20,7 +23,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from transformers import DeiTImageProcessorPil, ViTImageProcessorPil
 
-from lightning_modules import HFImageDataModule
+from cli.main import main
+from lightning_modules import HFImageDataModule, MCTFFinetuner
 from lightning_modules.augmentation import FlipAndCrop
 from lightning_modules.images import read_image
 from lightning_modules.sampling import ResumableSampler
@@ -388,18 +392,81 @@ def test_a_set_of_nothing_but_broken_images_is_an_error(tmp_path: Path) -> None:
         next(iter(data.val_dataloader()))
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_a_training_logs_how_many_images_it_skipped(
+    precision: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    rows = [(PNG, i % 2) for i in range(12)]
+    rows[5] = rows[6] = (BROKEN[0], 0)
+    folder = write_dataset(tmp_path / "set", rows)
+    data = HFImageDataModule(
+        folder,
+        val_split="train",
+        batch_size=4,
+        num_workers=0,
+        rand_augment="rand-m9-mstd0.5-inc1",
+        random_erasing=0.5,
+        mixup=0.8,
+        on_bad_image="skip",
+    )
+    module = MCTFFinetuner(str(tiny_folder), r=6)
+    trainer = L.Trainer(
+        default_root_dir=tmp_path,
+        max_epochs=1,
+        accelerator="cpu",
+        precision=precision,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        num_sanity_val_steps=0,
+    )
+    with pytest.warns(UserWarning, match="row 5 of .*: skipped"):
+        trainer.fit(module, data)
+    assert trainer.callback_metrics["train/skipped_images"] == 2
+    assert trainer.callback_metrics["val/skipped_images"] == 2
+    assert trainer.callback_metrics["train/loss"].isfinite()
+
+
+def test_the_input_pipeline_is_timed(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["benchmark-data", "--data.dataset", DIGITS, "--data.batch_size", "16"]
+    command += ["--data.num_workers", "0", "--image_size", "16", "--warmup", "1"]
+    main([*command, "--data.random_erasing", "0.5", "--batches", "2"])
+    speeds = re.findall(r"(normalize|batches) +│ +([\d,]+) ", capsys.readouterr().out)
+    assert [name for name, _ in speeds] == ["normalize", "batches"]
+    assert all(int(speed.replace(",", "")) > 1 for _, speed in speeds)
+    with pytest.raises(SystemExit):
+        main([*command, "--batches", "0"])
+    assert "batches=0 is not allowed: it is at least 1" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_a_killed_worker_is_one_clear_error() -> None:
-    data = data_module(batch_size=8, num_workers=2)
-    data.setup("fit")
-    batches = iter(data.train_dataloader())
-    next(batches)
-    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-    with pytest.raises(
-        RuntimeError, match="a process that loads images has died .*fewer num_worke"
-    ):
-        for _ in batches:
-            time.sleep(0.01)
+def test_a_killed_worker_is_one_clear_error(
+    tiny_folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def kill_one() -> None:
+        while not multiprocessing.active_children():
+            time.sleep(0.05)
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+
+    words = [
+        "fit",
+        "--model.pretrained",
+        str(tiny_folder),
+        "--model.r",
+        "6",
+        "--data.dataset",
+        DIGITS,
+    ]
+    words += ["--data.num_workers", "2", "--data.batch_size", "8", "--trainer.accelerator", "cpu"]
+    words += ["--trainer.max_epochs", "200", "--trainer.logger", "false"]
+    killer = threading.Thread(target=kill_one, daemon=True)
+    killer.start()
+    with pytest.raises(SystemExit):
+        main([*words, "--trainer.enable_checkpointing", "false"])
+    killer.join()
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "mctf: error:" in line]
+    assert "a process that loads images has died (DataLoader worker (pid" in line
+    assert "take fewer num_workers" in line
 
 
 def test_processors_that_crop_give_their_crop_in_training_too() -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import datasets
 import lightning as L
 import pytest
 import torch
@@ -89,7 +90,10 @@ def test_resuming_from_any_step_ends_with_the_same_weights(
     assert not differing
 
 
-def test_a_stream_is_resumed_too(tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_stream_is_resumed_too(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
     stream = {"streaming": True, "val_split": "test", "repeated_augmentation": 1}
     expected = train(tmp_path / "whole", tiny_folder, **stream)
     resumed = train(tmp_path / "rest", tiny_folder, tmp_path / "whole" / "step=6.ckpt", **stream)

@@ -172,7 +172,7 @@ def test_a_share_that_ends_early_starts_again(folders: dict[str, str]) -> None:
     assert [len(batch["labels"]) for batch in batches] == [8] * 12
     passes = [labels_of(batches[i : i + 5]) for i in (0, 5, 10)]
     assert [len(set(part)) for part in passes] == [40, 40, 16]
-    assert passes[0] != passes[1]
+    assert passes[0] == passes[1]
     draws = torch.cat([batch["draws"] for batch in batches])
     assert len({tuple(row) for row in draws.tolist()}) == 96  # nothing is augmented alike twice
 
