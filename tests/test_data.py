@@ -462,8 +462,7 @@ def test_a_killed_worker_is_one_clear_error(
     killer = threading.Thread(target=kill_one, daemon=True)
     killer.start()
     with pytest.raises(SystemExit):
-        main([*words, "--trainer.enable_checkpointing", "false"])
-    killer.join()
+        main(words)
     (line,) = [line for line in capfd.readouterr().err.splitlines() if "mctf: error:" in line]
     assert "a process that loads images has died (DataLoader worker (pid" in line
     assert "take fewer num_workers" in line
