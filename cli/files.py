@@ -8,7 +8,7 @@ from pathlib import Path
 from datasets import load_dataset
 from PIL import Image
 
-from lightning_modules.data import read_image
+from lightning_modules.images import read_image
 
 
 def check_output(file: str, *suffixes: str) -> Path:

@@ -18,8 +18,9 @@ DESCRIPTION = """Make Vision Transformers faster by fusing tokens (MCTF), and fi
 
 Beside the subcommands below: `mctf demo` trains, fuses and finetunes a small model on handwritten
 digits, `mctf convert` takes over checkpoints of other libraries, `mctf benchmark` times models side
-by side, `mctf visualize` draws what was fused, `mctf export` writes ONNX and torch.export programs,
-and `mctf push` puts a model on the Hub. Every command has its own --help.
+by side, `mctf benchmark-data` the input pipeline, `mctf visualize` draws what was fused, `mctf
+export` writes ONNX and torch.export programs, and `mctf push` puts a model on the Hub. Every
+command has its own --help.
 """
 
 

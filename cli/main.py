@@ -9,13 +9,14 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import StrictDataclassError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from cli import benchmark, convert, demo, export, push, visualize
+from cli import benchmark, benchmark_data, convert, demo, export, push, visualize
 from cli.finetuning import finetuning
 
 # Commands beside those of Lightning, which take the words that follow theirs.
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "demo": demo.main,
     "benchmark": benchmark.main,
+    "benchmark-data": benchmark_data.main,
     "convert": convert.main,
     "export": export.main,
     "push": push.main,
@@ -62,6 +63,12 @@ def _underscored(option: re.Match) -> str:
 def _message(error: BaseException) -> str:
     """The error's own words, without the traceback that a data loading worker puts before them."""
     text = str(error)
+    if text.startswith("DataLoader worker"):
+        return (
+            f"a process that loads images has died ({text.strip()}): mostly the memory was full, "
+            "then take fewer num_workers, or a smaller batch_size or shuffle_buffer; checkpoints "
+            "saved so far are untouched"
+        )
     if not text.startswith("Caught "):
         return text
     raised = list(re.finditer(rf"^(\w+\.)*{type(error).__name__}: ", text, re.MULTILINE))

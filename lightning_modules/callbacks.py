@@ -16,6 +16,8 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from mctf_hf.hub import TRAINING, check_folder, save
 
+AUGMENTED = ("rand_augment", "random_erasing", "mixup", "cutmix", "repeated_augmentation")
+
 
 class BestCheckpoint(ModelCheckpoint):
     """ModelCheckpoint that still knows the best one when a resumed run logs to another folder."""
@@ -98,7 +100,7 @@ def training_record(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[st
     Local folders go by their last name alone: the record is there to be published.
     """
     data = trainer.datamodule
-    names = ("dataset", "name", "revision", "train_split", "batch_size", "crop", "flip")
+    names = ("dataset", "name", "revision", "train_split", "batch_size", "crop", "flip", *AUGMENTED)
     record = {name: getattr(data, name, None) for name in names}
     record |= {name: value for name, value in pl_module.hparams.items() if name[0] != "_"}
     record |= {

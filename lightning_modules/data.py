@@ -1,33 +1,34 @@
 """Images of any Hugging Face dataset, or of a folder, as batches for an image classifier."""
 
-import io
 import os
-from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, Value, get_dataset_split_names, load_dataset
-from datasets import Image as ImageFeature
-from PIL import Image, ImageOps
-from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler
+from datasets import get_dataset_split_names, load_dataset
+from PIL import Image
+from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from .augmentation import Crop, FlipAndCrop
-
-Sample = dict[str, Any]
+from .batch_augmentation import BatchAugmentation, Mixing, Normalization, RandomErasing
+from .images import ImageFolder, LabelledImages, OnBadImage, Process, Rows, as_bytes, collate
+from .rand_augment import RandAugment
+from .sampling import ResumableDataLoader, ResumableSampler
+from .streaming import Share, StreamedImages, StreamLoader, count_rows
 
 
 class HFImageDataModule(L.LightningDataModule):
     """Training, validation, test and prediction images.
 
     Images are converted to RGB and go through the model's own image processor, which is taken
-    from the module that is trained. Whatever is random here is a function of the seed, the epoch
-    and the image alone, so neither the number of workers nor an interruption changes it.
+    from the module that is trained. In training, workers decode, crop and flip, and the model's
+    device does the rest with whole batches: RandAugment, normalisation, random erasing, mixing.
+    Whatever is random here is a function of the seed, the epoch and the image alone (for a stream:
+    and of its place in the stream), so an interruption does not change it.
 
     Args:
         dataset: id of a dataset on the Hugging Face Hub, or a local folder of parquet files or of
@@ -47,6 +48,20 @@ class HFImageDataModule(L.LightningDataModule):
         crop: random crop in training: ``none``, ``padded`` (for small images) or ``resized`` (for
             ImageNet).
         flip: mirror half of the training images.
+        rand_augment: policy of RandAugment, such as ``rand-m9-mstd0.5-inc1``, that of DeiT.
+        random_erasing: part of the training images of which a rectangle is replaced by noise.
+        mixup: alpha of mixup; 0 is off.
+        cutmix: alpha of cutmix; 0 is off. With both, each batch gets one of the two at random.
+        repeated_augmentation: copies of an image in a global batch, differently augmented; an
+            epoch has as many samples as without.
+        on_bad_image: ``error`` stops at an image that can't be read. ``skip`` warns and counts it;
+            in training, the next row that can be read takes its place, elsewhere it is left out.
+        streaming: read the dataset as a stream, which takes no place on the disk: parquet files
+            or tar files in WebDataset format, best with as many shards as a multiple of the
+            processes times ``num_workers``.
+        shuffle_buffer: rows of a worker among which the next one is drawn when streaming.
+        train_images: rows of ``train_split`` when streaming. Unset: what the dataset's card or
+            parquet files tell, which tar files don't.
         predict_folder: folder of images to predict, searched with its subfolders.
         seed: of the order, the augmentation and the cut of the validation part.
     """
@@ -67,15 +82,40 @@ class HFImageDataModule(L.LightningDataModule):
         num_workers: int = 2,
         crop: Crop = "none",
         flip: bool = False,
+        rand_augment: str | None = None,
+        random_erasing: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        repeated_augmentation: int = 1,
+        on_bad_image: OnBadImage = "error",
+        streaming: bool = False,
+        shuffle_buffer: int = 1000,
+        train_images: int | None = None,
         predict_folder: str | None = None,
         seed: int = 0,
     ):
         super().__init__()
         if not 0 < val_fraction < 1:
             raise ValueError(f"val_fraction={val_fraction!r} is not allowed: it is between 0 and 1")
-        for setting, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
-            if value is not None and value < 1:
-                raise ValueError(f"{setting}={value!r} is not allowed: it is at least 1")
+        if not 0 <= random_erasing <= 1:
+            raise ValueError(f"random_erasing={random_erasing!r} is not allowed: it is 0 to 1")
+        for setting, value, least in (
+            ("batch_size", batch_size, 1),
+            ("eval_batch_size", eval_batch_size, 1),
+            ("num_workers", num_workers, 0),
+            ("mixup", mixup, 0),
+            ("cutmix", cutmix, 0),
+            ("repeated_augmentation", repeated_augmentation, 1),
+            ("shuffle_buffer", shuffle_buffer, 1),
+            ("train_images", train_images, 1),
+        ):
+            if value is not None and value < least:
+                raise ValueError(f"{setting}={value!r} is not allowed: it is at least {least}")
+        if streaming and repeated_augmentation > 1:
+            raise ValueError(
+                f"repeated_augmentation={repeated_augmentation!r} is not allowed with streaming: "
+                "a stream tells each image once"
+            )
         self.dataset = dataset
         self.name = name
         self.revision = revision
@@ -90,10 +130,21 @@ class HFImageDataModule(L.LightningDataModule):
         self.num_workers = num_workers
         self.crop = crop
         self.flip = flip
+        self.rand_augment = rand_augment
+        self.random_erasing = random_erasing
+        self.mixup = mixup
+        self.cutmix = cutmix
+        self.repeated_augmentation = repeated_augmentation
+        self.on_bad_image = on_bad_image
+        self.streaming = streaming
+        self.shuffle_buffer = shuffle_buffer
+        self.train_images = train_images
         self.predict_folder = predict_folder
         self.seed = seed
         self.label_names: list[str] | None = None
         self._sets: dict[str, TorchDataset] = {}
+        self._policy = None if rand_augment is None else RandAugment.parse(rand_augment)
+        self._augmentation: BatchAugmentation | None = None
 
     def setup(self, stage: str) -> None:
         """Open what a stage needs.
@@ -106,8 +157,16 @@ class HFImageDataModule(L.LightningDataModule):
         if stage == "predict":
             self._sets["predict"] = ImageFolder(self._image_files(), processor)
             return
+        if stage == "fit":
+            self._augmentation = BatchAugmentation(
+                Normalization.of(processor),
+                model.num_labels,
+                self._policy,
+                RandomErasing(self.random_erasing) if self.random_erasing else None,
+                Mixing(self.mixup, self.cutmix) if self.mixup or self.cutmix else None,
+            )
         if stage == "test":
-            self._sets["test"] = LabelledImages(self.rows(self.test_split), Process(processor))
+            self._sets["test"] = self._evaluated(self.test_split, processor)
         elif not self._sets.keys() >= ({"train", "val"} if stage == "fit" else {"val"}):
             self._open_train_and_val(processor, train=stage == "fit")
         self._check_labels(model.num_labels)
@@ -116,31 +175,72 @@ class HFImageDataModule(L.LightningDataModule):
         val_split = self.val_split
         if val_split is None and "validation" in self._splits():
             val_split = "validation"
-        train_rows = self.rows(self.train_split) if train or val_split is None else None
         if val_split is not None:
-            val_rows, kept, held_out = self.rows(val_split), None, None
-        else:
-            val_rows = train_rows
-            order = np.random.default_rng([self.seed, len(val_rows)]).permutation(len(val_rows))
-            cut = max(1, round(len(order) * self.val_fraction))
-            kept, held_out = np.sort(order[cut:]), np.sort(order[:cut])
-            if train and not len(kept):
-                raise ValueError(
-                    f"val_fraction={self.val_fraction!r} leaves none of the {len(order)} rows of "
-                    f"{val_rows.origin} to train on"
-                )
-        self._sets["val"] = LabelledImages(val_rows, Process(processor), indices=held_out)
-        if train:
-            sized = {} if self.crop == "none" else {"do_resize": False, "do_center_crop": False}
-            self._sets["train"] = LabelledImages(
-                train_rows,
-                Process(processor, **sized),
-                augment=FlipAndCrop(
-                    _output_size(processor), self.crop, self.flip, resample=processor.resample
-                ),
-                indices=kept,
-                seed=self.seed,
+            self._sets["val"] = self._evaluated(val_split, processor)
+            if train:
+                self._sets["train"] = self._augmented(processor)
+            return
+        if self.streaming:
+            raise ValueError(
+                f"{self.dataset} has no validation split, and none can be cut from a stream: set "
+                f"val_split to one of {', '.join(self._splits())}"
             )
+        rows = self.rows(self.train_split)
+        order = np.random.default_rng([self.seed, len(rows)]).permutation(len(rows))
+        cut = max(1, round(len(order) * self.val_fraction))
+        if train and cut == len(order):
+            raise ValueError(
+                f"val_fraction={self.val_fraction!r} leaves none of the {len(order)} rows of "
+                f"{rows.origin} to train on"
+            )
+        self._sets["val"] = self._evaluated(rows, processor, indices=np.sort(order[:cut]))
+        if train:
+            self._sets["train"] = self._augmented(processor, rows, indices=np.sort(order[cut:]))
+
+    def _evaluated(
+        self, source: "str | Rows", processor: Any, **options: Any
+    ) -> LabelledImages | StreamedImages:
+        """A split as the image processor makes it."""
+        if self.streaming:
+            return self._stream(source, Process(processor), self.eval_batch_size)
+        rows = self.rows(source) if isinstance(source, str) else source
+        options |= {"on_bad_image": self.on_bad_image, "leave_out": True}
+        return LabelledImages(rows, Process(processor), **options)
+
+    def _augmented(
+        self, processor: Any, rows: Rows | None = None, **options: Any
+    ) -> LabelledImages | StreamedImages:
+        """The training split as bytes, cropped and flipped."""
+        bytes_alone = {"do_rescale": False, "do_normalize": False}
+        process = Process(processor, **bytes_alone) if self.crop == "none" else as_bytes
+        options |= {
+            "augment": FlipAndCrop(
+                _output_size(processor), self.crop, self.flip, resample=processor.resample
+            ),
+            "num_draws": self._augmentation.num_draws,
+        }
+        if self.streaming:
+            options |= {"shuffle_buffer": self.shuffle_buffer}
+            return self._stream(self.train_split, process, self.batch_size, **options)
+        options |= {"seed": self.seed, "on_bad_image": self.on_bad_image}
+        return LabelledImages(rows or self.rows(self.train_split), process, **options)
+
+    def _stream(self, split: str, process: Any, batch_size: int, **options: Any) -> StreamedImages:
+        images = StreamedImages(
+            self._load(split),
+            f"{self.dataset}, split {split}",
+            process,
+            share=Share(self.trainer.global_rank, self.trainer.world_size),
+            num_labels=self.trainer.lightning_module.num_labels,
+            batch_size=batch_size,
+            image_column=self.image_column,
+            label_column=self.label_column,
+            seed=self.seed,
+            on_bad_image=self.on_bad_image,
+            **options,
+        )
+        self.label_names = images.columns.label_names
+        return images
 
     def _splits(self) -> list[str]:
         if self.dataset is None:
@@ -156,11 +256,20 @@ class HFImageDataModule(L.LightningDataModule):
             ValueError: for a split or column that is missing.
             FileNotFoundError: for a folder that is missing.
         """
+        origin = f"{self.dataset}, split {split}"
+        return Rows(self._load(split), origin, self.image_column, self.label_column)
+
+    def _load(self, split: str) -> Any:
         splits = self._splits()
         if split not in splits:
             raise ValueError(f"{self.dataset} has no split {split!r}: it has {', '.join(splits)}")
-        rows = load_dataset(self.dataset, self.name, split=split, revision=self.revision)
-        return Rows(rows, f"{self.dataset}, split {split}", self.image_column, self.label_column)
+        return load_dataset(
+            self.dataset,
+            self.name,
+            split=split,
+            revision=self.revision,
+            streaming=self.streaming,
+        )
 
     def _check_labels(self, num_labels: int) -> None:
         """Compare the labels of all open splits with the model's classes."""
@@ -183,24 +292,74 @@ class HFImageDataModule(L.LightningDataModule):
             raise ValueError(f"predict_folder={self.predict_folder!r} holds no images")
         return files
 
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Keep random numbers where they are needed: they decide what the device is told to do."""
+        if "draws" in batch:
+            batch = {**batch, "draws": batch["draws"].numpy()}
+        return batch
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Augment and normalise a batch of training images on the model's device."""
+        if not self.trainer.training:
+            return batch
+        images, labels = self._augmentation(
+            batch["pixel_values"], batch["labels"], batch.pop("draws", None)
+        )
+        # Lightning has converted the batch to the precision of the weights before it was augmented.
+        convert = self.trainer.precision_plugin.convert_input
+        return {**batch, **convert({"pixel_values": images, "labels": labels})}
+
     def train_dataloader(self) -> DataLoader:
-        images = self._sets["train"]
+        images, trainer = self._sets["train"], self.trainer
+        options = self._loader_options() | {
+            "batches_done": lambda: trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        }
+        if isinstance(images, StreamedImages):
+            return self._train_stream(images, options)
         sampler = ResumableSampler(
             images,
-            num_replicas=self.trainer.world_size,
-            rank=self.trainer.global_rank,
+            num_replicas=trainer.world_size,
+            rank=trainer.global_rank,
             shuffle=True,
             seed=self.seed,
+            repeats=self.repeated_augmentation,
         )
         return ResumableDataLoader(
             images,
             batch_size=self.batch_size,
             sampler=sampler,
-            num_workers=self.num_workers,
             drop_last=len(sampler) >= self.batch_size,
-            pin_memory=torch.cuda.is_available(),
-            batches_done=lambda: self.trainer.fit_loop.epoch_loop.batch_progress.current.ready,
+            **options,
         )
+
+    def _train_stream(self, images: StreamedImages, options: dict[str, Any]) -> StreamLoader:
+        rows = self.train_images or count_rows(
+            self.dataset, self.name, self.revision, self.train_split
+        )
+        if rows is None:
+            raise ValueError(
+                f"train_images is not set, and {images.origin} does not tell how many rows it "
+                "has, which the length of an epoch depends on"
+            )
+        steps = rows // (self.batch_size * self.trainer.world_size)
+        if not steps:
+            raise ValueError(
+                f"batch_size={self.batch_size!r} is not allowed: {images.origin} has {rows} rows, "
+                f"less than a batch for each of {self.trainer.world_size} processes"
+            )
+        # All our workers have shares of their own, and the loader counts whole batches.
+        warnings.filterwarnings("ignore", message="Your `IterableDataset` has `__len__` defined")
+        return StreamLoader(
+            images, steps=steps, epoch=lambda: self.trainer.current_epoch, **options
+        )
+
+    def _loader_options(self) -> dict[str, Any]:
+        return {
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+            "collate_fn": collate,
+        }
 
     def val_dataloader(self) -> DataLoader:
         return self._eval_dataloader("val")
@@ -212,12 +371,10 @@ class HFImageDataModule(L.LightningDataModule):
         return self._eval_dataloader("predict")
 
     def _eval_dataloader(self, which: str) -> DataLoader:
-        return DataLoader(
-            self._sets[which],
-            batch_size=self.eval_batch_size,
-            num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
-        )
+        images, options = self._sets[which], self._loader_options()
+        if isinstance(images, StreamedImages):
+            return StreamLoader(images, **options)
+        return DataLoader(images, batch_size=self.eval_batch_size, **options)
 
 
 def _output_size(processor: Any) -> tuple[int, int]:
@@ -226,193 +383,3 @@ def _output_size(processor: Any) -> tuple[int, int]:
     size = processor.crop_size if cropped else processor.size
     edge = size.get("shortest_edge")
     return (edge, edge) if edge else (size["height"], size["width"])
-
-
-class Process:
-    """An image processor, with options of its own, for one image -> (channels, height, width)."""
-
-    def __init__(self, processor: Any, **options: Any):
-        self.processor = processor
-        self.options = options
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        return self.processor(image, return_tensors="pt", **self.options)["pixel_values"][0]
-
-
-class Rows:
-    """Rows of one split: images, undecoded, and labels as integers.
-
-    Raises:
-        ValueError: if a column is missing or can't be told from the others.
-    """
-
-    def __init__(
-        self, rows: Dataset, origin: str, image_column: str | None, label_column: str | None
-    ):
-        self.origin = origin
-        self.image_column = _column(rows, "image_column", image_column, ImageFeature, origin)
-        label_column = _column(rows, "label_column", label_column, ClassLabel, origin)
-        feature = rows.features[label_column]
-        if not isinstance(rows.features[self.image_column], ImageFeature):
-            raise ValueError(
-                f"image_column={self.image_column!r} of {origin} holds "
-                f"{rows.features[self.image_column]}: it is to hold images"
-            )
-        integers = isinstance(feature, Value) and feature.dtype.startswith(("int", "uint"))
-        if not integers and not isinstance(feature, ClassLabel):
-            raise ValueError(
-                f"label_column={label_column!r} of {origin} holds {feature}: labels are integers "
-                "or class labels (datasets' class_encode_column makes them)"
-            )
-        labels = rows[label_column][:]
-        if None in labels:
-            raise ValueError(f"row {labels.index(None)} of {origin} has no label")
-        self.labels = np.asarray(labels, dtype=np.int64)
-        self.label_names = list(feature.names) if isinstance(feature, ClassLabel) else None
-        self.images = rows.select_columns([self.image_column]).cast_column(
-            self.image_column, ImageFeature(decode=False)
-        )
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def check_labels(self, num_labels: int) -> None:
-        """Compare the labels with the number of a model's classes.
-
-        Raises:
-            ValueError: for the first label that the model lacks.
-        """
-        wrong = np.flatnonzero((self.labels < 0) | (self.labels >= num_labels))
-        if len(wrong):
-            raise ValueError(
-                f"row {wrong[0]} of {self.origin} has the label {self.labels[wrong[0]]}: the "
-                f"model has the classes 0 to {num_labels - 1} (set num_labels for a new head)"
-            )
-
-    def image(self, index: int) -> Image.Image:
-        """The image of a row, in RGB.
-
-        Raises:
-            ValueError: if it can't be decoded; the message names the row.
-        """
-        stored = self.images[index][self.image_column]
-        if stored is None:
-            raise ValueError(f"row {index} of {self.origin} has no image")
-        try:
-            source = stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"])
-            return read_image(source)
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            path = f" ({stored['path']})" if stored["path"] else ""
-            raise ValueError(
-                f"row {index} of {self.origin}{path} holds no readable image: {error}"
-            ) from error
-
-
-def read_image(source: Any) -> Image.Image:
-    """Decode an image file of any mode to RGB."""
-    with Image.open(source) as stored:
-        image = ImageOps.exif_transpose(stored)
-        if image.mode == "P" and "transparency" in image.info:
-            return image.convert("RGBA").convert("RGB")
-        return image.convert("RGB")
-
-
-def _column(rows: Dataset, setting: str, column: str | None, kind: type, origin: str) -> str:
-    known = ", ".join(rows.column_names)
-    if column is not None:
-        if column not in rows.column_names:
-            raise ValueError(f"{setting}={column!r}: {origin} has the columns {known}")
-        return column
-    fitting = [name for name, feature in rows.features.items() if isinstance(feature, kind)]
-    if len(fitting) != 1:
-        raise ValueError(
-            f"{setting} is not set, and {origin} has {len(fitting)} columns of type "
-            f"{kind.__name__} among {known}: name the one to use"
-        )
-    return fitting[0]
-
-
-class LabelledImages(TorchDataset):
-    """Images and labels of some rows.
-
-    An item is asked for by its index, or by (epoch, index): the epoch, together with the seed and
-    the row, determines how it is augmented.
-    """
-
-    def __init__(
-        self,
-        rows: Rows,
-        process: Callable[[Image.Image], Tensor],
-        *,
-        augment: FlipAndCrop | None = None,
-        indices: Sequence[int] | np.ndarray | None = None,
-        seed: int = 0,
-    ):
-        self.rows = rows
-        self.process = process
-        self.augment = augment
-        self.indices = range(len(rows)) if indices is None else indices
-        self.seed = seed
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, key: int | tuple[int, int]) -> Sample:
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        row = int(self.indices[index])
-        image = self.rows.image(row)
-        if self.augment is not None:
-            image = self.augment(image, np.random.default_rng([self.seed, epoch, row]))
-        return {"pixel_values": self.process(image), "labels": int(self.rows.labels[row])}
-
-
-class ImageFolder(TorchDataset):
-    """Images of files, with the files' names."""
-
-    def __init__(self, files: Sequence[Path], processor: Any):
-        self.files = files
-        self.process = Process(processor)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> Sample:
-        file = self.files[index]
-        try:
-            image = read_image(file)
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{file} holds no readable image: {error}") from error
-        return {"pixel_values": self.process(image), "files": str(file)}
-
-
-class ResumableSampler(DistributedSampler):
-    """Items in an order that seed and epoch determine, as (epoch, index), from ``start`` on."""
-
-    start = 0
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        for index in islice(super().__iter__(), self.start, None):
-            yield self.epoch, index
-
-
-class ResumableDataLoader(DataLoader):
-    """A loader that begins an epoch where an interrupted run had left it.
-
-    Lightning restores its count of this epoch's batches after loaders have been set up, so
-    ``batches_done`` is asked when the first batch is fetched.
-    """
-
-    def __init__(self, *args: Any, batches_done: Callable[[], int], **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.batches_done = batches_done
-
-    def __iter__(self) -> Iterator[Any]:
-        self.sampler.start = self.batches_done() * (self.batch_size or 1)
-        yield from super().__iter__()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: the trainer's own count of batches is the state."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing to load, see :meth:`state_dict`."""

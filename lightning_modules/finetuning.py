@@ -188,12 +188,19 @@ class MCTFFinetuner(L.LightningModule):
                 f"{self.current_epoch}: training stops, checkpoints saved so far are untouched"
             )
         self._log_step({"loss": total}, labels, prog_bar=True)
+        self._log_skipped(batch, "train")
         self._log_step({"lr": self.optimizers().param_groups[0]["lr"]}, labels)
         return total
 
     def _log_step(self, values: dict[str, Any], labels: Tensor, prog_bar: bool = False) -> None:
         named = {f"train/{name}": value for name, value in values.items()}
         self.log_dict(named, prog_bar=prog_bar, batch_size=len(labels))
+
+    def _log_skipped(self, batch: Batch, stage: str) -> None:
+        """Count the rows whose image could not be read, over the epoch and all processes."""
+        if "skipped" in batch:
+            name, skipped = f"{stage}/skipped_images", batch["skipped"].sum().float()
+            self.log(name, skipped, on_step=False, on_epoch=True, reduce_fx="sum", sync_dist=True)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate(batch, self.val_metrics, "val/loss")
@@ -206,6 +213,7 @@ class MCTFFinetuner(L.LightningModule):
         metrics.update(logits, labels)
         loss = F.cross_entropy(logits, labels)
         self.log(loss_name, loss, batch_size=len(labels), sync_dist=True)
+        self._log_skipped(batch, loss_name.split("/")[0])
         self.log_dict(metrics, prog_bar=True, batch_size=len(labels))
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:

@@ -1,10 +1,19 @@
 """Images of real datasets and folders: what is read, what is refused, what chance decides."""
 
 import io
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -14,9 +23,11 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from transformers import DeiTImageProcessorPil, ViTImageProcessorPil
 
-from lightning_modules import HFImageDataModule
+from cli.main import main
+from lightning_modules import HFImageDataModule, MCTFFinetuner
 from lightning_modules.augmentation import FlipAndCrop
-from lightning_modules.data import read_image
+from lightning_modules.images import read_image
+from lightning_modules.sampling import ResumableSampler
 from tests.conftest import DIGITS
 
 PROCESSOR = ViTImageProcessorPil(size={"height": 32, "width": 32})
@@ -253,7 +264,15 @@ def test_a_crop_of_a_very_long_image_is_its_middle() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"val_fraction": 1.0}, "val_fraction=1.0"), ({"batch_size": 0}, "batch_size=0")],
+    [
+        ({"val_fraction": 1.0}, "val_fraction=1.0"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"random_erasing": 1.5}, "random_erasing=1.5"),
+        ({"mixup": -1.0}, "mixup=-1.0"),
+        ({"repeated_augmentation": 0}, "repeated_augmentation=0"),
+        ({"rand_augment": "m9"}, "rand_augment='m9'"),
+        ({"repeated_augmentation": 3, "streaming": True}, "repeated_augmentation=3"),
+    ],
 )
 def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"{message} is not allowed"):
@@ -289,6 +308,164 @@ def test_photos_are_turned_upright(tmp_path: Path) -> None:
     upright = read_image(tmp_path / "photo.jpg")
     assert upright.size == (20, 40)
     assert upright.getpixel((10, 5))[0] > 250 and upright.getpixel((10, 35))[0] < 5
+
+
+def test_a_copy_of_an_image_is_augmented_in_another_way() -> None:
+    def batches(rank: int, world_size: int, done: int = 0) -> list[dict[str, Any]]:
+        data = data_module(
+            batch_size=12, crop="resized", repeated_augmentation=3, random_erasing=0.25
+        )
+        data.trainer.world_size, data.trainer.global_rank = world_size, rank
+        data.trainer.fit_loop.epoch_loop.batch_progress.current.ready = done
+        data.setup("fit")
+        return list(data.train_dataloader())
+
+    alone = batches(0, 1)
+    assert len(alone) == 97  # as without: 1167 images, twelve at a time
+    for batch in alone[:3]:
+        assert (batch["labels"].reshape(4, 3) == batch["labels"][::3, None]).all()
+        images = batch["pixel_values"].reshape(4, 3, -1)
+        assert not (images[:, 0] == images[:, 1]).all(1).any()
+        assert len({tuple(draws) for draws in batch["draws"].tolist()}) == 12
+    shared = [batches(rank, 3) for rank in range(3)]
+    for number in range(5):  # a global batch is the same images, and no process has two copies
+        parts = [batch["draws"] for part in shared for batch in part[number : number + 1]]
+        whole = torch.cat([batch["draws"] for batch in alone[3 * number : 3 * number + 3]])
+        assert torch.equal(torch.stack(parts, 1).flatten(0, 1), whole)
+    assert torch.equal(batches(0, 1, done=40)[0]["draws"], alone[40]["draws"])
+
+
+def test_an_epoch_with_copies_sees_a_third_of_the_images() -> None:
+    seen = [
+        Counter(
+            index
+            for rank in range(2)
+            for _, index, _ in ResumableSampler(
+                range(101), num_replicas=2, rank=rank, shuffle=True, seed=epoch, repeats=3
+            )
+        )
+        for epoch in range(2)
+    ]
+    assert all(sum(counts.values()) == 102 and set(counts.values()) == {3} for counts in seen)
+    assert set(seen[0]) != set(seen[1])
+
+
+JPEG = encoded(Image.effect_noise((64, 64), 50).convert("RGB"), "jpeg")
+BROKEN = [JPEG[: len(JPEG) // 2], PNG[:30], b"", b"not an image at all"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_that_cannot_be_read_are_skipped_and_counted(workers: int, tmp_path: Path) -> None:
+    rows = [(PNG, i % 2) for i in range(20)]
+    for row, data in zip((3, 7, 8, 19), BROKEN, strict=True):
+        rows[row] = (data, 1)
+    folder = write_dataset(tmp_path / "set", rows)
+    data = data_module(
+        folder,
+        val_split="train",
+        batch_size=5,
+        eval_batch_size=4,
+        num_workers=workers,
+        on_bad_image="skip",
+    )
+    data.setup("fit")
+    batches = list(data.train_dataloader())
+    assert [len(batch["labels"]) for batch in batches] == [5, 5, 5, 5]
+    assert sum(int(batch["skipped"].sum()) for batch in batches) == 4
+    labels = torch.cat([batch["labels"] for batch in batches])
+    assert labels.sum() == 10 - 3 + 2  # rows 4, 9 twice for 3, 7 and 8; row 0 for 19
+    evaluated = list(data.val_dataloader())
+    assert [len(batch["labels"]) for batch in evaluated] == [3, 3, 3, 4, 3]
+    assert [int(batch["skipped"].sum()) for batch in evaluated] == [1, 1, 1, 0, 1]
+    if not workers:
+        with pytest.warns(UserWarning, match="row 7 of .* holds no readable image: .*: skipped"):
+            data._sets["train"][7]
+
+
+def test_a_set_of_nothing_but_broken_images_is_an_error(tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path / "set", [(data, 0) for data in BROKEN])
+    data = data_module(folder, val_split="train", on_bad_image="skip", batch_size=2)
+    data.setup("fit")
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="none of the 4 images of"):
+        next(iter(data.train_dataloader()))
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="none of the 2 images of a ba"):
+        next(iter(data.val_dataloader()))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_a_training_logs_how_many_images_it_skipped(
+    precision: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    rows = [(PNG, i % 2) for i in range(12)]
+    rows[5] = rows[6] = (BROKEN[0], 0)
+    folder = write_dataset(tmp_path / "set", rows)
+    data = HFImageDataModule(
+        folder,
+        val_split="train",
+        batch_size=4,
+        num_workers=0,
+        rand_augment="rand-m9-mstd0.5-inc1",
+        random_erasing=0.5,
+        mixup=0.8,
+        on_bad_image="skip",
+    )
+    module = MCTFFinetuner(str(tiny_folder), r=6)
+    trainer = L.Trainer(
+        default_root_dir=tmp_path,
+        max_epochs=1,
+        accelerator="cpu",
+        precision=precision,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        num_sanity_val_steps=0,
+    )
+    with pytest.warns(UserWarning, match="row 5 of .*: skipped"):
+        trainer.fit(module, data)
+    assert trainer.callback_metrics["train/skipped_images"] == 2
+    assert trainer.callback_metrics["val/skipped_images"] == 2
+    assert trainer.callback_metrics["train/loss"].isfinite()
+
+
+def test_the_input_pipeline_is_timed(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["benchmark-data", "--data.dataset", DIGITS, "--data.batch_size", "16"]
+    command += ["--data.num_workers", "0", "--image_size", "16", "--warmup", "1"]
+    main([*command, "--data.random_erasing", "0.5", "--batches", "2"])
+    speeds = re.findall(r"(normalize|batches) +│ +([\d,]+) ", capsys.readouterr().out)
+    assert [name for name, _ in speeds] == ["normalize", "batches"]
+    assert all(int(speed.replace(",", "")) > 1 for _, speed in speeds)
+    with pytest.raises(SystemExit):
+        main([*command, "--batches", "0"])
+    assert "batches=0 is not allowed: it is at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_a_killed_worker_is_one_clear_error(
+    tiny_folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def kill_one() -> None:
+        while not multiprocessing.active_children():
+            time.sleep(0.05)
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+
+    words = [
+        "fit",
+        "--model.pretrained",
+        str(tiny_folder),
+        "--model.r",
+        "6",
+        "--data.dataset",
+        DIGITS,
+    ]
+    words += ["--data.num_workers", "2", "--data.batch_size", "8", "--trainer.accelerator", "cpu"]
+    words += ["--trainer.max_epochs", "200", "--trainer.logger", "false"]
+    killer = threading.Thread(target=kill_one, daemon=True)
+    killer.start()
+    with pytest.raises(SystemExit):
+        main(words)
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "mctf: error:" in line]
+    assert "a process that loads images has died (DataLoader worker (pid" in line
+    assert "take fewer num_workers" in line
 
 
 def test_processors_that_crop_give_their_crop_in_training_too() -> None:

@@ -1,7 +1,9 @@
 """A run that was interrupted ends with the weights of one that was not."""
 
 from pathlib import Path
+from typing import Any
 
+import datasets
 import lightning as L
 import pytest
 import torch
@@ -20,21 +22,31 @@ STEPS_PER_EPOCH = 4
 EPOCHS = 3
 
 
+EVERY_AUGMENTATION: dict[str, Any] = {
+    "crop": "padded",
+    "flip": True,
+    "rand_augment": "rand-m9-mstd0.5-inc1",
+    "random_erasing": 0.25,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+}
+
+
 def train(
-    folder: Path, pretrained: Path, ckpt_path: Path | None = None, workers: int = 0, seed: int = 3
+    folder: Path,
+    pretrained: Path,
+    ckpt_path: Path | None = None,
+    workers: int = 0,
+    seed: int = 3,
+    **data_settings: Any,
 ) -> dict[str, Tensor]:
     """Train to the end, keeping a checkpoint of every step; returns the final weights."""
     module = MCTFFinetuner(
         str(pretrained), r=6, r_max=4, learning_rate=1e-2, drop_path_rate=0.2, seed=seed
     )
+    settings = {"val_fraction": 0.95, "repeated_augmentation": 3, **EVERY_AUGMENTATION}
     data = HFImageDataModule(
-        DIGITS,
-        batch_size=16,
-        val_fraction=0.95,
-        crop="padded",
-        flip=True,
-        num_workers=workers,
-        seed=seed,
+        DIGITS, batch_size=16, num_workers=workers, seed=seed, **{**settings, **data_settings}
     )
     trainer = L.Trainer(
         default_root_dir=folder,
@@ -76,6 +88,16 @@ def test_resuming_from_any_step_ends_with_the_same_weights(
     resumed = train(tmp_path, tiny_folder, folder / checkpoint)
     differing = [name for name in expected if not torch.equal(resumed[name], expected[name])]
     assert not differing
+
+
+def test_a_stream_is_resumed_too(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
+    stream = {"streaming": True, "val_split": "test", "repeated_augmentation": 1}
+    expected = train(tmp_path / "whole", tiny_folder, **stream)
+    resumed = train(tmp_path / "rest", tiny_folder, tmp_path / "whole" / "step=6.ckpt", **stream)
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
 
 
 def test_workers_do_not_change_the_weights(

@@ -1,0 +1,299 @@
+"""Rows of datasets and files of folders as single images with labels, one sample each."""
+
+import io
+import struct
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset, IterableDataset, Value
+from datasets import Image as ImageFeature
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import default_collate
+
+from .augmentation import FlipAndCrop
+
+Sample = dict[str, Any]
+OnBadImage = Literal["error", "skip"]
+DRAWS = 2**53  # random integers below this are exact as float64
+
+
+class UnreadableImage(ValueError):
+    """A row or file that holds no image, or one that can't be decoded."""
+
+
+def read_image(source: Any) -> Image.Image:
+    """Decode an image file of any mode to RGB."""
+    with Image.open(source) as stored:
+        image = ImageOps.exif_transpose(stored)
+        if image.mode == "P" and "transparency" in image.info:
+            return image.convert("RGBA").convert("RGB")
+        return image.convert("RGB")
+
+
+def decode(stored: dict[str, Any] | str | Path | None, name: str) -> Image.Image:
+    """The image, in RGB, of a file or of what ``datasets`` stores for one.
+
+    Raises:
+        UnreadableImage: with the name, if there is none or it can't be decoded.
+    """
+    if stored is None:
+        raise UnreadableImage(f"{name} has no image")
+    source: Any = stored
+    if isinstance(stored, dict):
+        name += f" ({stored['path']})" if stored["path"] else ""
+        source = stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"])
+    broken = (OSError, SyntaxError, ValueError, EOFError, struct.error)
+    try:
+        return read_image(source)
+    except (*broken, Image.DecompressionBombError) as error:
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "its format is unknown" if unknown else error
+        raise UnreadableImage(f"{name} holds no readable image: {reason}") from error
+
+
+class Process:
+    """An image processor, with options of its own, for one image -> (channels, height, width)."""
+
+    def __init__(self, processor: Any, **options: Any):
+        self.processor = processor
+        self.options = options
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        return self.processor(image, return_tensors="pt", **self.options)["pixel_values"][0]
+
+
+def as_bytes(image: Image.Image) -> Tensor:
+    """An image in RGB as (channels, height, width) uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+class Columns(NamedTuple):
+    """Where images and labels are.
+
+    Attributes:
+        image: column of the images.
+        label: column of the labels.
+        label_names: names of the classes, if the dataset has them.
+    """
+
+    image: str
+    label: str
+    label_names: list[str] | None
+
+
+def find_columns(
+    rows: Dataset | IterableDataset,
+    origin: str,
+    image_column: str | None,
+    label_column: str | None,
+) -> Columns:
+    """Find the columns of a split, or check those that are named.
+
+    Args:
+        origin: what errors call the split.
+
+    Raises:
+        ValueError: if a column is missing, can't be told from the others or holds something else.
+    """
+    if rows.features is None:
+        raise ValueError(f"{origin} does not tell its columns: its files can't be streamed")
+    image = _column(rows, "image_column", image_column, ImageFeature, origin)
+    label = _column(rows, "label_column", label_column, ClassLabel, origin)
+    feature = rows.features[label]
+    if not isinstance(rows.features[image], ImageFeature):
+        raise ValueError(
+            f"image_column={image!r} of {origin} holds {rows.features[image]}: it is to hold images"
+        )
+    integers = isinstance(feature, Value) and feature.dtype.startswith(("int", "uint"))
+    if not integers and not isinstance(feature, ClassLabel):
+        raise ValueError(
+            f"label_column={label_column!r} of {origin} holds {feature}: labels are integers "
+            "or class labels (datasets' class_encode_column makes them)"
+        )
+    return Columns(image, label, list(feature.names) if isinstance(feature, ClassLabel) else None)
+
+
+def _column(
+    rows: Dataset | IterableDataset, setting: str, column: str | None, kind: type, origin: str
+) -> str:
+    known = ", ".join(rows.features)
+    if column is not None:
+        if column not in rows.features:
+            raise ValueError(f"{setting}={column!r}: {origin} has the columns {known}")
+        return column
+    fitting = [name for name, feature in rows.features.items() if isinstance(feature, kind)]
+    if len(fitting) != 1:
+        raise ValueError(
+            f"{setting} is not set, and {origin} has {len(fitting)} columns of type "
+            f"{kind.__name__} among {known}: name the one to use"
+        )
+    return fitting[0]
+
+
+def check_label(label: int, num_labels: int, name: str) -> None:
+    """Raise ValueError, with the row's name, for a label that a model lacks."""
+    if not 0 <= label < num_labels:
+        raise ValueError(
+            f"{name} has the label {label}: the model has the classes 0 to {num_labels - 1} "
+            "(set num_labels for a new head)"
+        )
+
+
+class Rows:
+    """Rows of one split: images, undecoded, and labels as integers.
+
+    Raises:
+        ValueError: if a column is missing or can't be told from the others.
+    """
+
+    def __init__(
+        self, rows: Dataset, origin: str, image_column: str | None, label_column: str | None
+    ):
+        self.origin = origin
+        columns = find_columns(rows, origin, image_column, label_column)
+        self.image_column, self.label_names = columns.image, columns.label_names
+        labels = rows[columns.label][:]
+        if None in labels:
+            raise ValueError(f"row {labels.index(None)} of {origin} has no label")
+        self.labels = np.asarray(labels, dtype=np.int64)
+        self.images = rows.select_columns([self.image_column]).cast_column(
+            self.image_column, ImageFeature(decode=False)
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def check_labels(self, num_labels: int) -> None:
+        """Compare the labels with the number of a model's classes.
+
+        Raises:
+            ValueError: for the first label that the model lacks.
+        """
+        wrong = np.flatnonzero((self.labels < 0) | (self.labels >= num_labels))
+        if len(wrong):
+            check_label(self.labels[wrong[0]], num_labels, f"row {wrong[0]} of {self.origin}")
+
+    def image(self, index: int) -> Image.Image:
+        """The image of a row, in RGB.
+
+        Raises:
+            UnreadableImage: if it can't be decoded; the message names the row.
+        """
+        return decode(self.images[index][self.image_column], f"row {index} of {self.origin}")
+
+
+class LabelledImages(TorchDataset):
+    """Images and labels of some rows.
+
+    An item is asked for by its index, or by (epoch, index) or (epoch, index, copy): they determine,
+    together with the seed, how it is augmented.
+
+    Args:
+        rows: a split.
+        process: makes the tensor of an image.
+        augment: of training images.
+        indices: of the rows to use; all, unless given.
+        seed: of the augmentation.
+        num_draws: random integers that a sample takes along, for what is done with whole batches.
+        on_bad_image: ``"skip"`` lets the next row that can be read take the place of one that
+            can't, and the sample tells whether its row was ``skipped``; with ``leave_out`` the item
+            is None instead, which :func:`collate` leaves out.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        process: Callable[[Image.Image], Tensor],
+        *,
+        augment: FlipAndCrop | None = None,
+        indices: Sequence[int] | np.ndarray | None = None,
+        seed: int = 0,
+        num_draws: int = 0,
+        on_bad_image: OnBadImage = "error",
+        leave_out: bool = False,
+    ):
+        self.rows = rows
+        self.process = process
+        self.augment = augment
+        self.indices = range(len(rows)) if indices is None else indices
+        self.seed = seed
+        self.num_draws = num_draws
+        self.on_bad_image = on_bad_image
+        self.leave_out = leave_out
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, key: int | tuple[int, ...]) -> Sample | None:
+        epoch, index, *copy = key if isinstance(key, tuple) else (0, key)
+        asked = int(self.indices[index])
+        for skipped in range(len(self)):
+            row = int(self.indices[(index + skipped) % len(self)])
+            try:
+                image = self.rows.image(row)
+            except UnreadableImage as error:
+                if self.on_bad_image == "error":
+                    raise
+                warnings.warn(f"{error}: skipped", stacklevel=2)
+                if self.leave_out:
+                    return None
+                continue
+            generator = np.random.default_rng([self.seed, epoch, asked, *copy])
+            sample = make_sample(image, self.process, self.augment, generator, self.num_draws)
+            sample["labels"] = int(self.rows.labels[row])
+            if self.on_bad_image == "skip":
+                sample["skipped"] = int(skipped > 0)
+            return sample
+        raise ValueError(f"none of the {len(self)} images of {self.rows.origin} can be read")
+
+
+def make_sample(
+    image: Image.Image,
+    process: Callable[[Image.Image], Tensor],
+    augment: FlipAndCrop | None,
+    generator: np.random.Generator,
+    num_draws: int,
+) -> Sample:
+    """The tensor of an image, and ``num_draws`` random integers for whole-batch augmentation."""
+    if augment is not None:
+        image = augment(image, generator)
+    sample: Sample = {"pixel_values": process(image)}
+    if num_draws:
+        sample["draws"] = generator.integers(DRAWS, size=num_draws)
+    return sample
+
+
+def collate(samples: Sequence[Sample | None]) -> dict[str, Any]:
+    """Make a batch, without the samples that are None; they are added to those skipped.
+
+    Raises:
+        ValueError: if nothing is left.
+    """
+    kept = [sample for sample in samples if sample is not None]
+    if not kept:
+        raise ValueError(f"none of the {len(samples)} images of a batch can be read")
+    if len(kept) < len(samples):
+        skipped = kept[0]["skipped"] + len(samples) - len(kept)
+        kept[0] = {**kept[0], "skipped": skipped}
+    return default_collate(kept)
+
+
+class ImageFolder(TorchDataset):
+    """Images of files, with the files' names."""
+
+    def __init__(self, files: Sequence[Path], processor: Any):
+        self.files = files
+        self.process = Process(processor)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Sample:
+        file = self.files[index]
+        return {"pixel_values": self.process(decode(file, str(file))), "files": str(file)}

@@ -1,0 +1,259 @@
+"""Training images as a stream of shards, of which nothing has to fit on the disk or in memory."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow.parquet
+import torch
+from datasets import Image as ImageFeature
+from datasets import IterableDataset, load_dataset_builder
+from datasets.distributed import split_dataset_by_node
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import IterableDataset as TorchIterableDataset
+
+from .augmentation import FlipAndCrop
+from .images import (
+    Columns,
+    OnBadImage,
+    Sample,
+    UnreadableImage,
+    check_label,
+    decode,
+    find_columns,
+    make_sample,
+)
+from .sampling import ResumableDataLoader
+
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of a stream that a process reads: that of ``rank`` of ``world_size``."""
+
+    rank: int = 0
+    world_size: int = 1
+
+
+class StreamedImages(TorchIterableDataset):
+    """Images and labels of a stream, each once per epoch over all processes and their workers.
+
+    A process reads shards of its own where their number is a multiple of the number of processes,
+    and otherwise every so many-th row of all of them; its workers share the shards. The order, and
+    all augmentation, follow from the seed, the epoch, the process and the worker, so they are the
+    same in every run with as many processes and workers.
+
+    Args:
+        rows: the stream, of one split.
+        origin: what errors call it.
+        process: makes the tensor of an image.
+        share: this process's.
+        num_labels: the model's classes.
+        batch_size: images per batch, which the loader has to make of them.
+        shuffle_buffer: rows among which the next one is drawn; None leaves the order alone.
+        image_column, label_column: see ``find_columns``.
+        augment, seed, num_draws: see ``LabelledImages``.
+        on_bad_image: ``"skip"`` lets the next readable row of the batch take the place of one that
+            can't be read, and leaves such rows out where they are not to be augmented.
+
+    Raises:
+        ValueError: for columns that are missing.
+    """
+
+    def __init__(
+        self,
+        rows: IterableDataset,
+        origin: str,
+        process: Callable[[Image.Image], Tensor],
+        *,
+        share: Share,
+        num_labels: int,
+        batch_size: int,
+        shuffle_buffer: int | None = None,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        augment: FlipAndCrop | None = None,
+        seed: int = 0,
+        num_draws: int = 0,
+        on_bad_image: OnBadImage = "error",
+    ):
+        self.columns: Columns = find_columns(rows, origin, image_column, label_column)
+        image, label, _ = self.columns
+        rows = rows.select_columns([image, label]).cast_column(image, ImageFeature(decode=False))
+        if shuffle_buffer is not None:
+            rows = rows.shuffle(seed=seed, buffer_size=shuffle_buffer)
+        self.rows = split_dataset_by_node(rows, share.rank, share.world_size)
+        self.origin = origin
+        self.process = process
+        self.share = share
+        self.num_labels = num_labels
+        self.batch_size = batch_size
+        self.augment = augment
+        self.seed = seed
+        self.num_draws = num_draws
+        self.on_bad_image = on_bad_image
+        # What workers that live on have to know of the epoch: its number, that of the pass through
+        # the stream, and how many batches of all workers nobody needs.
+        self._epoch = torch.zeros(3, dtype=torch.int64).share_memory_()
+
+    def begin(self, epoch: int, again: int = 0, unneeded: int = 0) -> None:
+        """Say what the next iteration is: pass ``again`` of an epoch, without its first batches.
+
+        The images of batches that nobody needs are not decoded; their samples are empty.
+        """
+        self.rows.set_epoch(epoch)  # which workers see
+        self._epoch.copy_(torch.tensor([epoch, again, max(0, unneeded)]))
+
+    def __iter__(self) -> Iterator[Sample]:
+        epoch, again, unneeded = self._epoch.tolist()
+        info = get_worker_info()
+        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        rows = iter(self.rows)
+        batch = 0
+        while chunk := list(islice(rows, self.batch_size)):
+            first = batch * self.batch_size
+            if len(chunk) == self.batch_size and batch * workers + worker < unneeded:
+                yield from ({} for _ in chunk)
+            else:
+                yield from self._samples(chunk, first, (epoch, self.share.rank, worker, again))
+            batch += 1
+
+    def _samples(self, rows: list[Any], first: int, place: tuple[int, ...]) -> Iterator[Sample]:
+        """The samples of the rows of one batch, of which ``first`` is the first one's number."""
+        skipped = 0
+        for i in range(len(rows)):
+            source, image = self._readable(rows, i, first, place)
+            if image is None or source != i:
+                skipped += 1
+            if image is None:
+                continue
+            name, label = self._name(first + source, place), rows[source][self.columns.label]
+            if label is None:
+                raise ValueError(f"{name} has no label")
+            check_label(label, self.num_labels, name)
+            generator = np.random.default_rng([self.seed, *place, first + i])
+            sample = make_sample(image, self.process, self.augment, generator, self.num_draws)
+            sample["labels"] = label
+            if self.on_bad_image == "skip":
+                sample["skipped"], skipped = skipped, 0
+            yield sample
+
+    def _readable(
+        self, rows: list[Any], i: int, first: int, place: tuple[int, ...]
+    ) -> tuple[int, Image.Image | None]:
+        """The image of row i, or in training of the next one in the batch that can be read."""
+        replacements = len(rows) if self.augment is not None else 1
+        for source in (j % len(rows) for j in range(i, i + replacements)):
+            image = self._image(rows[source], first + source, place)
+            if image is not None:
+                return source, image
+        if replacements == self.batch_size > 1:
+            raise ValueError(f"none of {len(rows)} images in a row of {self.origin} can be read")
+        return i, None
+
+    def _image(self, row: Any, number: int, place: tuple[int, ...]) -> Image.Image | None:
+        try:
+            return decode(row[self.columns.image], self._name(number, place))
+        except UnreadableImage as error:
+            if self.on_bad_image == "error":
+                raise
+            warnings.warn(f"{error}: skipped", stacklevel=2)
+            return None
+
+    def _name(self, number: int, place: tuple[int, ...]) -> str:
+        epoch, rank, worker, _ = place
+        where = f"row {number} that worker {worker} of process {rank} reads in epoch {epoch}"
+        return f"{where} of {self.origin}"
+
+
+class StreamLoader(ResumableDataLoader):
+    """A loader of a stream that makes whole batches of what its workers leave over.
+
+    Where a number of ``steps`` is given, each epoch has so many batches in every process: what is
+    left then waits for another epoch, and a share that ends before starts again, augmented anew.
+
+    Args:
+        images: the stream.
+        steps: batches of an epoch; None reads the stream once, with a smaller batch at the end.
+        epoch: tells the number of the epoch when it begins.
+        options: arguments of ``DataLoader`` and ``ResumableDataLoader``.
+    """
+
+    def __init__(
+        self,
+        images: StreamedImages,
+        *,
+        steps: int | None = None,
+        epoch: Callable[[], int] = lambda: 0,
+        batches_done: Callable[[], int] = lambda: 0,
+        **options: Any,
+    ):
+        super().__init__(images, batch_size=images.batch_size, batches_done=batches_done, **options)
+        self.steps = steps
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        if self.steps is None:
+            raise TypeError("a stream does not tell its length")
+        return self.steps
+
+    def __iter__(self) -> Iterator[Batch]:
+        done, made, again = self.batches_done(), 0, 0
+        while self.steps is None or made < self.steps:
+            self.dataset.begin(self.epoch(), again, done - made)
+            made_before = made
+            for batch in self._whole_batches():
+                if made >= done:
+                    yield batch
+                made += 1
+                if made == self.steps:
+                    return
+            if self.steps is None:
+                return
+            if made == made_before:
+                raise ValueError(
+                    f"process {self.dataset.share.rank} has fewer than {self.batch_size} images of "
+                    f"{self.dataset.origin}: take a smaller batch_size or more shards"
+                )
+            again += 1
+
+    def _whole_batches(self) -> Iterator[Batch]:
+        """Whole batches, empty ones that nobody needs among them, and in evaluation the rest."""
+        rest: list[Batch] = []
+        for batch in DataLoader.__iter__(self):  # each worker's, in turn
+            if not batch or len(batch["labels"]) == self.batch_size:
+                yield batch
+            else:
+                rest.append(batch)
+        if not rest:
+            return
+        joined = {name: torch.cat([part[name] for part in rest]) for name in rest[0]}
+        for start in range(0, len(joined["labels"]), self.batch_size):
+            batch = {
+                name: values[start : start + self.batch_size] for name, values in joined.items()
+            }
+            if self.steps is None or len(batch["labels"]) == self.batch_size:
+                yield batch
+
+
+def count_rows(dataset: str, name: str | None, revision: str | None, split: str) -> int | None:
+    """Rows of a split: from the dataset's card, or the footers of its parquet files, or None."""
+    builder = load_dataset_builder(dataset, name, revision=revision)
+    known = (builder.info.splits or {}).get(split)
+    if known is not None and known.num_examples:
+        return known.num_examples
+    files = list((builder.config.data_files or {}).get(split, []))
+    if not files or not all(file.endswith(".parquet") for file in files):
+        return None
+    count = 0
+    for file in files:
+        with fsspec.open(file, "rb") as opened:
+            count += pyarrow.parquet.read_metadata(opened).num_rows
+    return count
