@@ -1,6 +1,6 @@
 """What a model costs, how fast and how accurate it is, with its own and with other r."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,13 +13,12 @@ from transformers import ViTForImageClassification
 from cli.measuring import images_per_second, machine_name
 from cli.models import FUSION
 from lightning_modules.data import HFImageDataModule, LabelledImages, Process
+from lightning_modules.evaluation import count_right, sweep
 from lightning_modules.finetuning import check_order
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
 from mctf_hf.configuration_mctf import TokensFused, as_pair
-from mctf_hf.cost import multiply_accumulates, r_for_budget
+from mctf_hf.cost import multiply_accumulates
 from mctf_hf.model_card import Evaluation, Measurement
-
-BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5)
 
 
 def open_labelled(
@@ -59,7 +58,7 @@ def evaluate(
         rounds: timings of each setting, whose median counts.
     """
     config = model.config
-    settings = _sweep(config)
+    settings = _named_sweep(config)
     pixel_values = _pixel_values(config, images, batch_size)
     plain = plain_model(model)
     runs: list[Callable[[], object]] = [lambda: plain(pixel_values)]
@@ -108,23 +107,10 @@ def plain_model(model: MCTFViTForImageClassification) -> ViTForImageClassificati
     return plain.to(model.dtype).eval()
 
 
-def _sweep(config: MCTFViTConfig) -> dict[str, TokensFused]:
+def _named_sweep(config: MCTFViTConfig) -> dict[str, TokensFused]:
     """Settings by name: the own one, and the r that meet a few budgets."""
-    own = config.r if config.reduction != "none" else 0
-    settings: dict[str, TokensFused] = {f"**r {own}, as configured**": own}
-    if config.reduction == "none":
-        return settings
-    tokens = config.num_tokens()
-    known = {config.tokens_fused(tokens, own)}
-    for budget in BUDGETS:
-        try:
-            r = r_for_budget(config, budget)[0]
-        except ValueError:  # these layers can't fuse as much
-            break
-        if config.tokens_fused(tokens, r) not in known:
-            known.add(config.tokens_fused(tokens, r))
-            settings[f"r {r}"] = r
-    return settings
+    own, *others = sweep(config)
+    return {f"**r {own}, as configured**": own, **{f"r {r}": r for r in others}}
 
 
 def _pixel_values(config: MCTFViTConfig, images: LabelledImages | None, batch_size: int) -> Tensor:
@@ -141,10 +127,6 @@ def _accuracies(
     settings: dict[str, TokensFused],
 ) -> list[float]:
     """Fraction of images classified right without fusion, and by setting."""
-    rs: Sequence[TokensFused] = [0, *settings.values()]
-    right = torch.zeros(len(rs))
-    for batch in DataLoader(images, batch_size=64, num_workers=2):
-        for i, r in enumerate(rs):
-            predicted = model(batch["pixel_values"].to(model.dtype), r=r).logits.argmax(-1)
-            right[i] += (predicted == batch["labels"]).sum()
-    return (right / len(images)).tolist()
+    batches = DataLoader(images, batch_size=64, num_workers=2)
+    right, total = count_right(model, batches, [0, *settings.values()])
+    return (right / total).tolist()

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForImageClassification
 
+from lightning_modules.processors import output_size, scaling
 from mctf_hf import MCTFViTConfig
 from mctf_hf.hub import load_image_processor
 
@@ -32,9 +33,9 @@ class Guide:
         self.model.eval().requires_grad_(False)
         _check_classes(name, self.model.config, config)
         own = load_image_processor(name)
-        self.size = _size(own)
-        mean, std = _scaling(image_processor)
-        own_mean, own_std = _scaling(own)
+        self.size = output_size(own)
+        mean, std = scaling(image_processor)
+        own_mean, own_std = scaling(own)
         self.scale = std / own_std  # back to pixels and on again, for each channel
         self.shift = (mean - own_mean) / own_std
 
@@ -51,22 +52,6 @@ class Guide:
         if images.shape[-2:] != self.size:
             images = F.interpolate(images, self.size, mode="bicubic", antialias=True)
         return self.model(images.to(self.model.dtype)).logits
-
-
-def _size(processor: Any) -> tuple[int, int]:
-    """Height and width of what an image processor returns, in pixels."""
-    size = processor.crop_size if getattr(processor, "do_center_crop", None) else processor.size
-    edge = size.get("shortest_edge")
-    return (edge, edge) if edge else (size["height"], size["width"])
-
-
-def _scaling(processor: Any) -> tuple[Tensor, Tensor]:
-    """What an image processor subtracts from pixels and divides them by: two of (channels, 1, 1)."""
-    unit = 1 / processor.rescale_factor if processor.do_rescale else 1.0
-    mean, std = [0.0] * 3, [1.0] * 3
-    if processor.do_normalize:
-        mean, std = processor.image_mean, processor.image_std
-    return unit * torch.tensor(mean)[:, None, None], unit * torch.tensor(std)[:, None, None]
 
 
 def _check_classes(name: str, guide: Any, config: MCTFViTConfig) -> None:

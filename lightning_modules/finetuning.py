@@ -222,7 +222,7 @@ class MCTFFinetuner(L.LightningModule):
         if self.r_max:
             drawn = self._draw()
             teacher = self._pass(embedded, labels, guide_logits, **drawn)
-            parts = self.loss(
+            loss_parts = self.loss(
                 student.logits,
                 student.class_token,
                 teacher.logits,
@@ -232,7 +232,7 @@ class MCTFFinetuner(L.LightningModule):
                 teacher_loss=teacher.loss,
                 mean_over_processes=self._mean_over_processes,
             )._asdict()
-            logged = {"loss": parts.pop("total"), **parts}
+            logged = {"loss": loss_parts.pop("total"), **loss_parts}
             logged |= {f"teacher_{name}": images.new_tensor(value) for name, value in drawn.items()}
         total = logged["loss"]
         means = self._mean_over_processes(

@@ -1,0 +1,152 @@
+"""What kills, signals, full disks and damage leave behind: a run that ends as if nothing was."""
+
+import os
+import random
+import resource
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_modules.checkpoints import SafeCheckpointIO
+from tests.training_runs import (
+    EPOCHS,
+    STEPS_PER_EPOCH,
+    differing,
+    final,
+    start,
+    train,
+)
+
+pytestmark = pytest.mark.timeout(300)
+KILLS = 10
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    process = start(train, folder, output=folder / "output")
+    process.join()
+    assert process.exitcode == 0, (folder / "output").read_text()
+    return folder
+
+
+def lines(folder: Path) -> list[str]:
+    path = folder / "journal"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def interrupt(folder: Path, when: int, delay: float, signum: int) -> tuple[int, str]:
+    """Train until the journal has so many lines, and for some seconds more, then send a signal.
+
+    Returns:
+        The exit code, and what was printed.
+    """
+    output = folder / "output"
+    process = start(train, folder, output=output)
+    while len(lines(folder)) < when:
+        assert process.is_alive(), output.read_text()
+        time.sleep(0.0005)
+    time.sleep(delay)
+    os.kill(process.pid, signum)
+    process.join()
+    return process.exitcode, output.read_text()
+
+
+def resume(folder: Path) -> dict[str, dict[str, Tensor]]:
+    last = folder / "last.ckpt"
+    process = start(train, folder, last if last.exists() else None, output=folder / "output")
+    process.join()
+    assert process.exitcode == 0, (folder / "output").read_text()
+    return final(folder)
+
+
+def test_killed_at_any_moment_it_resumes_to_the_same_weights(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
+    moments = random.Random(7)
+    written = len(lines(uninterrupted))
+    for kill in range(KILLS):
+        folder = tmp_path / str(kill)
+        folder.mkdir()
+        when, delay = moments.randrange(1, written), moments.uniform(0, 0.02)
+        assert interrupt(folder, when, delay, signal.SIGKILL)[0] == -signal.SIGKILL
+        assert not (folder / "final.pt").exists()
+        assert not differing(resume(folder), final(uninterrupted)), f"killed after line {when}"
+
+
+@pytest.mark.parametrize("moment", ["optimizer 8", "validation 6", "validation 12", "step 17"])
+def test_told_to_stop_it_loses_nothing(moment: str, uninterrupted: Path, tmp_path: Path) -> None:
+    when = lines(uninterrupted).index(moment) + 1
+    code, output = interrupt(tmp_path, when, 0, signal.SIGTERM)
+    assert code == 1  # of a bare SystemExit; the command line makes it 143
+    assert "told to stop (SIGTERM) at step" in output
+    assert f"--ckpt_path {tmp_path / 'last.ckpt'}" in output
+    done = lines(tmp_path)
+    begun = [line for line in done if line.startswith("step")]
+    resumed = resume(tmp_path)
+    assert not differing(resumed, final(uninterrupted))
+    again = [line for line in lines(tmp_path)[len(done) :] if line.startswith("step")]
+    assert begun + again == [f"step {step}" for step in range(STEPS_PER_EPOCH * EPOCHS)]
+
+
+def starved(folder: Path, limit: int, ckpt_path: Path | None = None) -> None:
+    """Train where no file can grow beyond a limit, as on a disk that is full."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    train(folder, ckpt_path)
+
+
+def test_a_full_disk_leaves_the_checkpoints_that_are_there(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
+    train_until = lines(uninterrupted).index("step 5") + 1
+    interrupt(tmp_path, train_until, 0, signal.SIGTERM)
+    before = (tmp_path / "last.ckpt").read_bytes()
+    process = start(
+        starved, tmp_path, len(before) // 2, tmp_path / "last.ckpt", output=tmp_path / "output"
+    )
+    process.join()
+    shown = (tmp_path / "output").read_text()
+    assert process.exitcode == 1
+    assert "was not written (File too large" in shown
+    assert "checkpoints saved before are untouched" in shown.splitlines()[-1]
+    assert (tmp_path / "last.ckpt").read_bytes() == before
+    assert not list(tmp_path.glob(".*"))
+    assert not differing(resume(tmp_path), final(uninterrupted))
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> Iterator[Path]:
+    for name, step in (("previous.ckpt", 1), ("last.ckpt", 2)):
+        SafeCheckpointIO().save_checkpoint({"step": step, "w": torch.rand(999)}, tmp_path / name)
+    yield tmp_path
+
+
+@pytest.mark.parametrize("kept", [0, 100, 0.5, 0.99])
+def test_a_checkpoint_cut_short_is_refused_or_the_one_before_it_used(
+    kept: float, checkpoints: Path
+) -> None:
+    last = checkpoints / "last.ckpt"
+    whole = last.read_bytes()
+    last.write_bytes(whole[: int(kept * len(whole)) if kept < 1 else int(kept)])
+    with pytest.raises(ValueError, match=f"{last} is damaged .*previous.ckpt, can be resumed from"):
+        SafeCheckpointIO().load_checkpoint(last)
+    with pytest.warns(UserWarning, match="Resuming from the one before it"):
+        assert SafeCheckpointIO(use_previous=True).load_checkpoint(last)["step"] == 1
+    (checkpoints / "previous.ckpt").unlink()
+    with pytest.raises(ValueError, match="can't be resumed from: ((?!previous).)*$"):
+        SafeCheckpointIO(use_previous=True).load_checkpoint(last)
+
+
+def test_the_checkpoint_before_the_last_is_kept_and_resumes(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
+    interrupt(tmp_path, lines(uninterrupted).index("step 11") + 1, 0, signal.SIGKILL)
+    steps = [torch.load(tmp_path / name)["global_step"] for name in ("previous.ckpt", "last.ckpt")]
+    assert steps == [6, 8]
+    (tmp_path / "previous.ckpt").rename(tmp_path / "last.ckpt")
+    assert not differing(resume(tmp_path), final(uninterrupted))
