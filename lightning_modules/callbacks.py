@@ -39,7 +39,7 @@ class HuggingFaceFolder(Callback):
             check_folder(self.folder)  # now, not after hours of training
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if isinstance(pl_module.model, FSDPModule):  # while all processes hold their shards
+        if isinstance(pl_module, FSDPModule):  # while all processes hold their shards
             options = StateDictOptions(full_state_dict=True)
             self._gathered = get_model_state_dict(pl_module, options=options)
 
@@ -51,10 +51,11 @@ class HuggingFaceFolder(Callback):
         state = self._gathered
         if weights:
             state = torch.load(weights, map_location="cpu", weights_only=True)["state_dict"]
-        if isinstance(pl_module.model, FSDPModule):
+        if isinstance(pl_module, FSDPModule):
             pl_module.model = build(pl_module.model.config)
         if state is not None:
-            pl_module.load_state_dict(state)
+            own = {name[6:]: value for name, value in state.items() if name.startswith("model.")}
+            pl_module.model.load_state_dict(own)
         if trainer.is_global_zero:
             folder = self.folder or os.path.join(log_dir, "huggingface")
             record = json.dumps(training_record(trainer, pl_module), indent=2) + "\n"

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
@@ -172,14 +172,14 @@ class MCTFFinetuner(L.LightningModule):
         """Shard the weights, where the strategy is to (FSDP2)."""
         if not isinstance(self.trainer.strategy, ModelParallelStrategy):
             return
-        if isinstance(self.model, FSDPModule):
+        if isinstance(self, FSDPModule):
             return
         mesh = self.device_mesh["data_parallel"]
-        backbone = self.model.base_model
-        heads = [child for child in self.model.children() if child is not backbone]
-        for unit in (backbone.embeddings, *backbone.layers, backbone.layernorm, *heads):
-            fully_shard(unit, mesh=mesh)
-        fully_shard(self.model, mesh=mesh)
+        for layer in self.model.base_model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(self, mesh=mesh)
+        for step in ("training_step", "validation_step", "test_step", "predict_step"):
+            register_fsdp_forward_method(self, step)
 
     def setup(self, stage: str) -> None:
         """Tell what will run, and agree with the dataset on the names of the classes.
