@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,14 +41,16 @@ def lines(folder: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def interrupt(folder: Path, when: int, delay: float, signum: int) -> tuple[int, str]:
+def interrupt(
+    folder: Path, when: int, delay: float, signum: int, **settings: Any
+) -> tuple[int, str]:
     """Train until the journal has so many lines, and for some seconds more, then send a signal.
 
     Returns:
         The exit code, and what was printed.
     """
     output = folder / "output"
-    process = start(train, folder, output=output)
+    process = start(train, folder, output=output, **settings)
     while len(lines(folder)) < when:
         assert process.is_alive(), output.read_text()
         time.sleep(0.0005)
@@ -57,9 +60,10 @@ def interrupt(folder: Path, when: int, delay: float, signum: int) -> tuple[int, 
     return process.exitcode, output.read_text()
 
 
-def resume(folder: Path) -> dict[str, dict[str, Tensor]]:
+def resume(folder: Path, **settings: Any) -> dict[str, dict[str, Tensor]]:
     last = folder / "last.ckpt"
-    process = start(train, folder, last if last.exists() else None, output=folder / "output")
+    begun = last if last.exists() else None
+    process = start(train, folder, begun, output=folder / "output", **settings)
     process.join()
     assert process.exitcode == 0, (folder / "output").read_text()
     return final(folder)
@@ -92,6 +96,17 @@ def test_told_to_stop_it_loses_nothing(moment: str, uninterrupted: Path, tmp_pat
     assert not differing(resumed, final(uninterrupted))
     again = [line for line in lines(tmp_path)[len(done) :] if line.startswith("step")]
     assert begun + again == [f"step {step}" for step in range(STEPS_PER_EPOCH * EPOCHS)]
+
+
+def test_told_to_stop_between_accumulated_batches_it_takes_the_step_first(tmp_path: Path) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    whole.mkdir(), stopped.mkdir()
+    accumulated = {"accumulate_grad_batches": 3}
+    expected = resume(whole, **accumulated)
+    when = lines(whole).index("step 1") + 1
+    interrupt(stopped, when, 0, signal.SIGTERM, **accumulated)
+    assert torch.load(stopped / "last.ckpt")["global_step"] == 2
+    assert not differing(resume(stopped, **accumulated), expected)
 
 
 def starved(folder: Path, limit: int, ckpt_path: Path | None = None) -> None:
