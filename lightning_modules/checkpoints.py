@@ -151,7 +151,7 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._saved_step = trainer.global_step
-        self._signalled = False
+        self._signalled = trainer.received_sigterm
         # In place of Lightning's handler, which talks to other processes from within a signal;
         # the trainer puts the former one back when training ends.
         if threading.current_thread() is threading.main_thread():

@@ -2,8 +2,6 @@
 
 import json
 import os
-import signal
-import time
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -30,9 +28,15 @@ pytestmark = pytest.mark.timeout(300)
 WEIGHT = 3000.0  # of consistency, so that it counts in a model that has hardly learnt
 
 
-def fit(folder: Path, batch_size: int, ckpt_path: Path | None = None, **settings: Any) -> None:
+def fit(
+    folder: Path,
+    batch_size: int,
+    ckpt_path: Path | None = None,
+    stop: str | None = None,
+    **settings: Any,
+) -> None:
     """Train two epochs and leave what was logged, and the model."""
-    strategy = settings.get("strategy")
+    strategy, rank = settings.get("strategy"), int(os.environ.get("RANK", 0))
     if strategy == "sharded":
         settings["strategy"] = ModelParallelStrategy(
             data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False
@@ -44,7 +48,7 @@ def fit(folder: Path, batch_size: int, ckpt_path: Path | None = None, **settings
         HuggingFaceFolder(str(folder / "model")),
         Summary(),
         Curve(folder),
-        Journal(folder / f"journal{os.environ.get('RANK', 0)}"),
+        Journal(folder / f"journal{rank}", stop if rank == 1 else None),
     )
     run = trainer(folder, *callbacks, max_epochs=2, limit_val_batches=1.0, **settings)
     run.fit(module, images(batch_size=batch_size, eval_batch_size=65), ckpt_path=ckpt_path)
@@ -117,12 +121,7 @@ def test_a_signal_to_one_process_stops_both_and_nothing_is_lost(
     together: Path, tmp_path: Path
 ) -> None:
     folder, strategy = tmp_path / "stopped", together.name
-    ranks = begin(folder, strategy)
-    journal = folder / "journal1"
-    while not journal.exists() or "optimizer 7" not in journal.read_text():
-        assert ranks[1].is_alive(), (folder / "output1").read_text()
-        time.sleep(0.0005)
-    os.kill(ranks[1].pid, signal.SIGTERM)
+    ranks = begin(folder, strategy, None, "optimizer 7")
     for rank, process in enumerate(ranks):
         process.join()
         assert process.exitcode == 1

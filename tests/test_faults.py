@@ -1,6 +1,5 @@
 """What kills, signals, full disks and damage leave behind: a run that ends as if nothing was."""
 
-import os
 import random
 import resource
 import signal
@@ -41,23 +40,29 @@ def lines(folder: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def interrupt(
-    folder: Path, when: int, delay: float, signum: int, **settings: Any
-) -> tuple[int, str]:
-    """Train until the journal has so many lines, and for some seconds more, then send a signal.
+def interrupt(folder: Path, stop: str, signum: int, **settings: Any) -> tuple[int, str]:
+    """Train until a line of the journal, where the process sends itself a signal.
 
     Returns:
         The exit code, and what was printed.
     """
     output = folder / "output"
-    process = start(train, folder, output=output, **settings)
+    process = start(train, folder, stop=stop, signum=signum, output=output, **settings)
+    process.join()
+    return process.exitcode, output.read_text()
+
+
+def kill(folder: Path, when: int, delay: float) -> None:
+    """Train until the journal has so many lines, and for some seconds more; then it is killed."""
+    output = folder / "output"
+    process = start(train, folder, output=output)
     while len(lines(folder)) < when:
         assert process.is_alive(), output.read_text()
         time.sleep(0.0005)
     time.sleep(delay)
-    os.kill(process.pid, signum)
+    process.kill()
     process.join()
-    return process.exitcode, output.read_text()
+    assert process.exitcode == -signal.SIGKILL, output.read_text()
 
 
 def resume(folder: Path, **settings: Any) -> dict[str, dict[str, Tensor]]:
@@ -74,19 +79,20 @@ def test_killed_at_any_moment_it_resumes_to_the_same_weights(
 ) -> None:
     moments = random.Random(7)
     written = len(lines(uninterrupted))
-    for kill in range(KILLS):
-        folder = tmp_path / str(kill)
+    for number in range(KILLS):
+        folder = tmp_path / str(number)
         folder.mkdir()
-        when, delay = moments.randrange(1, written), moments.uniform(0, 0.02)
-        assert interrupt(folder, when, delay, signal.SIGKILL)[0] == -signal.SIGKILL
+        when, delay = moments.randrange(1, written - 10), moments.uniform(0, 0.02)
+        kill(folder, when, delay)
         assert not (folder / "final.pt").exists()
         assert not differing(resume(folder), final(uninterrupted)), f"killed after line {when}"
 
 
-@pytest.mark.parametrize("moment", ["optimizer 8", "validation 6", "validation 12", "step 17"])
+@pytest.mark.parametrize(
+    "moment", ["optimizer 5", "optimizer 8", "validation 6", "validation 12", "optimizer 17"]
+)
 def test_told_to_stop_it_loses_nothing(moment: str, uninterrupted: Path, tmp_path: Path) -> None:
-    when = lines(uninterrupted).index(moment) + 1
-    code, output = interrupt(tmp_path, when, 0, signal.SIGTERM)
+    code, output = interrupt(tmp_path, moment, signal.SIGTERM)
     assert code == 1  # of a bare SystemExit; the command line makes it 143
     assert "told to stop (SIGTERM) at step" in output
     assert f"--ckpt_path {tmp_path / 'last.ckpt'}" in output
@@ -96,6 +102,21 @@ def test_told_to_stop_it_loses_nothing(moment: str, uninterrupted: Path, tmp_pat
     assert not differing(resumed, final(uninterrupted))
     again = [line for line in lines(tmp_path)[len(done) :] if line.startswith("step")]
     assert begun + again == [f"step {step}" for step in range(STEPS_PER_EPOCH * EPOCHS)]
+    assert validated_in_full(tmp_path)
+
+
+def validated_in_full(folder: Path) -> bool:
+    """Whether the validation of each epoch was run to its end."""
+    ends = range(STEPS_PER_EPOCH, STEPS_PER_EPOCH * EPOCHS + 1, STEPS_PER_EPOCH)
+    batches = "\n".join(line for line in lines(folder) if not line.startswith("save"))
+    return all(f"validation {end}\nvalidation {end}" in batches for end in ends)
+
+
+def test_killed_in_a_validation_it_runs_that_again(uninterrupted: Path, tmp_path: Path) -> None:
+    interrupt(tmp_path, "validation 12", signal.SIGKILL)  # a step that a save was due at
+    assert torch.load(tmp_path / "last.ckpt")["global_step"] == 8
+    assert not differing(resume(tmp_path), final(uninterrupted))
+    assert validated_in_full(tmp_path)
 
 
 def test_told_to_stop_between_accumulated_batches_it_takes_the_step_first(tmp_path: Path) -> None:
@@ -103,8 +124,7 @@ def test_told_to_stop_between_accumulated_batches_it_takes_the_step_first(tmp_pa
     whole.mkdir(), stopped.mkdir()
     accumulated = {"accumulate_grad_batches": 3}
     expected = resume(whole, **accumulated)
-    when = lines(whole).index("step 1") + 1
-    interrupt(stopped, when, 0, signal.SIGTERM, **accumulated)
+    interrupt(stopped, "step 1", signal.SIGTERM, **accumulated)
     assert torch.load(stopped / "last.ckpt")["global_step"] == 2
     assert not differing(resume(stopped, **accumulated), expected)
 
@@ -118,8 +138,7 @@ def starved(folder: Path, limit: int, ckpt_path: Path | None = None) -> None:
 def test_a_full_disk_leaves_the_checkpoints_that_are_there(
     uninterrupted: Path, tmp_path: Path
 ) -> None:
-    train_until = lines(uninterrupted).index("step 5") + 1
-    interrupt(tmp_path, train_until, 0, signal.SIGTERM)
+    interrupt(tmp_path, "step 5", signal.SIGTERM)
     before = (tmp_path / "last.ckpt").read_bytes()
     process = start(
         starved, tmp_path, len(before) // 2, tmp_path / "last.ckpt", output=tmp_path / "output"
@@ -141,6 +160,20 @@ def checkpoints(tmp_path: Path) -> Iterator[Path]:
     yield tmp_path
 
 
+def test_what_cannot_be_written_leaves_what_was_there(checkpoints: Path) -> None:
+    last = checkpoints / "last.ckpt"
+    before = last.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        with pytest.raises(OSError, match=f"{last} was not written .File too large, [0-9,]+ bytes"):
+            SafeCheckpointIO().save_checkpoint({"step": 3, "w": torch.rand(999)}, last)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert last.read_bytes() == before
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["last.ckpt", "previous.ckpt"]
+
+
 @pytest.mark.parametrize("kept", [0, 100, 0.5, 0.99])
 def test_a_checkpoint_cut_short_is_refused_or_the_one_before_it_used(
     kept: float, checkpoints: Path
@@ -160,7 +193,7 @@ def test_a_checkpoint_cut_short_is_refused_or_the_one_before_it_used(
 def test_the_checkpoint_before_the_last_is_kept_and_resumes(
     uninterrupted: Path, tmp_path: Path
 ) -> None:
-    interrupt(tmp_path, lines(uninterrupted).index("step 11") + 1, 0, signal.SIGKILL)
+    interrupt(tmp_path, "step 11", signal.SIGKILL)
     steps = [torch.load(tmp_path / name)["global_step"] for name in ("previous.ckpt", "last.ckpt")]
     assert steps == [6, 8]
     (tmp_path / "previous.ckpt").rename(tmp_path / "last.ckpt")

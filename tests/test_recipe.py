@@ -52,6 +52,9 @@ def test_cool_down_ends_the_training_and_is_not_longer_than_it(tmp_path: Path) -
     trainer(tmp_path, rates, limit_val_batches=0).fit(module, images())
     assert rates.seen[-STEPS_PER_EPOCH:] == pytest.approx([1e-4] * STEPS_PER_EPOCH)
     assert rates.seen[-STEPS_PER_EPOCH - 1] > 1.5e-4
+    (optimizer,) = module.trainer.optimizers
+    slowest = min(group["lr"] for group in optimizer.param_groups)
+    assert slowest == pytest.approx(1e-4 * 0.9**4)  # three layers, and the embeddings
     with pytest.raises(ValueError, match=r"cooldown_epochs=4.0 .* longer than the training, 3 epo"):
         trainer(tmp_path).fit(finetuner(cooldown_epochs=4.0), images())
 

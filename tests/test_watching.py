@@ -148,7 +148,9 @@ def test_the_command_line_saves_when_told_to_stop_and_goes_on_from_the_last(
     assert f"There is no {kept / 'last.ckpt'} yet: training starts from the beginning" in shown
     assert f"go on from there with --ckpt_path {kept / 'last.ckpt'}" in shown.splitlines()[-1]
     assert "Traceback" not in shown
-    stopped = torch.load(kept / "last.ckpt")["global_step"]
+    saved = torch.load(kept / "last.ckpt")
+    assert "averaging_state" in saved
+    stopped = saved["global_step"]
     assert 0 < stopped < 2 * 60
     assert not list(tmp_path.rglob("config.json"))
 

@@ -6,6 +6,7 @@ They are what tests kill, starve of disk space and run side by side.
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -93,14 +94,21 @@ def trainer(folder: Path | str, *callbacks: Callback, **settings: Any) -> L.Trai
 
 
 class Journal(Callback):
-    """Write a line before and after each thing that a training does, to a file as it happens."""
+    """Write a line for each thing that a training does, to a file, before it happens.
 
-    def __init__(self, path: Path):
+    At the line ``stop`` the process sends itself the signal.
+    """
+
+    def __init__(self, path: Path, stop: str | None = None, signum: int = signal.SIGTERM):
         self.path = path
+        self.stop = stop
+        self.signum = signum
 
     def note(self, what: str) -> None:
         with self.path.open("a") as file:
             file.write(f"{what}\n")
+        if what == self.stop:
+            os.kill(os.getpid(), self.signum)
 
     def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
         self.note(f"step {trainer.global_step}")
@@ -115,14 +123,27 @@ class Journal(Callback):
         self.note(f"save {trainer.global_step}")
 
 
-def train(folder: Path, ckpt_path: Path | None = None, **settings: Any) -> None:
+def train(
+    folder: Path,
+    ckpt_path: Path | None = None,
+    stop: str | None = None,
+    signum: int = signal.SIGTERM,
+    **settings: Any,
+) -> None:
     """Train to the end, averaged and with checkpoints; leaves ``final.pt`` in the folder."""
     module = finetuner()
     best = BestCheckpoint(
         folder, "best", monitor="val/loss", mode="min", enable_version_counter=False
     )
     average = AveragedWeights(0.8)
-    run = trainer(folder, Journal(folder / "journal"), average, best, LastCheckpoint(4), **settings)
+    run = trainer(
+        folder,
+        Journal(folder / "journal", stop, signum),
+        average,
+        best,
+        LastCheckpoint(4),
+        **settings,
+    )
     run.fit(module, images(), ckpt_path=ckpt_path)
     torch.save(
         {
