@@ -90,7 +90,7 @@ def make(words: str, image_size: int | None, dtype: torch.dtype, device: str) ->
         )
     r = None if isinstance(model, MCTFViTForImageClassification) else 0
     cost = multiply_accumulates(config, r=r, image_size=image_size)
-    config.tokens_fused(config.num_tokens(), settings.get("r"))  # does it have an effect?
+    config.check_effect(settings)
     height, width = as_pair(config.image_size)
     if height != width or config.num_channels != 3:
         raise ValueError(

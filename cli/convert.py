@@ -11,6 +11,7 @@ from transformers import ViTImageProcessorPil
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from cli.models import parse, resolve
+from lightning_modules.evaluation import own_amount, told
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
 from mctf_hf.checkpoints import SUFFIXES, read_checkpoint
 from mctf_hf.configuration_mctf import as_pair
@@ -80,8 +81,7 @@ def convert(
     else:
         model, lines = _from_file(name, source, num_heads, entry, settings)
     config = model.config
-    given = config.r if "r" in settings else None
-    config.tokens_fused(config.num_tokens(), given)  # does it have an effect?
+    config.check_effect(settings)
     if labels is not None:
         names = read_labels(labels, config.num_labels)
         config.id2label = dict(enumerate(names))
@@ -216,7 +216,7 @@ def evaluation_processor(config: MCTFViTConfig) -> ViTImageProcessorPil:
 
 def _summary(config: MCTFViTConfig, processor: str) -> Lines:
     height, width = as_pair(config.image_size)
-    fused = config.tokens_fused(config.num_tokens())
+    fused, own = config.tokens_fused(config.num_tokens()), own_amount(config)
     plain, cost = (multiply_accumulates(config, r=r) for r in (0, None))
     return {
         "architecture": f"{config.hidden_size} wide, {config.num_hidden_layers} layers, "
@@ -224,7 +224,7 @@ def _summary(config: MCTFViTConfig, processor: str) -> Lines:
         f"{config.num_labels} labels",
         "images": f"{_by((config.num_channels, height, width))}, patches of "
         f"{_by(as_pair(config.patch_size))}",
-        "fusion": f"{config.reduction}, r={config.r}: {config.num_tokens()} tokens become "
+        "fusion": f"{config.reduction}, {told(own)}: {config.num_tokens()} tokens become "
         f"{config.num_tokens() - sum(fused)}",
         "GMACs": f"{plain / 1e9:.4f} without fusion, {cost / 1e9:.4f} with it",
         "image processor": processor,

@@ -13,15 +13,12 @@ from transformers import ViTForImageClassification
 from cli.measuring import images_per_second, machine_name
 from cli.models import FUSION
 from lightning_modules.data import HFImageDataModule, LabelledImages, Process
+from lightning_modules.evaluation import NOTHING, Amount, count_right, sweep, told
 from lightning_modules.finetuning import check_order
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
 from mctf_hf.configuration_mctf import as_pair
-from mctf_hf.cost import keep_rate_for_budget, multiply_accumulates, r_for_budget
+from mctf_hf.cost import multiply_accumulates
 from mctf_hf.model_card import Evaluation, Measurement
-
-BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5)
-Amount = dict[str, Any]  # r or keep_rate, as an argument of the model
-NOTHING: Amount = {"r": 0}
 
 
 def open_labelled(
@@ -61,7 +58,7 @@ def evaluate(
         rounds: timings of each setting, whose median counts.
     """
     config = model.config
-    settings = _sweep(config)
+    settings = _named_sweep(config)
     pixel_values = _pixel_values(config, images, batch_size)
     plain = plain_model(model)
     runs: list[Callable[[], object]] = [lambda: plain(pixel_values)]
@@ -111,28 +108,10 @@ def plain_model(model: MCTFViTForImageClassification) -> ViTForImageClassificati
     return plain.to(model.dtype).eval()
 
 
-def _sweep(config: MCTFViTConfig) -> dict[str, Amount]:
+def _named_sweep(config: MCTFViTConfig) -> dict[str, Amount]:
     """Settings by name: the own one, and those that meet a few budgets."""
-    reducer, tokens = config.reducer_class, config.num_tokens()
-    if reducer is None:
-        return {"**r 0, as configured**": NOTHING}
-    name = reducer.amount
-    own: Amount = {name: getattr(config, name)}
-    settings = {f"**{name} {own[name]}, as configured**": own}
-    known = {config.tokens_fused(tokens, **own)}
-    for budget in BUDGETS:
-        try:
-            found = (
-                keep_rate_for_budget(config, budget)
-                if name == "keep_rate"
-                else r_for_budget(config, budget)[0]
-            )
-        except ValueError:  # these layers can't fuse as much
-            break
-        if config.tokens_fused(tokens, **{name: found}) not in known:
-            known.add(config.tokens_fused(tokens, **{name: found}))
-            settings[f"{name} {found}"] = {name: found}
-    return settings
+    own, *others = sweep(config)
+    return {f"**{told(own)}, as configured**": own, **{told(amount): amount for amount in others}}
 
 
 def _pixel_values(config: MCTFViTConfig, images: LabelledImages | None, batch_size: int) -> Tensor:
@@ -149,10 +128,6 @@ def _accuracies(
     settings: dict[str, Amount],
 ) -> list[float]:
     """Fraction of images classified right without fusion, and by setting."""
-    amounts = [NOTHING, *settings.values()]
-    right = torch.zeros(len(amounts))
-    for batch in DataLoader(images, batch_size=64, num_workers=2):
-        for i, amount in enumerate(amounts):
-            predicted = model(batch["pixel_values"].to(model.dtype), **amount).logits.argmax(-1)
-            right[i] += (predicted == batch["labels"]).sum()
-    return (right / len(images)).tolist()
+    batches = DataLoader(images, batch_size=64, num_workers=2)
+    right, total = count_right(model, batches, [NOTHING, *settings.values()])
+    return (right / total).tolist()

@@ -98,7 +98,7 @@ def _load(words: str) -> tuple[MCTFViTForImageClassification, Any]:
         model, processor = load(words)
         return model.float(), processor
     config = preset(name, **resolve(preset(name), settings))
-    config.tokens_fused(config.num_tokens(), settings.get("r"))  # does it have an effect?
+    config.check_effect(settings)
     torch.manual_seed(0)
     return build(config).eval(), None
 

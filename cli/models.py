@@ -76,5 +76,5 @@ def load(words: str) -> tuple[MCTFViTForImageClassification, Any]:
     name, settings = parse(words)
     settings = resolve(classifier_of(name).config_class.from_pretrained(name), settings)
     model = load_pretrained(name, **settings)
-    model.config.tokens_fused(model.config.num_tokens(), settings.get("r"))  # does it have effect?
+    model.config.check_effect(settings)
     return model, load_image_processor(name)

@@ -1,14 +1,21 @@
 """Finetuning with Lightning: the training logic, the data and what surrounds them."""
 
-from .callbacks import BestCheckpoint, HuggingFaceFolder, LastCheckpoint, PredictionFile
+from .callbacks import HuggingFaceFolder, PredictionFile
+from .checkpoints import AveragedWeights, BestCheckpoint, LastCheckpoint
 from .data import HFImageDataModule
 from .finetuning import MCTFFinetuner
+from .watching import FusedTokensPicture, Summary, Watch, make_loggers
 
 __all__ = [
+    "AveragedWeights",
     "BestCheckpoint",
+    "FusedTokensPicture",
     "HFImageDataModule",
     "HuggingFaceFolder",
     "LastCheckpoint",
     "MCTFFinetuner",
     "PredictionFile",
+    "Summary",
+    "Watch",
+    "make_loggers",
 ]

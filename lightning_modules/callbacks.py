@@ -1,4 +1,4 @@
-"""What happens around training: checkpoints, the Hugging Face folder, predictions to a file."""
+"""What comes out of Lightning's loops: the Hugging Face folder, predictions to a file."""
 
 import csv
 import json
@@ -11,48 +11,16 @@ from typing import Any
 import lightning as L
 import torch
 import transformers
-from lightning.pytorch.callbacks import BasePredictionWriter, Callback, Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import BasePredictionWriter, Callback, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule
 
+from lightning_modules.checkpoints import AveragedWeights
+from mctf_hf.families import build
 from mctf_hf.hub import TRAINING, check_folder, save
 
 AUGMENTED = ("rand_augment", "random_erasing", "mixup", "cutmix", "repeated_augmentation")
-
-
-class BestCheckpoint(ModelCheckpoint):
-    """ModelCheckpoint that still knows the best one when a resumed run logs to another folder."""
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict({**state_dict, "dirpath": self.dirpath})
-
-
-class LastCheckpoint(Checkpoint):
-    """Keep the latest state in ``last.ckpt``, beside the other checkpoints.
-
-    Args:
-        every_n_train_steps: optimizer steps between two saves; it is also saved after each epoch.
-    """
-
-    def __init__(self, every_n_train_steps: int = 100):
-        if every_n_train_steps < 1:
-            raise ValueError(
-                f"every_n_train_steps={every_n_train_steps!r} is not allowed: it is at least 1"
-            )
-        self.every_n_train_steps = every_n_train_steps
-        self._saved_step = 0
-
-    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        if trainer.global_step % self.every_n_train_steps == 0:
-            self._save(trainer)
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._save(trainer)
-
-    def _save(self, trainer: L.Trainer) -> None:
-        directory = getattr(trainer.checkpoint_callback, "dirpath", None)
-        if directory and not trainer.fast_dev_run and trainer.global_step != self._saved_step:
-            self._saved_step = trainer.global_step
-            trainer.save_checkpoint(os.path.join(directory, "last.ckpt"))
 
 
 class HuggingFaceFolder(Callback):
@@ -66,19 +34,30 @@ class HuggingFaceFolder(Callback):
     def __init__(self, folder: str | None = None, best: bool = True):
         self.folder = folder
         self.best = best
+        self._gathered: dict[str, Any] | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit" and self.folder is not None:
             check_folder(self.folder)  # now, not after hours of training
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if isinstance(pl_module, FSDPModule):  # while all processes hold their shards
+            options = StateDictOptions(full_state_dict=True)
+            self._gathered = get_model_state_dict(pl_module, options=options)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.fast_dev_run or trainer.interrupted:
             return
         log_dir = trainer.log_dir or trainer.default_root_dir  # all processes agree on it
         weights = self._best_checkpoint(trainer)
+        state = self._gathered
         if weights:
             state = torch.load(weights, map_location="cpu", weights_only=True)["state_dict"]
-            pl_module.load_state_dict(state)
+        if isinstance(pl_module, FSDPModule):
+            pl_module.model = build(pl_module.model.config)
+        if state is not None:
+            own = {name[6:]: value for name, value in state.items() if name.startswith("model.")}
+            pl_module.model.load_state_dict(own)
         if trainer.is_global_zero:
             folder = self.folder or os.path.join(log_dir, "huggingface")
             record = json.dumps(training_record(trainer, pl_module), indent=2) + "\n"
@@ -111,16 +90,25 @@ def training_record(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[st
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
         "gradient_clip_val": trainer.gradient_clip_val,
         "precision": str(trainer.precision),
+        "ema_decay": _ema_decay(trainer),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "lightning": L.__version__,
     }
-    for name in ("pretrained", "dataset"):
+    for name in ("pretrained", "dataset", "distill_from"):
         record[name] = public_name(record[name])
+    if record["distill_from"] is None:
+        for name in ("distillation", "distillation_weight", "distillation_temperature"):
+            del record[name]
     if not pl_module.r_max:  # what it would have weighed
         for name in ("teacher_weight", "consistency_weight", "confidence_threshold"):
             del record[name]
     return {name: value for name, value in record.items() if value is not None}
+
+
+def _ema_decay(trainer: L.Trainer) -> float | None:
+    averages = (call for call in trainer.callbacks if isinstance(call, AveragedWeights))
+    return next((average.decay for average in averages), None)
 
 
 def public_name(name: str | None) -> str | None:

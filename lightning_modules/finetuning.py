@@ -1,24 +1,46 @@
 """Finetuning a Vision Transformer with token fusion, by token-reduction consistency."""
 
 import math
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
-from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
+from lightning_modules.distillation import Guide
 from lightning_modules.pretrained import load_or_make
+from lightning_modules.schedule import cosine_with_cooldown, parameter_groups
 from mctf_hf import MCTFViTConfig
-from mctf_hf.configuration_mctf import KeepRate, TokensFused
 from mctf_hf.cost import resolve_budget
-from mctf_hf.losses import TokenReductionConsistency, mix_seed, teacher_amount, teacher_limit
+from mctf_hf.losses import (
+    Distillation,
+    TokenReductionConsistency,
+    mix_seed,
+    teacher_amount,
+    teacher_limit,
+)
 
 Batch = dict[str, Any]
+
+
+class Pass(NamedTuple):
+    """What one pass over a batch gives to the loss.
+
+    Attributes:
+        logits: (b, c), as the model classifies.
+        class_token: (b, d), after the final LayerNorm.
+        loss: scalar, of classification.
+    """
+
+    logits: Tensor
+    class_token: Tensor
+    loss: Tensor
 
 
 class MCTFFinetuner(L.LightningModule):
@@ -49,12 +71,20 @@ class MCTFFinetuner(L.LightningModule):
         consistency_weight: weight of the distance of class tokens.
         confidence_threshold: images count for consistency if the student gives their label more.
         label_smoothing: of the cross-entropy.
+        distill_from: id or folder of a classifier of the same classes, of any architecture, to
+            learn from beside the labels, in both passes. A model with a distillation head learns
+            from it by that head, and the labels by the other (DeiT, arXiv 2012.12877).
+        distillation: learn its most probable class (``hard``) or its probabilities (``soft``).
+        distillation_weight: part of that in the loss; the labels have the rest.
+        distillation_temperature: of the probabilities, for ``soft``.
         drop_path_rate: probability of skipping the last layer's residual branches.
         learning_rate: peak learning rate for a global batch of ``reference_batch_size``; it is
             scaled linearly to the actual global batch.
         reference_batch_size: see ``learning_rate``.
         min_learning_rate: where the cosine schedule ends; not scaled.
         warmup_epochs: epochs of linear warm-up.
+        cooldown_epochs: epochs at ``min_learning_rate`` in the end, of those of the trainer.
+        layer_decay: factor of the learning rate from each layer to the one before it.
         weight_decay: of AdamW; norms, biases, positions and the class token have none.
         seed: of the teacher's r, dropout and drop path.
     """
@@ -74,11 +104,17 @@ class MCTFFinetuner(L.LightningModule):
         consistency_weight: float = 3.0,
         confidence_threshold: float = 0.4,
         label_smoothing: float = 0.1,
+        distill_from: str | None = None,
+        distillation: Literal["soft", "hard"] = "hard",
+        distillation_weight: float = 0.5,
+        distillation_temperature: float = 3.0,
         drop_path_rate: float = 0.0,
         learning_rate: float = 1.5e-5,
         reference_batch_size: int = 512,
         min_learning_rate: float = 1e-6,
         warmup_epochs: float = 0.0,
+        cooldown_epochs: float = 0.0,
+        layer_decay: float = 1.0,
         weight_decay: float = 0.05,
         seed: int = 0,
     ):
@@ -93,6 +129,10 @@ class MCTFFinetuner(L.LightningModule):
             reference_batch_size=(reference_batch_size, 1, math.inf),
             min_learning_rate=(min_learning_rate, 0, math.inf),
             warmup_epochs=(warmup_epochs, 0, math.inf),
+            cooldown_epochs=(cooldown_epochs, 0, math.inf),
+            layer_decay=(layer_decay, 0, 1),
+            distillation_weight=(distillation_weight, 0, 1),
+            distillation_temperature=(distillation_temperature, 0.01, math.inf),
             weight_decay=(weight_decay, 0, math.inf),
         )
         self.save_hyperparameters()
@@ -115,46 +155,64 @@ class MCTFFinetuner(L.LightningModule):
         self.model.train()
         for name, budget in budgets.items():
             setattr(self.model.config, name, resolve_budget(self.model.config, name, budget))
-        _check_effect(self.model.config, r=r, keep_rate=keep_rate)
+        self.model.config.check_effect({"r": r, "keep_rate": keep_rate})
         self.r_max = teacher_limit(self.model.config, r_max)
         self.num_labels: int = self.model.config.num_labels
         self.loss = TokenReductionConsistency(
             teacher_weight, consistency_weight, confidence_threshold, label_smoothing
         )
+        self.distillation = Distillation(
+            distillation, distillation_weight, distillation_temperature
+        )
+        self._guide: Guide | None = None
         metrics = {"accuracy": MulticlassAccuracy(self.num_labels, average="micro")}
         if self.num_labels > 5:
             metrics["accuracy_top5"] = MulticlassAccuracy(self.num_labels, top_k=5, average="micro")
         self.val_metrics = MetricCollection(metrics, prefix="val/")
         self.test_metrics = MetricCollection(metrics, prefix="test/").clone()
 
-    def forward(
-        self,
-        pixel_values: Tensor | None = None,
-        r: TokensFused | None = None,
-        inputs_embeds: Tensor | None = None,
-        keep_rate: KeepRate | None = None,
-    ) -> Any:
+    def forward(self, pixel_values: Tensor | None = None, **options: Any) -> Any:
         """Classify images, (b, channels, height, width); see ``MCTFViTForImageClassification``."""
-        return self.model(
-            pixel_values, r=r, output_fusion=True, inputs_embeds=inputs_embeds, keep_rate=keep_rate
-        )
+        return self.model(pixel_values, output_fusion=True, **options)
+
+    def configure_model(self) -> None:
+        """Shard the weights, where the strategy is to (FSDP2)."""
+        if not isinstance(self.trainer.strategy, ModelParallelStrategy):
+            return
+        if isinstance(self, FSDPModule):
+            return
+        mesh = self.device_mesh["data_parallel"]
+        for layer in self.model.base_model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(self, mesh=mesh)
+        for step in ("training_step", "validation_step", "test_step", "predict_step"):
+            register_fsdp_forward_method(self, step)
 
     def setup(self, stage: str) -> None:
         """Tell what will run, and agree with the dataset on the names of the classes.
 
         Raises:
-            ValueError: if the dataset has the model's classes in another order.
+            ValueError: if the dataset, or the model to learn from, has not the model's classes, or
+                has them in another order.
         """
         config = self.model.config
         fused = ", ".join(map(str, config.tokens_fused(config.num_tokens())))
         rank_zero_info(f"reduction={config.reduction}: the layers fuse {fused} tokens")
         names = getattr(self.trainer.datamodule, "label_names", None)
-        if names is None or len(names) != self.num_labels:
-            return
-        check_order(config, names)
-        if stage == "fit":
-            config.id2label = dict(enumerate(names))
-            config.label2id = {name: i for i, name in enumerate(names)}
+        if names is not None and len(names) == self.num_labels:
+            check_order(config, names)
+            if stage == "fit":
+                config.id2label = dict(enumerate(names))
+                config.label2id = {name: i for i, name in enumerate(names)}
+        if stage == "fit" and self.hparams["distill_from"] is not None:
+            self._guide = Guide(self.hparams["distill_from"], config, self.image_processor)
+
+    def on_fit_start(self) -> None:
+        if self._guide is not None:
+            self._guide.to(self.device)
+
+    def on_fit_end(self) -> None:
+        self._guide = None
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         torch.manual_seed(mix_seed(self.hparams["seed"], self._step(), self.global_rank + 1))
@@ -163,38 +221,72 @@ class MCTFFinetuner(L.LightningModule):
         return self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        labels = batch["labels"]
-        embedded = self.model.base_model.embeddings(batch["pixel_values"])  # for both passes
-        student = self(inputs_embeds=embedded)
+        images, labels = batch["pixel_values"], batch["labels"]
+        embedded = self.model.base_model.embeddings(images)  # for both passes
+        guide_logits = None if self._guide is None else self._guide(images)
+        student = self._pass(embedded, labels, guide_logits)
+        logged = {"loss": student.loss}
         if self.r_max:
-            amount = teacher_amount(
-                self.model.config, self.r_max, self.hparams["seed"], self._step()
-            )
-            teacher = self(inputs_embeds=embedded, **amount)
-            total, *parts = self.loss(
-                student.logits, student.class_token, teacher.logits, teacher.class_token, labels
-            )
-            names = ("student", "teacher", "consistency", "passing", "confidence")
-            self._log_step(dict(zip(names, parts, strict=True)), labels)
-            for name, value in amount.items():
+            drawn = self._draw()
+            teacher = self._pass(embedded, labels, guide_logits, **drawn)
+            loss_parts = self.loss(
+                student.logits,
+                student.class_token,
+                teacher.logits,
+                teacher.class_token,
+                labels,
+                student_loss=student.loss,
+                teacher_loss=teacher.loss,
+                mean_over_processes=self._mean_over_processes,
+            )._asdict()
+            logged = {"loss": loss_parts.pop("total"), **loss_parts}
+            for name, value in drawn.items():
                 least = min(value) if isinstance(value, list) else value
-                self._log_step({f"teacher_{name}": float(least)}, labels)
-        else:
-            smoothing = self.loss.label_smoothing
-            total = F.cross_entropy(student.logits, labels, label_smoothing=smoothing)
-        if not torch.isfinite(total):
+                logged[f"teacher_{name}"] = images.new_tensor(least)
+        total = logged["loss"]
+        means = self._mean_over_processes(
+            torch.stack([v.detach().float() for v in logged.values()])
+        )
+        if not torch.isfinite(means[0]):  # in any process: all of them stop
             raise FloatingPointError(
-                f"the loss is {total.item()} at step {self.global_step} of epoch "
+                f"the loss is {means[0].item()} at step {self.global_step} of epoch "
                 f"{self.current_epoch}: training stops, checkpoints saved so far are untouched"
             )
-        self._log_step({"loss": total}, labels, prog_bar=True)
+        values = {f"train/{name}": mean for name, mean in zip(logged, means, strict=True)}
+        self.log("train/loss", values.pop("train/loss"), prog_bar=True, batch_size=len(labels))
+        values["train/lr"] = self.optimizers().param_groups[-1]["lr"]
+        self.log_dict(values, batch_size=len(labels))
         self._log_skipped(batch, "train")
-        self._log_step({"lr": self.optimizers().param_groups[0]["lr"]}, labels)
         return total
 
-    def _log_step(self, values: dict[str, Any], labels: Tensor, prog_bar: bool = False) -> None:
-        named = {f"train/{name}": value for name, value in values.items()}
-        self.log_dict(named, prog_bar=prog_bar, batch_size=len(labels))
+    def _draw(self) -> dict[str, Any]:
+        """How the teacher fuses in this step: settings of the model's call."""
+        return teacher_amount(self.model.config, self.r_max, self.hparams["seed"], self._step())
+
+    def _pass(
+        self, embedded: Tensor, labels: Tensor, guide_logits: Tensor | None, **options: Any
+    ) -> Pass:
+        """Classify embedded images, (b, n, d), and compare with labels and guide."""
+        if guide_logits is None or getattr(self.model, "distillation_classifier", None) is None:
+            output = self(inputs_embeds=embedded, **options)
+            logits, token = output.logits, output.class_token
+            by_label = by_guide = logits
+        else:
+            hidden = self.model.base_model(inputs_embeds=embedded, **options).last_hidden_state
+            token = hidden[:, 0]
+            by_label = self.model.classifier(token)
+            by_guide = self.model.distillation_classifier(hidden[:, 1])
+            logits = (by_label + by_guide) / 2
+        loss = self.loss.cross_entropy(by_label, labels)
+        if guide_logits is not None:
+            loss = self.distillation(loss, by_guide, guide_logits)
+        return Pass(logits, token, loss)
+
+    def _mean_over_processes(self, value: Tensor) -> Tensor:
+        """Mean over processes, without gradient; the same shape."""
+        if self.trainer.world_size == 1:
+            return value.detach()
+        return self.trainer.strategy.reduce(value.detach().clone(), reduce_op="mean")
 
     def _log_skipped(self, batch: Batch, stage: str) -> None:
         """Count the rows whose image could not be read, over the epoch and all processes."""
@@ -233,38 +325,30 @@ class MCTFFinetuner(L.LightningModule):
         accumulated = trainer.accumulate_grad_batches
         global_batch = trainer.train_dataloader.batch_size * trainer.world_size * accumulated
         rate = hparams["learning_rate"] * global_batch / hparams["reference_batch_size"]
-        optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, hparams["weight_decay"]), lr=rate
+        groups = parameter_groups(
+            self.model, hparams["weight_decay"], rate, layer_decay=hparams["layer_decay"]
         )
+        optimizer = torch.optim.AdamW(groups, lr=rate)
         steps_per_epoch = math.ceil(trainer.num_training_batches / accumulated)
-        schedule = get_cosine_with_min_lr_schedule_with_warmup(
+        warmup, cooldown = (
+            round(hparams[f"{phase}_epochs"] * steps_per_epoch) for phase in ("warmup", "cooldown")
+        )
+        if warmup + cooldown > steps:
+            raise ValueError(
+                f"warmup_epochs={hparams['warmup_epochs']!r} and cooldown_epochs="
+                f"{hparams['cooldown_epochs']!r} are not allowed: together they are longer than "
+                f"the training, {steps / steps_per_epoch:g} epochs"
+            )
+        schedule = cosine_with_cooldown(
             optimizer,
-            num_warmup_steps=round(hparams["warmup_epochs"] * steps_per_epoch),
-            num_training_steps=int(steps),
-            min_lr=min(hparams["min_learning_rate"], rate),
+            warmup=warmup,
+            decay_until=int(steps) - cooldown,
+            lowest=min(hparams["min_learning_rate"] / rate, 1.0) if rate else 1.0,
         )
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"},
         }
-
-
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameters with and without weight decay.
-
-    Without are vectors (norms, biases) and what the model adds to its input (positions, class,
-    distillation and mask tokens).
-    """
-    added = ("_token", "_tokens", "position_embeddings")
-    decay, no_decay = [], []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            exempt = parameter.ndim < 2 or name.endswith(added)
-            (no_decay if exempt else decay).append(parameter)
-    return [
-        {"params": decay, "weight_decay": weight_decay},
-        {"params": no_decay, "weight_decay": 0.0},
-    ]
 
 
 def _check_numbers(**settings: tuple[float | None, float, float]) -> None:
@@ -273,18 +357,6 @@ def _check_numbers(**settings: tuple[float | None, float, float]) -> None:
         if value is not None and not low <= value <= high:
             limit = f" and at most {high}" if math.isfinite(high) else ""
             raise ValueError(f"{name}={value!r} is not allowed: it is at least {low}{limit}")
-
-
-def _check_effect(config: MCTFViTConfig, **given: Any) -> None:
-    """Raise ValueError for an amount that the method does not go by."""
-    amount = None if config.reducer_class is None else config.reducer_class.amount
-    nothing = {"r": 0, "keep_rate": 1}
-    for name, value in given.items():
-        if value not in (None, nothing[name]) and name != amount:
-            raise ValueError(
-                f"{name}={value!r} has no effect with reduction={config.reduction!r}, which "
-                f"pretrained or the settings say: set reduction, or leave {name} unset"
-            )
 
 
 def check_order(config: MCTFViTConfig, names: list[str]) -> None:

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -206,15 +206,12 @@ class FusionConfigMixin:
         if r is not None and keep_rate is not None:
             raise ValueError(f"r={r!r} and keep_rate={keep_rate!r}: give one of them")
         by_rate = reducer is not None and reducer.amount == "keep_rate"
-        if keep_rate is not None and not by_rate:
-            raise ValueError(
-                f"keep_rate={keep_rate!r} has no effect with reduction={self.reduction!r}"
-            )
+        self.check_effect({"keep_rate": keep_rate})
         if reducer is None:
             if r is not None:
                 _check_tokens_fused(r)
             if r and r != [0] * self.num_hidden_layers:
-                raise ValueError(f"r={r!r} has no effect with reduction='none': choose a reduction")
+                self.check_effect({"r": r})
             return (0,) * self.num_hidden_layers
         if by_rate and r is None:
             rates = self.kept_by_layer(keep_rate)
@@ -230,6 +227,21 @@ class FusionConfigMixin:
             counts.append(max(0, min(count_of(patches), most)))
             num_tokens -= counts[-1]
         return tuple(counts)
+
+    def check_effect(self, given: Mapping[str, Any]) -> None:
+        """Check that settings which somebody chose say how much this method reduces.
+
+        Raises:
+            ValueError: for an ``r`` or a ``keep_rate`` that it does not go by.
+        """
+        amount = None if self.reducer_class is None else self.reducer_class.amount
+        for name, nothing in (("r", 0), ("keep_rate", 1)):
+            if given.get(name) not in (None, nothing) and name != amount:
+                raise ValueError(
+                    f"{name}={given[name]!r} has no effect with reduction={self.reduction!r}, "
+                    + ("which reduces nothing" if amount is None else f"which goes by {amount}")
+                    + f": choose another reduction, or leave {name} unset"
+                )
 
     def _wanted_by_layer(self, r: TokensFused) -> Sequence[int | float]:
         """What each layer is to fuse."""

@@ -1,6 +1,7 @@
-"""Token-reduction consistency: what a model with fusion is finetuned by."""
+"""What a model with fusion is finetuned by: token-reduction consistency, and distillation."""
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -64,6 +65,10 @@ class TokenReductionConsistency(nn.Module):
         teacher_logits: Tensor,
         teacher_token: Tensor,
         labels: Tensor,
+        *,
+        student_loss: Tensor | None = None,
+        teacher_loss: Tensor | None = None,
+        mean_over_processes: Callable[[Tensor], Tensor] = lambda value: value,
     ) -> ConsistencyLoss:
         """Compare the two passes.
 
@@ -71,13 +76,21 @@ class TokenReductionConsistency(nn.Module):
             student_logits, teacher_logits: (b, c).
             student_token, teacher_token: (b, d), class tokens after the final LayerNorm.
             labels: (b,) int64, or (b, c) probabilities that are positive for an image's labels.
+            student_loss, teacher_loss: scalars to use instead of the cross-entropies.
+            mean_over_processes: mean of a scalar over the processes that train together, if there
+                are several. Their consistencies, averaged as gradients are, are then a mean over
+                the passing images of all processes, not a mean of means.
         """
-        student = F.cross_entropy(student_logits, labels, label_smoothing=self.label_smoothing)
-        teacher = F.cross_entropy(teacher_logits, labels, label_smoothing=self.label_smoothing)
+        if student_loss is None:
+            student_loss = self.cross_entropy(student_logits, labels)
+        if teacher_loss is None:
+            teacher_loss = self.cross_entropy(teacher_logits, labels)
         confidence = label_probability(student_logits, labels)
         passing = confidence > self.confidence_threshold
         distance = (teacher_token.detach() - student_token).square().mean(1)  # [b]
-        consistency = (distance * passing).sum() / passing.sum().clamp(min=1)
+        count = mean_over_processes(passing.sum().float())
+        consistency = (distance * passing).sum() / torch.where(count > 0, count, 1)
+        student, teacher = student_loss, teacher_loss
         return ConsistencyLoss(
             total=student + self.teacher_weight * teacher + self.consistency_weight * consistency,
             student=student,
@@ -86,6 +99,54 @@ class TokenReductionConsistency(nn.Module):
             passing=passing.float().mean(),
             confidence=confidence.mean(),
         )
+
+    def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """With label smoothing, mean over images: (b, c), labels -> scalar."""
+        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+
+
+class Distillation(nn.Module):
+    """Learning from another classifier's logits (DeiT, arXiv 2012.12877, section 4).
+
+    Args:
+        kind: ``hard`` learns the class that the other gives most, ``soft`` its probabilities.
+        weight: part of this in the loss; the rest is the cross-entropy of the labels. The paper's
+            are 0.5 (hard) and 0.1 (soft).
+        temperature: of both probabilities, for ``soft``; the paper's is 3.
+    """
+
+    def __init__(
+        self, kind: Literal["soft", "hard"] = "hard", weight: float = 0.5, temperature: float = 3.0
+    ):
+        super().__init__()
+        if kind not in ("soft", "hard"):
+            raise ValueError(f"distillation={kind!r} is not allowed: it is soft or hard")
+        self.kind = kind
+        self.weight = weight
+        self.temperature = temperature
+
+    def forward(self, supervised: Tensor, logits: Tensor, guide_logits: Tensor) -> Tensor:
+        """Join the loss of the labels with that of the guide.
+
+        Args:
+            supervised: scalar, the cross-entropy of the labels.
+            logits: (b, c), of the head that learns from the guide.
+            guide_logits: (b, c), of the guide.
+
+        Returns:
+            A scalar.
+        """
+        if self.kind == "hard":
+            guided = F.cross_entropy(logits, guide_logits.argmax(-1))
+        else:
+            own, wanted = (
+                (found.float() / self.temperature).log_softmax(-1)
+                for found in (logits, guide_logits)
+            )
+            guided = self.temperature**2 * F.kl_div(
+                own, wanted, log_target=True, reduction="batchmean"
+            )
+        return (1 - self.weight) * supervised + self.weight * guided
 
 
 @torch.no_grad()

@@ -67,8 +67,8 @@ def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def test_fit_leaves_checkpoints_logs_and_a_model_that_loads(finished: Path) -> None:
     checkpoints = sorted(path.name for path in finished.rglob("*.ckpt"))
-    assert len(checkpoints) == 2
-    assert checkpoints[0].startswith("best-epoch=") and checkpoints[1] == "last.ckpt"
+    assert len(checkpoints) == 3 and checkpoints[1:] == ["last.ckpt", "previous.ckpt"]
+    assert checkpoints[0].startswith("best-epoch=")
     last = torch.load(next(finished.rglob("last.ckpt")), weights_only=False)
     assert last["global_step"] == 2 * 36
     rows = list(csv.DictReader((finished / "run" / "metrics.csv").open()))

@@ -1,0 +1,291 @@
+"""Checkpoints that outlast kills, full disks and signals, and averaged weights in them."""
+
+import errno
+import io
+import os
+import pickle
+import shutil
+import signal
+import threading
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Checkpoint, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+
+
+class SafeCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoint files, whole or not there at all, and checked when they are read.
+
+    Args:
+        use_previous: where ``last.ckpt`` can't be read, take the ``previous.ckpt`` beside it.
+    """
+
+    def __init__(self, use_previous: bool = False):
+        super().__init__()
+        self.use_previous = use_previous
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        """Write a file beside ``path``, see it to the disk, and move it there.
+
+        Raises:
+            OSError: if it can't be written, for one because the disk is full; what lay at
+                ``path`` is untouched.
+        """
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        draft = path.with_name(f".{path.name}.draft")
+        try:
+            with draft.open("wb") as file:
+                file.write(buffer.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(draft, path)
+        except OSError as error:
+            draft.unlink(missing_ok=True)
+            raise OSError(
+                error.errno or errno.EIO,
+                f"{path} was not written ({error.strerror or error}, {len(buffer.getbuffer()):,} "
+                "bytes were to be): checkpoints saved before are untouched, resume from one of "
+                "them when there is room",
+            ) from error
+
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Read a file that :meth:`save_checkpoint` has written.
+
+        Raises:
+            ValueError: for a damaged file, unless ``use_previous`` helps.
+            FileNotFoundError: if there is none, likewise.
+        """
+        previous = Path(path).with_name(PREVIOUS)
+        has_previous = Path(path).name == LAST and previous.exists()
+        try:
+            return self._load(path, *args, **kwargs)
+        except (FileNotFoundError, ValueError) as error:
+            if not has_previous:
+                raise
+            if not self.use_previous:
+                raise type(error)(
+                    f"{error}. The one before it, {previous}, can be resumed from instead "
+                    "(--last.use_previous true does so by itself)"
+                ) from error
+            rank_zero_warn(f"{error}. Resuming from the one before it, {previous}")
+            return self._load(previous, *args, **kwargs)
+
+    def _load(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        try:
+            return super().load_checkpoint(path, *args, **kwargs)
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+            told = (
+                isinstance(error, OSError) and error.errno != errno.EINVAL
+            )  # a seek beyond its end
+            if told or "Weights only" in str(error):
+                raise
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise ValueError(f"{path} is damaged and can't be resumed from: {reason}") from error
+
+
+def in_shards(trainer: L.Trainer) -> bool:
+    """Whether each process holds a part of the weights only."""
+    return isinstance(trainer.strategy, ModelParallelStrategy)
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """ModelCheckpoint that still knows the best one when a resumed run logs to another folder."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict({**state_dict, "dirpath": self.dirpath})
+
+
+class LastCheckpoint(Checkpoint):
+    """Keep the latest state in ``last.ckpt``, and the one before it in ``previous.ckpt``.
+
+    It is saved every so many steps, after each epoch, and when SIGTERM tells the run to stop, as
+    batch systems do before they take a machine away. Every state that is saved resumes to the
+    weights of a run that was never interrupted, so it is saved neither between batches whose
+    gradients are accumulated, nor before a validation that would then be left out.
+
+    Args:
+        every_n_train_steps: optimizer steps between two saves.
+        folder: where to. Unset: beside the other checkpoints.
+        use_previous: where ``last.ckpt`` is damaged, resume from ``previous.ckpt``.
+    """
+
+    def __init__(
+        self, every_n_train_steps: int = 100, folder: str | None = None, use_previous: bool = False
+    ):
+        if every_n_train_steps < 1:
+            raise ValueError(
+                f"every_n_train_steps={every_n_train_steps!r} is not allowed: it is at least 1"
+            )
+        self.every_n_train_steps = every_n_train_steps
+        self.folder = folder
+        self.use_previous = use_previous
+        self._saved_step = 0
+        self._signalled = False
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if in_shards(trainer):
+            if trainer.strategy._save_distributed_checkpoint:
+                raise ValueError(
+                    "trainer.strategy: save_distributed_checkpoint=True is not allowed: a "
+                    "checkpoint is a single file, set it to false"
+                )
+        elif type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = SafeCheckpointIO(self.use_previous)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._saved_step = trainer.global_step
+        self._signalled = trainer.received_sigterm
+        # In place of Lightning's handler, which talks to other processes from within a signal;
+        # the trainer puts the former one back when training ends.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._remember)
+
+    def _remember(self, *_: Any) -> None:
+        self._signalled = True
+
+    def _stopping(self, trainer: L.Trainer) -> bool:
+        """Whether any process was told to stop; all of them ask at once."""
+        if trainer.world_size == 1:
+            return self._signalled
+        return trainer.strategy.reduce_boolean_decision(self._signalled, all=False)
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        loop = trainer.fit_loop
+        if loop._should_accumulate():
+            return
+        stopping = self._stopping(trainer)
+        if loop.epoch_loop._is_training_done or loop.epoch_loop._should_check_val_fx(
+            loop._data_fetcher
+        ):
+            return  # what follows looks after it
+        every = self.every_n_train_steps
+        if stopping or trainer.global_step // every > self._saved_step // every:
+            self._save(trainer)
+        if stopping:
+            self._stop(trainer)
+
+    def on_validation_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and self._stopping(trainer):
+            self._stop(trainer)
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        if not isinstance(exception, SIGTERMException) or not trainer.validating:
+            return
+        progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+        progress.reset()  # validation as a whole is still to be run: begun, no batch finished
+        progress.total.ready = progress.total.started = 1
+        self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._save(trainer)
+        if self._stopping(trainer):
+            self._stop(trainer)
+
+    def _stop(self, trainer: L.Trainer) -> NoReturn:
+        raise SIGTERMException(
+            f"told to stop (SIGTERM) at step {trainer.global_step}: go on from there with "
+            f"--ckpt_path {self.path(trainer)}"
+        )
+
+    def path(self, trainer: L.Trainer) -> Path | None:
+        """Of ``last.ckpt``; None where no checkpoints are kept."""
+        folder = self.folder or getattr(trainer.checkpoint_callback, "dirpath", None)
+        return Path(folder, LAST) if folder else None
+
+    def _save(self, trainer: L.Trainer) -> None:
+        path = self.path(trainer)
+        if path is None or trainer.fast_dev_run:
+            return
+        self._saved_step = trainer.global_step
+        new = path.with_name("next.ckpt")
+        trainer.save_checkpoint(new, weights_only=False)
+        if trainer.is_global_zero:
+            _keep_previous(path)
+            _move(new, path)
+        trainer.strategy.barrier("LastCheckpoint")
+
+
+def _keep_previous(path: Path) -> None:
+    """Make ``previous.ckpt`` of a checkpoint, which stays where the disk has hard links."""
+    if not path.exists():
+        return
+    link = path.with_name(".previous.ckpt.draft")
+    link.unlink(missing_ok=True)
+    try:
+        os.link(path, link)
+    except OSError:  # no hard links here, or a folder of shards
+        link = path
+    _move(link, path.with_name(PREVIOUS))
+
+
+def _move(source: Path, target: Path) -> None:
+    if target.is_dir():
+        shutil.rmtree(target)
+    os.replace(source, target)
+
+
+class AveragedWeights(EMAWeightAveraging):
+    """Lightning's exponential moving average: what is validated, exported and called best.
+
+    Args:
+        decay: weight of the average's past in each update. Unset: no average.
+        every_n_steps: optimizer steps between two updates.
+        from_step: first step of the average.
+    """
+
+    def __init__(self, decay: float | None = None, every_n_steps: int = 1, from_step: int = 0):
+        for name, value, low in (("every_n_steps", every_n_steps, 1), ("from_step", from_step, 0)):
+            if value < low:
+                raise ValueError(f"{name}={value!r} is not allowed: it is at least {low}")
+        if decay is not None and not 0 <= decay < 1:
+            raise ValueError(f"decay={decay!r} is not allowed: it is at least 0 and below 1")
+        self.decay = decay
+        super().__init__(
+            decay=decay or 0.0,
+            update_every_n_steps=every_n_steps,
+            update_starting_at_step=from_step,
+        )
+        self._swapped = False
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if in_shards(trainer):
+            raise ValueError(
+                f"ema.decay={self.decay!r} is not allowed with weights in shards: use "
+                "--trainer.strategy ddp, or leave it unset"
+            )
+        with warnings.catch_warnings():  # of sharded models, which this one is not
+            warnings.filterwarnings("ignore", message="You're using the WeightAveraging")
+            super().setup(trainer, pl_module, stage)
+
+    def _swap_models(self, pl_module: L.LightningModule) -> None:
+        super()._swap_models(pl_module)
+        self._swapped = not self._swapped
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        if self._swapped:  # in the middle of a validation; a checkpoint may be saved next
+            self._swap_models(pl_module)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._average_model is not None:  # also where a finished run was resumed
+            self._copy_average_to_current(pl_module)

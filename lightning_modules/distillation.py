@@ -1,0 +1,86 @@
+"""The classifier that another one learns from."""
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoModelForImageClassification
+
+from lightning_modules.processors import output_size, scaling
+from mctf_hf import MCTFViTConfig
+from mctf_hf.hub import load_image_processor
+
+
+class Guide:
+    """Any image classifier of the Hugging Face Hub, run on images prepared for another model.
+
+    It is no part of the module that is trained: neither averaged, nor saved, nor optimised.
+
+    Args:
+        name: id of a model on the Hub, or a local folder.
+        config: of the model that learns from it.
+        image_processor: of the model that learns from it.
+
+    Raises:
+        ValueError: if its classes are not those of the model that learns from it.
+        OSError: if there is no such model.
+    """
+
+    def __init__(self, name: str, config: MCTFViTConfig, image_processor: Any):
+        self.model = AutoModelForImageClassification.from_pretrained(name)
+        self.model.eval().requires_grad_(False)
+        _check_classes(name, self.model.config, config)
+        own = load_image_processor(name)
+        self.size = output_size(own)
+        mean, std = scaling(image_processor)
+        own_mean, own_std = scaling(own)
+        self.scale = std / own_std  # back to pixels and on again, for each channel
+        self.shift = (mean - own_mean) / own_std
+
+    def to(self, device: torch.device) -> "Guide":
+        """Move the weights; returns itself."""
+        self.model.to(device)
+        self.scale, self.shift = self.scale.to(device), self.shift.to(device)
+        return self
+
+    @torch.no_grad()
+    def __call__(self, pixel_values: Tensor) -> Tensor:
+        """Logits (b, c) of images (b, channels, height, width), as prepared for the other model."""
+        images = pixel_values * self.scale + self.shift
+        if images.shape[-2:] != self.size:
+            images = F.interpolate(images, self.size, mode="bicubic", antialias=True)
+        return self.model(images.to(self.model.dtype)).logits
+
+
+def _check_classes(name: str, guide: Any, config: MCTFViTConfig) -> None:
+    if guide.num_labels != config.num_labels:
+        raise ValueError(
+            f"distill_from={name!r} has {guide.num_labels} classes, the model that learns from it "
+            f"{config.num_labels}: they are to have the same ones, in the same order"
+        )
+    pairs = [(guide.id2label[i], config.id2label[i]) for i in range(config.num_labels)]
+    wrong = [
+        (i, *pair) for i, pair in enumerate(pairs) if all(map(_named, pair)) and not _same(*pair)
+    ]
+    if wrong:
+        index, theirs, ours = wrong[0]
+        raise ValueError(
+            f"distill_from={name!r} calls class {index} {theirs!r}, the model that learns from it "
+            f"{ours!r}, and {len(wrong)} of {config.num_labels} classes differ: they are to be the "
+            "same ones, in the same order (where only their spelling differs, change id2label in "
+            "its config.json)"
+        )
+
+
+def _named(label: str) -> bool:
+    return re.fullmatch(r"LABEL_\d+", label) is None
+
+
+def _same(label: str, other: str) -> bool:
+    """Whether two names of a class agree, but for case and the synonyms after a comma."""
+    first, second = (
+        re.sub(r"[\W_]+", " ", name.split(",")[0]).casefold() for name in (label, other)
+    )
+    return first.strip() == second.strip()

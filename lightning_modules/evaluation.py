@@ -1,0 +1,68 @@
+"""How accurate a model is when it reduces as configured, and more or less than that."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
+from mctf_hf.cost import keep_rate_for_budget, r_for_budget
+
+BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5)
+
+Amount = dict[str, Any]  # r or keep_rate, as an argument of the model
+NOTHING: Amount = {"r": 0}
+
+
+def told(amount: Amount) -> str:
+    """An amount in words, such as ``r 16``."""
+    return ", ".join(f"{name} {value}" for name, value in amount.items())
+
+
+def own_amount(config: MCTFViTConfig) -> Amount:
+    """What a model is configured to."""
+    if config.reducer_class is None:
+        return NOTHING
+    name = config.reducer_class.amount
+    return {name: getattr(config, name)}
+
+
+def sweep(config: MCTFViTConfig) -> list[Amount]:
+    """The own amount, and those that meet a few budgets of multiply-accumulates."""
+    settings = [own_amount(config)]
+    if config.reducer_class is None:
+        return settings
+    name = config.reducer_class.amount
+    tokens = config.num_tokens()
+    known = {config.tokens_fused(tokens)}
+    for budget in BUDGETS:
+        try:
+            if name == "keep_rate":
+                amount: Amount = {name: keep_rate_for_budget(config, budget)}
+            else:
+                amount = {name: r_for_budget(config, budget)[0]}
+        except ValueError:  # these layers can't fuse as much
+            break
+        if config.tokens_fused(tokens, **amount) not in known:
+            known.add(config.tokens_fused(tokens, **amount))
+            settings.append(amount)
+    return settings
+
+
+@torch.inference_mode()
+def count_right(
+    model: MCTFViTForImageClassification,
+    batches: Iterable[dict[str, Any]],
+    settings: Iterable[Amount],
+) -> tuple[torch.Tensor, int]:
+    """Images classified right by setting, (settings,) int64, and how many there are."""
+    amounts = list(settings)
+    right = torch.zeros(len(amounts), dtype=torch.int64)
+    total = 0
+    for batch in batches:
+        images = batch["pixel_values"].to(model.device, model.dtype)
+        labels = batch["labels"].to(model.device)
+        total += len(labels)
+        for i, amount in enumerate(amounts):
+            right[i] += (model(images, **amount).logits.argmax(-1) == labels).sum().cpu()
+    return right, total

@@ -1,0 +1,242 @@
+"""What a training shows of itself: loggers, speed, pictures, and a summary at its end."""
+
+import importlib.util
+import json
+import os
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_info
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from lightning_modules.evaluation import NOTHING, count_right, sweep, told
+from lightning_modules.processors import scaling
+from mctf_hf.configuration_mctf import as_pair
+from mctf_hf.cost import multiply_accumulates
+from mctf_hf.visualization import FusedTokens, contact_sheet, enlarge
+
+
+def make_loggers(
+    folder: str = "outputs", name: str = "runs", wandb: str | None = None
+) -> list[Logger]:
+    """Loggers for TensorBoard and CSV, in ``folder/name/version_…``, and for Weights & Biases.
+
+    Args:
+        folder: of all runs.
+        name: of this kind of run.
+        wandb: project of Weights & Biases to log to as well, which needs the package ``wandb``.
+
+    Raises:
+        ValueError: for ``wandb`` where it is not installed.
+    """
+    tensorboard = TensorBoardLogger(folder, name)
+    loggers: list[Logger] = [tensorboard, CSVLogger(folder, name, tensorboard.version)]
+    if wandb is not None:
+        if importlib.util.find_spec("wandb") is None:
+            raise ValueError(
+                f"log.wandb={wandb!r} needs the package wandb, which is not installed: "
+                "pip install wandb, or leave it unset"
+            )
+        loggers.append(WandbLogger(name=name, project=wandb, save_dir=folder))
+    return loggers
+
+
+class Watch(Callback):
+    """Log how many tokens each layer leaves, and how many images all processes train on a second.
+
+    Speed is a mean since it was logged last; validation and checkpoints do not count, waiting for
+    data does.
+    """
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+        self._images = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        config = pl_module.model.config
+        left = config.num_tokens() - np.cumsum(config.tokens_fused(config.num_tokens()))
+        counts = {f"tokens/after_layer_{i}": float(n) for i, n in enumerate(left)}
+        for logger in trainer.loggers:
+            logger.log_metrics(counts, step=trainer.global_step)
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        if self._since is None:
+            self._since, self._images = time.perf_counter(), 0
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *args: Any
+    ) -> None:
+        assert self._since is not None
+        self._images += len(batch["labels"]) * trainer.world_size
+        speed = self._images / (time.perf_counter() - self._since)
+        pl_module.log("train/images_per_second", speed, batch_size=1)
+        if trainer._logger_connector.should_update_logs:
+            self._since = None
+
+    def on_validation_start(self, *args: Any) -> None:
+        self._since = None
+
+    def on_save_checkpoint(self, *args: Any) -> None:
+        self._since = None
+
+
+class FusedTokensPicture(Callback):
+    """Draw what the first validation images are fused into, every so many epochs.
+
+    Pictures go to TensorBoard and Weights & Biases, where these are logged to, and to
+    ``fused_tokens/`` in the log directory.
+
+    Args:
+        every_n_epochs: epochs between two pictures; 0 draws none.
+        images: how many.
+    """
+
+    def __init__(self, every_n_epochs: int = 5, images: int = 4):
+        for name, value, low in (("every_n_epochs", every_n_epochs, 0), ("images", images, 1)):
+            if value < low:
+                raise ValueError(f"{name}={value!r} is not allowed: it is at least {low}")
+        self.every_n_epochs = every_n_epochs
+        self.images = images
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        due = self.every_n_epochs and trainer.current_epoch % self.every_n_epochs == 0
+        fitting = trainer.state.fn == "fit" and not trainer.sanity_checking
+        if not due or not fitting or batch_idx or pl_module.model.config.reduction == "none":
+            return
+        images = batch["pixel_values"][: self.images]
+        output = pl_module(images)  # in all processes, which may hold a part of the weights each
+        log_dir = trainer.log_dir or trainer.default_root_dir
+        if trainer.is_global_zero:
+            sheet = _picture(pl_module, images, output)
+            path = Path(log_dir, "fused_tokens", f"epoch={trainer.current_epoch}.png")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            sheet.save(path)
+            for logger in trainer.loggers:
+                _log_picture(logger, sheet, trainer.global_step)
+
+
+def _picture(pl_module: L.LightningModule, images: Tensor, output: Any) -> Image.Image:
+    """Images (b, channels, height, width) beside the tokens that they were fused into."""
+    config = pl_module.model.config
+    mean, std = scaling(pl_module.image_processor)
+    pixels = (images.float().cpu() * std + mean).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
+    rows, columns = (
+        size // patch
+        for size, patch in zip(images.shape[-2:], as_pair(config.patch_size), strict=True)
+    )
+    seen = [
+        FusedTokens(
+            view=Image.fromarray(image.numpy()),
+            groups=groups.view(rows, columns).cpu().numpy(),
+            num_tokens=output.assignment.shape[1],
+            tokens_left=output.token_sizes.shape[1],
+        )
+        for image, groups in zip(
+            pixels, output.assignment[:, config.num_prefix_tokens :], strict=True
+        )
+    ]
+    captions = [f"{seen[0].num_tokens} tokens", f"{seen[0].tokens_left} tokens"]
+    return contact_sheet(captions, [[enlarge(one.view), one.picture()] for one in seen])
+
+
+def _log_picture(logger: Logger, picture: Image.Image, step: int) -> None:
+    if isinstance(logger, TensorBoardLogger):
+        logger.experiment.add_image("fused_tokens", np.asarray(picture), step, dataformats="HWC")
+    elif isinstance(logger, WandbLogger):
+        logger.log_image("fused_tokens", [picture], step=step)
+
+
+class Summary(Callback):
+    """At the end, tell the final model's validation accuracy and cost at several r.
+
+    Goes after the callback that puts the final weights in place. The table is printed, and
+    written to ``summary.json`` in the log directory.
+
+    Args:
+        enabled: whether to.
+    """
+
+    def __init__(self, enabled: bool = True):
+        self.enabled = enabled
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        loader = trainer.val_dataloaders
+        if not self.enabled or trainer.fast_dev_run or trainer.interrupted or loader is None:
+            return
+        log_dir = trainer.log_dir or trainer.default_root_dir
+        rows = self._measure(trainer, pl_module, loader)
+        if trainer.is_global_zero:
+            Console().print(_table(rows))
+            write_json(Path(log_dir, "summary.json"), rows)
+
+    def _measure(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, loader: Any
+    ) -> list[dict[str, Any]]:
+        model, device = pl_module.model, trainer.strategy.root_device
+        settings = sweep(model.config)
+        own = settings[0]
+        if NOTHING not in settings:
+            settings = [NOTHING, *settings]
+        batches = islice(loader, int(trainer.num_val_batches[0]))
+        right, total = count_right(model.to(device).eval(), batches, settings)
+        counts = torch.tensor([*right.tolist(), total], device=device)
+        if trainer.world_size > 1:
+            torch.distributed.all_reduce(counts)
+        model.cpu()
+        *found, images = counts.tolist()
+        rows = [
+            {
+                **amount,
+                "own": amount == own,
+                "val_accuracy": number / images,
+                "gmacs": multiply_accumulates(model.config, **amount) / 1e9,
+                "images": images,
+            }
+            for amount, number in zip(settings, found, strict=True)
+        ]
+        return sorted(rows, key=lambda row: -row["gmacs"])
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title=f"The final model on {rows[0]['images']} validation images")
+    for heading in ("setting", "accuracy", "GMACs", "saved"):
+        table.add_column(heading, justify="left" if heading == "setting" else "right")
+    for row in rows:
+        setting = told({name: row[name] for name in ("r", "keep_rate") if name in row})
+        table.add_row(
+            f"{setting}, as configured" if row["own"] else setting,
+            f"{100 * row['val_accuracy']:.1f}%",
+            f"{row['gmacs']:.4f}",
+            f"{100 * (1 - row['gmacs'] / rows[0]['gmacs']):.0f}%",
+        )
+    return table
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a file that is there as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.draft")
+    try:
+        draft.write_text(json.dumps(value, indent=2) + "\n")
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+    rank_zero_info(f"Summary: {path}")

@@ -1,0 +1,159 @@
+"""Two processes train as one with twice the batch does."""
+
+import json
+import os
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from safetensors.torch import load_file
+
+from lightning_modules import HuggingFaceFolder, LastCheckpoint, Summary
+from mctf_hf.losses import TokenReductionConsistency
+from tests.training_runs import (
+    Curve,
+    Journal,
+    as_rank,
+    finetuner,
+    free_port,
+    images,
+    start,
+    trainer,
+)
+
+pytestmark = pytest.mark.timeout(300)
+WEIGHT = 3000.0  # of consistency, so that it counts in a model that has hardly learnt
+
+
+def fit(
+    folder: Path,
+    batch_size: int,
+    ckpt_path: Path | None = None,
+    stop: str | None = None,
+    **settings: Any,
+) -> None:
+    """Train two epochs and leave what was logged, and the model."""
+    strategy, rank = settings.get("strategy"), int(os.environ.get("RANK", 0))
+    if strategy == "sharded":
+        settings["strategy"] = ModelParallelStrategy(
+            data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False
+        )
+    # Drop path draws for each image of a process, so that no two layouts could agree.
+    module = finetuner(drop_path_rate=0.0, confidence_threshold=0.12, consistency_weight=WEIGHT)
+    callbacks = (
+        LastCheckpoint(folder=str(folder)),
+        HuggingFaceFolder(str(folder / "model")),
+        Summary(),
+        Curve(folder),
+        Journal(folder / f"journal{rank}", stop if rank == 1 else None),
+    )
+    run = trainer(folder, *callbacks, max_epochs=2, limit_val_batches=1.0, **settings)
+    run.fit(module, images(batch_size=batch_size, eval_batch_size=65), ckpt_path=ckpt_path)
+
+
+def begin(folder: Path, strategy: str, *args: Any) -> list[ForkServerProcess]:
+    folder.mkdir(exist_ok=True)
+    port = free_port()
+    return [
+        start(
+            as_rank, rank, 2, port, fit, folder, 8, *args,
+            strategy=strategy, devices=2, output=folder / f"output{rank}",
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+
+
+def finish(folder: Path, ranks: list[ForkServerProcess]) -> None:
+    for rank, process in enumerate(ranks):
+        process.join()
+        assert process.exitcode == 0, (folder / f"output{rank}").read_text()
+
+
+@pytest.fixture(scope="module", params=["ddp", "sharded"])
+def together(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("together") / request.param
+    finish(folder, begin(folder, request.param))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("alone")
+    process = start(fit, folder, 16, output=folder / "output")
+    process.join()
+    assert process.exitcode == 0, (folder / "output").read_text()
+    return folder
+
+
+def curve(folder: Path, rank: int = 0) -> dict[str, Any]:
+    return json.loads((folder / f"rank{rank}.json").read_text())
+
+
+def test_two_processes_have_the_loss_curve_of_one_with_twice_the_batch(
+    together: Path, alone: Path
+) -> None:
+    folder = together
+    expected, found = curve(alone), curve(folder)
+    assert len(found["steps"]) == len(expected["steps"]) == 12
+    for own, wanted in zip(found["steps"], expected["steps"], strict=True):
+        assert own == pytest.approx(wanted, rel=1e-4, abs=1e-6)
+    passing = {step["train/passing"] for step in found["steps"]}
+    assert len(passing) > 3 and {step["train/teacher_r"] for step in found["steps"]} == {0.0, 1.0}
+    assert any(WEIGHT * step["train/consistency"] > 0.5 for step in found["steps"])
+    assert found["validation"] == pytest.approx(expected["validation"], rel=1e-4)
+    assert curve(folder, rank=1) == found, "what is logged agrees over processes, the r drawn too"
+
+    weights = load_file(folder / "model" / "model.safetensors")
+    for name, weight in load_file(alone / "model" / "model.safetensors").items():
+        if name.endswith("k_proj.bias"):  # its gradient is zero but for rounding
+            continue
+        torch.testing.assert_close(weights[name], weight, rtol=1e-3, atol=1e-4)
+    told = [json.loads((run / "summary.json").read_text()) for run in (alone, folder)]
+    assert [row["val_accuracy"] for row in told[1]] == [row["val_accuracy"] for row in told[0]]
+    last = torch.load(folder / "last.ckpt", map_location="cpu")
+    assert last["global_step"] == 12
+
+
+def test_a_signal_to_one_process_stops_both_and_nothing_is_lost(
+    together: Path, tmp_path: Path
+) -> None:
+    folder, strategy = tmp_path / "stopped", together.name
+    ranks = begin(folder, strategy, None, "optimizer 7")
+    for rank, process in enumerate(ranks):
+        process.join()
+        assert process.exitcode == 1
+        assert "told to stop (SIGTERM) at step" in (folder / f"output{rank}").read_text()
+    assert not (folder / "model").exists()
+    finish(folder, begin(folder, strategy, folder / "last.ckpt"))
+    weights = load_file(folder / "model" / "model.safetensors")
+    for name, weight in load_file(together / "model" / "model.safetensors").items():
+        assert torch.equal(weights[name], weight), name
+
+
+def test_consistency_is_a_mean_over_the_passing_images_of_all_processes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, others = torch.randn(2, 12, 5, generator=generator)
+    tokens, targets = torch.randn(2, 12, 7, generator=generator)
+    labels = torch.arange(12) % 5
+    logits[:3, :] = torch.nn.functional.one_hot(labels[:3], 5) * 9.0  # pass, mostly in one process
+    loss = TokenReductionConsistency(confidence_threshold=0.6)
+    whole = loss(logits, tokens, others, targets, labels)
+    for cut in (2, 6, 11):
+        parts = [slice(0, cut), slice(cut, 12)]
+        counts = [
+            loss(logits[p], tokens[p], others[p], targets[p], labels[p]).passing * len(labels[p])
+            for p in parts
+        ]
+        shares = [
+            loss(
+                logits[p], tokens[p], others[p], targets[p], labels[p],
+                mean_over_processes=lambda _, counts=counts: sum(counts) / 2,
+            ).consistency
+            for p in parts
+        ]  # fmt: skip
+        torch.testing.assert_close(sum(shares) / 2, whole.consistency)
+    nobody = TokenReductionConsistency(confidence_threshold=1.0)
+    assert nobody(logits, tokens, others, targets, labels).consistency == 0

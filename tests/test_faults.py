@@ -1,0 +1,200 @@
+"""What kills, signals, full disks and damage leave behind: a run that ends as if nothing was."""
+
+import random
+import resource
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_modules.checkpoints import SafeCheckpointIO
+from tests.training_runs import (
+    EPOCHS,
+    STEPS_PER_EPOCH,
+    differing,
+    final,
+    start,
+    train,
+)
+
+pytestmark = pytest.mark.timeout(300)
+KILLS = 10
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    process = start(train, folder, output=folder / "output")
+    process.join()
+    assert process.exitcode == 0, (folder / "output").read_text()
+    return folder
+
+
+def lines(folder: Path) -> list[str]:
+    path = folder / "journal"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def interrupt(folder: Path, stop: str, signum: int, **settings: Any) -> tuple[int, str]:
+    """Train until a line of the journal, where the process sends itself a signal.
+
+    Returns:
+        The exit code, and what was printed.
+    """
+    output = folder / "output"
+    process = start(train, folder, stop=stop, signum=signum, output=output, **settings)
+    process.join()
+    return process.exitcode, output.read_text()
+
+
+def kill(folder: Path, when: int, delay: float) -> None:
+    """Train until the journal has so many lines, and for some seconds more; then it is killed."""
+    output = folder / "output"
+    process = start(train, folder, output=output)
+    while len(lines(folder)) < when:
+        assert process.is_alive(), output.read_text()
+        time.sleep(0.0005)
+    time.sleep(delay)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, output.read_text()
+
+
+def resume(folder: Path, **settings: Any) -> dict[str, dict[str, Tensor]]:
+    last = folder / "last.ckpt"
+    begun = last if last.exists() else None
+    process = start(train, folder, begun, output=folder / "output", **settings)
+    process.join()
+    assert process.exitcode == 0, (folder / "output").read_text()
+    return final(folder)
+
+
+def test_killed_at_any_moment_it_resumes_to_the_same_weights(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
+    moments = random.Random(7)
+    written = len(lines(uninterrupted))
+    for number in range(KILLS):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        when, delay = moments.randrange(1, written - 10), moments.uniform(0, 0.02)
+        kill(folder, when, delay)
+        assert not (folder / "final.pt").exists()
+        assert not differing(resume(folder), final(uninterrupted)), f"killed after line {when}"
+
+
+@pytest.mark.parametrize(
+    "moment", ["optimizer 5", "optimizer 8", "validation 6", "validation 12", "optimizer 17"]
+)
+def test_told_to_stop_it_loses_nothing(moment: str, uninterrupted: Path, tmp_path: Path) -> None:
+    code, output = interrupt(tmp_path, moment, signal.SIGTERM)
+    assert code == 1  # of a bare SystemExit; the command line makes it 143
+    assert "told to stop (SIGTERM) at step" in output
+    assert f"--ckpt_path {tmp_path / 'last.ckpt'}" in output
+    done = lines(tmp_path)
+    begun = [line for line in done if line.startswith("step")]
+    resumed = resume(tmp_path)
+    assert not differing(resumed, final(uninterrupted))
+    again = [line for line in lines(tmp_path)[len(done) :] if line.startswith("step")]
+    assert begun + again == [f"step {step}" for step in range(STEPS_PER_EPOCH * EPOCHS)]
+    assert validated_in_full(tmp_path)
+
+
+def validated_in_full(folder: Path) -> bool:
+    """Whether the validation of each epoch was run to its end."""
+    ends = range(STEPS_PER_EPOCH, STEPS_PER_EPOCH * EPOCHS + 1, STEPS_PER_EPOCH)
+    batches = "\n".join(line for line in lines(folder) if not line.startswith("save"))
+    return all(f"validation {end}\nvalidation {end}" in batches for end in ends)
+
+
+def test_killed_in_a_validation_it_runs_that_again(uninterrupted: Path, tmp_path: Path) -> None:
+    interrupt(tmp_path, "validation 12", signal.SIGKILL)  # a step that a save was due at
+    assert torch.load(tmp_path / "last.ckpt")["global_step"] == 8
+    assert not differing(resume(tmp_path), final(uninterrupted))
+    assert validated_in_full(tmp_path)
+
+
+def test_told_to_stop_between_accumulated_batches_it_takes_the_step_first(tmp_path: Path) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    whole.mkdir(), stopped.mkdir()
+    accumulated = {"accumulate_grad_batches": 3}
+    expected = resume(whole, **accumulated)
+    interrupt(stopped, "step 1", signal.SIGTERM, **accumulated)
+    assert torch.load(stopped / "last.ckpt")["global_step"] == 2
+    assert not differing(resume(stopped, **accumulated), expected)
+
+
+def starved(folder: Path, limit: int, ckpt_path: Path | None = None) -> None:
+    """Train where no file can grow beyond a limit, as on a disk that is full."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    train(folder, ckpt_path)
+
+
+def test_a_full_disk_leaves_the_checkpoints_that_are_there(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
+    interrupt(tmp_path, "step 5", signal.SIGTERM)
+    before = (tmp_path / "last.ckpt").read_bytes()
+    process = start(
+        starved, tmp_path, len(before) // 2, tmp_path / "last.ckpt", output=tmp_path / "output"
+    )
+    process.join()
+    shown = (tmp_path / "output").read_text()
+    assert process.exitcode == 1
+    assert "was not written (File too large" in shown
+    assert "checkpoints saved before are untouched" in shown.splitlines()[-1]
+    assert (tmp_path / "last.ckpt").read_bytes() == before
+    assert not list(tmp_path.glob(".*"))
+    assert not differing(resume(tmp_path), final(uninterrupted))
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> Iterator[Path]:
+    for name, step in (("previous.ckpt", 1), ("last.ckpt", 2)):
+        SafeCheckpointIO().save_checkpoint({"step": step, "w": torch.rand(999)}, tmp_path / name)
+    yield tmp_path
+
+
+def test_what_cannot_be_written_leaves_what_was_there(checkpoints: Path) -> None:
+    last = checkpoints / "last.ckpt"
+    before = last.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        with pytest.raises(OSError, match=f"{last} was not written .File too large, [0-9,]+ bytes"):
+            SafeCheckpointIO().save_checkpoint({"step": 3, "w": torch.rand(999)}, last)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert last.read_bytes() == before
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["last.ckpt", "previous.ckpt"]
+
+
+@pytest.mark.parametrize("kept", [0, 100, 0.5, 0.99])
+def test_a_checkpoint_cut_short_is_refused_or_the_one_before_it_used(
+    kept: float, checkpoints: Path
+) -> None:
+    last = checkpoints / "last.ckpt"
+    whole = last.read_bytes()
+    last.write_bytes(whole[: int(kept * len(whole)) if kept < 1 else int(kept)])
+    with pytest.raises(ValueError, match=f"{last} is damaged .*previous.ckpt, can be resumed from"):
+        SafeCheckpointIO().load_checkpoint(last)
+    with pytest.warns(UserWarning, match="Resuming from the one before it"):
+        assert SafeCheckpointIO(use_previous=True).load_checkpoint(last)["step"] == 1
+    (checkpoints / "previous.ckpt").unlink()
+    with pytest.raises(ValueError, match="can't be resumed from: ((?!previous).)*$"):
+        SafeCheckpointIO(use_previous=True).load_checkpoint(last)
+
+
+def test_the_checkpoint_before_the_last_is_kept_and_resumes(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
+    interrupt(tmp_path, "step 11", signal.SIGKILL)
+    steps = [torch.load(tmp_path / name)["global_step"] for name in ("previous.ckpt", "last.ckpt")]
+    assert steps == [6, 8]
+    (tmp_path / "previous.ckpt").rename(tmp_path / "last.ckpt")
+    assert not differing(resume(tmp_path), final(uninterrupted))

@@ -1,0 +1,183 @@
+"""What a training shows of itself, and how the command line tells that it was stopped."""
+
+import csv
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from cli.main import main
+from lightning_modules import FusedTokensPicture, Summary, Watch, make_loggers
+from lightning_modules.evaluation import sweep
+from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
+from mctf_hf.cost import multiply_accumulates
+from mctf_hf.visualization import fused_tokens
+from tests.conftest import DIGITS
+from tests.training_runs import CONFIG, STEPS_PER_EPOCH, finetuner, images, start, trainer
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """The log directory of a training that showed all it can, and its module."""
+    folder = tmp_path_factory.mktemp("watched")
+    module = finetuner()
+    callbacks = [Watch(), FusedTokensPicture(every_n_epochs=2, images=3), Summary()]
+    run = trainer(
+        folder, *callbacks, logger=make_loggers(str(folder), "runs"), log_every_n_steps=2,
+        enable_checkpointing=False,
+    )  # fmt: skip
+    run.fit(module, images())
+    return folder / "runs" / "version_0", module
+
+
+def test_tensorboard_and_csv_hold_the_same_numbers(watched: tuple[Path, Any]) -> None:
+    folder, _ = watched
+    events = EventAccumulator(str(folder)).Reload()
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    expected = {
+        "train/loss", "train/student", "train/teacher", "train/consistency", "train/passing",
+        "train/confidence", "train/teacher_r", "train/lr", "train/images_per_second", "val/loss",
+        "val/accuracy", "tokens/after_layer_0", "tokens/after_layer_2",
+    }  # fmt: skip
+    assert expected <= set(events.Tags()["scalars"])
+    for name in expected:
+        shown = [(event.step, event.value) for event in events.Scalars(name)]
+        written = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
+        assert shown == [(step, pytest.approx(value)) for step, value in written]
+    assert len(events.Scalars("train/loss")) == 3 * STEPS_PER_EPOCH // 2
+    assert all(event.value > 0 for event in events.Scalars("train/images_per_second"))
+    left = [events.Scalars(f"tokens/after_layer_{i}")[0].value for i in range(3)]
+    assert left == [17, 14, 11]
+
+
+def test_pictures_of_fused_tokens_come_every_so_many_epochs(watched: tuple[Path, Any]) -> None:
+    folder, module = watched
+    pictures = sorted((folder / "fused_tokens").iterdir())
+    assert [path.name for path in pictures] == ["epoch=0.png", "epoch=2.png"]
+    events = EventAccumulator(str(folder)).Reload()
+    assert len(events.Images("fused_tokens")) == 2
+
+    # The last one is of the final weights: mctf visualize's own pictures of the same images.
+    rows = images()
+    rows.trainer = module.trainer
+    rows.setup("fit")
+    dataset = rows.val_dataloader().dataset
+    originals = [dataset.rows.image(int(dataset.indices[i])) for i in range(3)]
+    seen = fused_tokens(module.model.eval(), module.image_processor, originals)
+    drawn = np.asarray(Image.open(pictures[-1]))
+    for one in seen:
+        picture = np.asarray(one.picture())
+        height, width = picture.shape[:2]
+        found = [
+            (drawn[top : top + height, -width - 8 : -8] == picture).all()
+            for top in range(drawn.shape[0] - height + 1)
+        ]
+        assert any(found)
+
+
+def test_the_summary_tells_accuracy_and_cost_at_several_r(watched: tuple[Path, Any]) -> None:
+    folder, module = watched
+    rows = json.loads((folder / "summary.json").read_text())
+    model = module.model.eval()
+    loader = module.trainer.val_dataloaders
+    batches = [batch for batch, _ in zip(loader, range(2))]  # noqa: B905
+    assert {row["r"] for row in rows} == {0, *sweep(model.config)} and len(rows) > 2
+    assert [row["r"] for row in rows if row["own"]] == [3]
+    costs = [row["gmacs"] for row in rows]
+    assert costs == sorted(costs, reverse=True)
+    for row in rows:
+        with torch.no_grad():
+            right = [
+                model(batch["pixel_values"], r=row["r"]).logits.argmax(-1) == batch["labels"]
+                for batch in batches
+            ]
+        assert row["val_accuracy"] == torch.cat(right).float().mean().item()
+        assert row["gmacs"] == multiply_accumulates(model.config, r=row["r"]) / 1e9
+        assert row["images"] == 32
+
+
+def test_weights_and_biases_is_asked_for_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="log.wandb='mctf' needs the package wandb"):
+        make_loggers(str(tmp_path), wandb="mctf")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"every_n_epochs": -1}, "every_n_epochs=-1 is not allowed: it is at least 0"),
+        ({"images": 0}, "images=0 is not allowed: it is at least 1"),
+    ],
+)
+def test_pictures_that_make_no_sense(settings: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FusedTokensPicture(**settings)
+
+
+def test_the_command_line_saves_when_told_to_stop_and_goes_on_from_the_last(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    kept, output = tmp_path / "kept", tmp_path / "output"
+    words = [
+        "fit", "--model.config", json.dumps({k: CONFIG[k] for k in CONFIG if k != "num_labels"}),
+        "--model.num_labels", "10", "--model.r", "3", "--model.r_max", "2",
+        "--data.dataset", DIGITS, "--data.batch_size", "8", "--data.num_workers", "0",
+        "--trainer.max_epochs", "2", "--trainer.limit_val_batches", "2",
+        "--trainer.limit_train_batches", "60", "--trainer.log_every_n_steps", "20",
+        "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false",
+        "--log.folder", str(tmp_path), "--ema.decay", "0.9", "--last.folder", str(kept),
+        "--last.every_n_train_steps", "1000", "--ckpt_path", "last",
+    ]  # fmt: skip
+    process = start(main, words, output=output)
+    while "/runs/version_0" not in "".join(map(str, tmp_path.rglob("metrics.csv"))):
+        assert process.is_alive(), output.read_text()
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join()
+    shown = output.read_text()
+    assert process.exitcode == 128 + signal.SIGTERM
+    assert f"There is no {kept / 'last.ckpt'} yet: training starts from the beginning" in shown
+    assert f"go on from there with --ckpt_path {kept / 'last.ckpt'}" in shown.splitlines()[-1]
+    assert "Traceback" not in shown
+    saved = torch.load(kept / "last.ckpt")
+    assert "averaging_state" in saved
+    stopped = saved["global_step"]
+    assert 0 < stopped < 2 * 60
+    assert not list(tmp_path.rglob("config.json"))
+
+    (kept / "previous.ckpt").write_bytes((kept / "last.ckpt").read_bytes())
+    (kept / "last.ckpt").write_bytes((kept / "last.ckpt").read_bytes()[:5000])
+    with pytest.raises(SystemExit):
+        main(words)
+    assert f"{kept / 'last.ckpt'} is damaged" in capsys.readouterr().err
+    process = start(main, [*words, "--last.use_previous", "true"], output=output)
+    process.join()
+    assert process.exitcode == 0, output.read_text()
+    assert f"Resuming from the one before it, {kept / 'previous.ckpt'}" in output.read_text()
+    assert "The final model on" in output.read_text()
+    assert torch.load(kept / "last.ckpt")["global_step"] == 2 * 60
+    steps = [
+        int(row["step"])
+        for version in ("version_0", "version_1", "version_2")
+        if (tmp_path / "runs" / version / "metrics.csv").exists()
+        for row in csv.DictReader((tmp_path / "runs" / version / "metrics.csv").open())
+        if row["train/loss"]
+    ]
+    assert sorted(steps) == list(range(19, 2 * 60, 20))
+    with pytest.raises(SystemExit):
+        main(["fit", "--model.config", "{}", "--ckpt_path", "last"])
+    assert "ckpt_path='last' needs last.folder" in capsys.readouterr().err
+
+
+def test_a_sweep_of_a_model_without_fusion_is_that_alone() -> None:
+    model = MCTFViTForImageClassification(MCTFViTConfig(**{**CONFIG, "reduction": "none"}))
+    assert sweep(model.config) == [0]
