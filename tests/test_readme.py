@@ -1,8 +1,13 @@
 """The README's code runs as it stands, but for the model that it downloads."""
 
 import re
+from dataclasses import fields
 from pathlib import Path
 
+import yaml
+from transformers import ViTConfig
+
+from mctf_hf import MCTFLVViTConfig, MCTFT2TViTConfig, MCTFViTConfig
 from tests.conftest import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text()
@@ -20,6 +25,22 @@ def test_the_code_runs_and_its_comments_are_true(tiny_folder: Path) -> None:
     for expression, value in stated:
         found = eval(expression, names)
         assert (round(found, 3) if isinstance(found, float) else found) == eval(value)
+
+
+def test_every_setting_is_told_with_its_default() -> None:
+    told = {}
+    section = README.partition("## Settings")[2]
+    for settings, defaults in re.findall(r"^\| (`.*?`) \| (.*?) \|", section, re.MULTILINE):
+        names, values = re.findall(r"`(\w+)`", settings), defaults.replace("`", "").split(", ")
+        told |= zip(names, values if len(values) > 1 else values * len(names), strict=True)
+    of_transformers = {field.name for field in fields(ViTConfig)}
+    for config_class in (MCTFViTConfig, MCTFT2TViTConfig, MCTFLVViTConfig):
+        for name in {field.name for field in fields(config_class)} - of_transformers:
+            default = getattr(config_class(), name)
+            if default is None:  # told in words
+                assert name in told
+            else:
+                assert yaml.safe_load(told[name]) == default, name
 
 
 def test_nothing_is_left_to_fill_in() -> None:
