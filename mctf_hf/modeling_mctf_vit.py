@@ -38,7 +38,7 @@ from .configuration_mctf import KeepRate, MCTFViTConfig, TokensFused, as_pair
 from .downloads import checked_downloads
 from .fusion import Reduction, compose, fuse, fuse_sizes, images_rows
 from .own_reducers import own_code
-from .reducers import Observation, Stage, build_reducer
+from .reducers import REDUCERS, Observation, Stage, build_reducer
 
 # The widest activation of the images that a CPU takes through the layers at once.
 SLICE_BYTES = 12 * 2**20
@@ -279,7 +279,8 @@ class MCTFPreTrainedMixin:
             ValueError: for a reducer of one's own that cannot, see :func:`.own_reducers.own_code`.
         """
         classes = dict(self.config.auto_classes)
-        files, auto_map = own_code(self.config.reducer_class, classes)
+        # Not the configuration's word for it, which may come from another copy of this library.
+        files, auto_map = own_code(REDUCERS.get(self.config.reduction), classes)
         if files and kwargs.get("push_to_hub"):
             raise ValueError(
                 f"push_to_hub=True is not allowed with reduction={self.config.reduction!r}, which "
