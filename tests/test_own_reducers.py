@@ -68,7 +68,9 @@ def test_strangers_load_it(by_norm: type[Reducer], images: Tensor, tmp_path: Pat
     names = {file.name for file in loadable_files(folder)}
     assert {"by_norm.py", "model_with_by_norm.py", "reducers.py", "selection.py"} <= names
     assert "mctf_hf" not in (folder / "by_norm.py").read_text()
-    found, _ = load_as_stranger(folder, images, tmp_path)
+    other = save(tiny_model(r=4), PROCESSOR, tmp_path / "other")
+    (found, of_ours), _ = load_as_stranger([folder, other], images, tmp_path)
+    assert torch.equal(of_ours["logits"], tiny_model(r=4)(images).logits)
     assert torch.equal(found["logits"], model(images).logits)
     assert torch.equal(found["resaved"], found["logits"])
     assert torch.equal(found["hidden"], model.vit(images).last_hidden_state)
