@@ -18,6 +18,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lightning_modules import (
     AveragedWeights,
@@ -26,6 +27,7 @@ from lightning_modules import (
     LastCheckpoint,
     MCTFFinetuner,
 )
+from lightning_modules.checkpoints import stop_with_parent_only
 from tests.conftest import DIGITS
 
 CONFIG = {
@@ -67,8 +69,17 @@ def finetuner(**settings: Any) -> MCTFFinetuner:
     )  # fmt: skip
 
 
+class Images(HFImageDataModule):
+    """With workers that leave it to the process they load for to answer a signal."""
+
+    def train_dataloader(self) -> DataLoader:
+        loader = super().train_dataloader()
+        loader.worker_init_fn = stop_with_parent_only
+        return loader
+
+
 def images(**settings: Any) -> HFImageDataModule:
-    return HFImageDataModule(
+    return Images(
         DIGITS, **{"batch_size": 16, "num_workers": 0, "crop": "padded", "flip": True, **settings}
     )
 
@@ -99,7 +110,12 @@ class Journal(Callback):
     At the line ``stop`` the process sends itself the signal.
     """
 
-    def __init__(self, path: Path, stop: str | None = None, signum: int = signal.SIGTERM):
+    def __init__(
+        self,
+        path: Path,
+        stop: str | None = None,
+        signum: int = signal.SIGTERM,
+    ):
         self.path = path
         self.stop = stop
         self.signum = signum
@@ -128,6 +144,7 @@ def train(
     ckpt_path: Path | None = None,
     stop: str | None = None,
     signum: int = signal.SIGTERM,
+    num_workers: int = 0,
     **settings: Any,
 ) -> None:
     """Train to the end, averaged and with checkpoints; leaves ``final.pt`` in the folder."""
@@ -144,7 +161,7 @@ def train(
         LastCheckpoint(4),
         **settings,
     )
-    run.fit(module, images(), ckpt_path=ckpt_path)
+    run.fit(module, images(num_workers=num_workers), ckpt_path=ckpt_path)
     torch.save(
         {
             "averaged": module.state_dict(),
