@@ -123,7 +123,7 @@ def test_killed_in_a_validation_it_runs_that_again(uninterrupted: Path, tmp_path
 def in_a_group(folder: Path) -> None:
     """Train with workers that load images, in a group of processes of their own."""
     os.setpgrp()
-    train(folder, num_workers=1)
+    train(folder, num_workers=1, pause=0.3)
 
 
 def test_told_to_stop_together_with_its_workers_it_loses_nothing(
@@ -131,7 +131,7 @@ def test_told_to_stop_together_with_its_workers_it_loses_nothing(
 ) -> None:
     output = tmp_path / "output"
     process = start(in_a_group, tmp_path, output=output)
-    while "step 2" not in lines(tmp_path):
+    while "optimizer 2" not in lines(tmp_path):
         assert process.is_alive(), output.read_text()
         time.sleep(0.0005)
     os.killpg(process.pid, signal.SIGTERM)

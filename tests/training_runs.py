@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
@@ -107,7 +108,7 @@ def trainer(folder: Path | str, *callbacks: Callback, **settings: Any) -> L.Trai
 class Journal(Callback):
     """Write a line for each thing that a training does, to a file, before it happens.
 
-    At the line ``stop`` the process sends itself the signal.
+    At the line ``stop`` the process sends itself the signal. Each step takes ``pause`` seconds more.
     """
 
     def __init__(
@@ -115,7 +116,9 @@ class Journal(Callback):
         path: Path,
         stop: str | None = None,
         signum: int = signal.SIGTERM,
+        pause: float = 0.0,
     ):
+        self.pause = pause
         self.path = path
         self.stop = stop
         self.signum = signum
@@ -131,6 +134,7 @@ class Journal(Callback):
 
     def on_before_optimizer_step(self, trainer: L.Trainer, *args: Any) -> None:
         self.note(f"optimizer {trainer.global_step}")
+        time.sleep(self.pause)
 
     def on_validation_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
         self.note(f"validation {trainer.global_step}")
@@ -145,6 +149,7 @@ def train(
     stop: str | None = None,
     signum: int = signal.SIGTERM,
     num_workers: int = 0,
+    pause: float = 0.0,
     **settings: Any,
 ) -> None:
     """Train to the end, averaged and with checkpoints; leaves ``final.pt`` in the folder."""
@@ -155,7 +160,7 @@ def train(
     average = AveragedWeights(0.8)
     run = trainer(
         folder,
-        Journal(folder / "journal", stop, signum),
+        Journal(folder / "journal", stop, signum, pause),
         average,
         best,
         LastCheckpoint(4),
