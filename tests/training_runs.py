@@ -108,7 +108,7 @@ def trainer(folder: Path | str, *callbacks: Callback, **settings: Any) -> L.Trai
 class Journal(Callback):
     """Write a line for each thing that a training does, to a file, before it happens.
 
-    At the line ``stop`` the process sends itself the signal. Each step takes ``pause`` seconds more.
+    At the line ``stop`` the process sends itself the signal. A step takes ``pause`` seconds more.
     """
 
     def __init__(
