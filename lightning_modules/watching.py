@@ -45,7 +45,7 @@ def make_loggers(
         if importlib.util.find_spec("wandb") is None:
             raise ValueError(
                 f"log.wandb={wandb!r} needs the package wandb, which is not installed: "
-                "pip install wandb, or leave it unset"
+                "pip install 'mctf-hf[wandb]', or leave it unset"
             )
         loggers.append(WandbLogger(name=name, project=wandb, save_dir=folder))
     return loggers

@@ -1,5 +1,6 @@
 """What kills, signals, full disks and damage leave behind: a run that ends as if nothing was."""
 
+import os
 import random
 import resource
 import signal
@@ -117,6 +118,27 @@ def test_killed_in_a_validation_it_runs_that_again(uninterrupted: Path, tmp_path
     assert torch.load(tmp_path / "last.ckpt")["global_step"] == 8
     assert not differing(resume(tmp_path), final(uninterrupted))
     assert validated_in_full(tmp_path)
+
+
+def in_a_group(folder: Path) -> None:
+    """Train with workers that load images, in a group of processes of their own."""
+    os.setpgrp()
+    train(folder, num_workers=1, pause=0.3)
+
+
+def test_told_to_stop_together_with_its_workers_it_loses_nothing(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "output"
+    process = start(in_a_group, tmp_path, output=output)
+    while "optimizer 2" not in lines(tmp_path):
+        assert process.is_alive(), output.read_text()
+        time.sleep(0.0005)
+    os.killpg(process.pid, signal.SIGTERM)
+    process.join()
+    shown = output.read_text()
+    assert process.exitcode == 1 and "told to stop (SIGTERM) at step" in shown, shown
+    assert not differing(resume(tmp_path), final(uninterrupted))
 
 
 def test_told_to_stop_between_accumulated_batches_it_takes_the_step_first(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,7 @@ def test_the_summary_tells_accuracy_and_cost_at_several_r(watched: tuple[Path, A
         assert row["images"] == 32
 
 
+@pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed")
 def test_weights_and_biases_is_asked_for_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="log.wandb='mctf' needs the package wandb"):
         make_loggers(str(tmp_path), wandb="mctf")

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
@@ -18,6 +19,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lightning_modules import (
     AveragedWeights,
@@ -26,6 +28,7 @@ from lightning_modules import (
     LastCheckpoint,
     MCTFFinetuner,
 )
+from lightning_modules.checkpoints import stop_with_parent_only
 from tests.conftest import DIGITS
 
 CONFIG = {
@@ -67,8 +70,17 @@ def finetuner(**settings: Any) -> MCTFFinetuner:
     )  # fmt: skip
 
 
+class Images(HFImageDataModule):
+    """With workers that leave it to the process they load for to answer a signal."""
+
+    def train_dataloader(self) -> DataLoader:
+        loader = super().train_dataloader()
+        loader.worker_init_fn = stop_with_parent_only
+        return loader
+
+
 def images(**settings: Any) -> HFImageDataModule:
-    return HFImageDataModule(
+    return Images(
         DIGITS, **{"batch_size": 16, "num_workers": 0, "crop": "padded", "flip": True, **settings}
     )
 
@@ -96,10 +108,17 @@ def trainer(folder: Path | str, *callbacks: Callback, **settings: Any) -> L.Trai
 class Journal(Callback):
     """Write a line for each thing that a training does, to a file, before it happens.
 
-    At the line ``stop`` the process sends itself the signal.
+    At the line ``stop`` the process sends itself the signal. A step takes ``pause`` seconds more.
     """
 
-    def __init__(self, path: Path, stop: str | None = None, signum: int = signal.SIGTERM):
+    def __init__(
+        self,
+        path: Path,
+        stop: str | None = None,
+        signum: int = signal.SIGTERM,
+        pause: float = 0.0,
+    ):
+        self.pause = pause
         self.path = path
         self.stop = stop
         self.signum = signum
@@ -115,6 +134,7 @@ class Journal(Callback):
 
     def on_before_optimizer_step(self, trainer: L.Trainer, *args: Any) -> None:
         self.note(f"optimizer {trainer.global_step}")
+        time.sleep(self.pause)
 
     def on_validation_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
         self.note(f"validation {trainer.global_step}")
@@ -128,6 +148,8 @@ def train(
     ckpt_path: Path | None = None,
     stop: str | None = None,
     signum: int = signal.SIGTERM,
+    num_workers: int = 0,
+    pause: float = 0.0,
     **settings: Any,
 ) -> None:
     """Train to the end, averaged and with checkpoints; leaves ``final.pt`` in the folder."""
@@ -138,13 +160,13 @@ def train(
     average = AveragedWeights(0.8)
     run = trainer(
         folder,
-        Journal(folder / "journal", stop, signum),
+        Journal(folder / "journal", stop, signum, pause),
         average,
         best,
         LastCheckpoint(4),
         **settings,
     )
-    run.fit(module, images(), ckpt_path=ckpt_path)
+    run.fit(module, images(num_workers=num_workers), ckpt_path=ckpt_path)
     torch.save(
         {
             "averaged": module.state_dict(),
