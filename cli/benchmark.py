@@ -20,6 +20,7 @@ from cli.evaluation import open_labelled
 from cli.files import check_output, open_images, replace
 from cli.measuring import machine_name, peak_bytes, seconds_in_rounds
 from lightning_modules.data import HFImageDataModule, LabelledImages
+from lightning_modules.processors import output_size
 from mctf_hf.hub import load_image_processor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -104,18 +105,22 @@ def benchmark(
         contestants.append(make(words, image_size, DTYPES[dtype], device))
         image_size = contestants[0].image_size
     top1: list[float | None] = [None] * len(contestants)
-    labelled = None if accuracy is None else _labelled(contestants, accuracy, split, max_images)
+    labelled: list[LabelledImages] = []
+    if accuracy is not None:
+        labelled = [_labelled(one, accuracy, split, max_images) for one in contestants]
     pixels = _pixel_values(images, max(batch_sizes), contestants[0].image_size)
     pixels = pixels.to(device, DTYPES[dtype])
 
     console = Console()
     environment = _environment(device, dtype, pixels.shape[-1], images, rounds)
     rows: list[Row] = []
-    if labelled is not None:
+    measured_by_batch = [
+        compare(contestants, pixels[:batch], rounds=rounds, device=device) for batch in batch_sizes
+    ]
+    if labelled:
         top1 = _accuracies(contestants, labelled, device, DTYPES[dtype])
-        environment |= {"accuracy": accuracy, "split": split, "num_images": len(labelled)}
-    for batch in batch_sizes:
-        measured = compare(contestants, pixels[:batch], rounds=rounds, device=device)
+        environment |= {"accuracy": accuracy, "split": split, "num_images": len(labelled[0])}
+    for batch, measured in zip(batch_sizes, measured_by_batch, strict=True):
         for row, fraction in zip(measured, top1, strict=True):
             row["accuracy"] = fraction
         console.print(_table(measured, batch, environment))
@@ -167,35 +172,44 @@ def compare(
 
 
 def _labelled(
-    contestants: Sequence[Contestant], dataset: str, split: str, max_images: int | None
+    contestant: Contestant, dataset: str, split: str, max_images: int | None
 ) -> LabelledImages:
-    """The images that all models classify, as the first one's processor prepares them."""
-    for contestant in contestants:
-        if contestant.folder is None:
-            raise ValueError(
-                f"accuracy={dataset!r} is not allowed with {contestant.name}, whose weights are "
-                "random: name folders or ids on the Hub"
-            )
-    processor = load_image_processor(str(contestants[0].folder))
-    data = HFImageDataModule(dataset)
-    labelled = [
-        open_labelled(data, split, max_images, contestant.model.model, processor)
-        for contestant in contestants
-    ]
-    return labelled[0]
+    """The images of a dataset as a model's own processor prepares them."""
+    if contestant.folder is None or contestant.missing:
+        raise ValueError(
+            f"accuracy={dataset!r} is not allowed with {contestant.name}: its weights are random"
+            + (f" ({', '.join(contestant.missing)})" if contestant.missing else "")
+        )
+    processor = load_image_processor(contestant.folder)
+    if output_size(processor) != (contestant.image_size,) * 2:
+        raise ValueError(
+            f"accuracy={dataset!r} is not allowed with images of {contestant.image_size} pixels: "
+            f"the image processor of {contestant.folder} makes others"
+        )
+    model = contestant.model.model
+    return open_labelled(HFImageDataModule(dataset), split, max_images, model, processor)
 
 
 @torch.inference_mode()
 def _accuracies(
-    contestants: Sequence[Contestant], images: LabelledImages, device: str, dtype: torch.dtype
+    contestants: Sequence[Contestant],
+    labelled: Sequence[LabelledImages],
+    device: str,
+    dtype: torch.dtype,
 ) -> list[float | None]:
-    """Fraction of images that each model classifies right."""
+    """Fraction of its images that each model classifies right."""
     right = torch.zeros(len(contestants))
-    for batch in DataLoader(images, batch_size=64, num_workers=2):
-        pixels = batch["pixel_values"].to(device, dtype)
-        for i, contestant in enumerate(contestants):
-            right[i] += (contestant.model(pixels).argmax(-1).cpu() == batch["labels"]).sum()
-    return [float(count) / len(images) for count in right]
+    by_processor: dict[str, list[int]] = {}
+    for i, images in enumerate(labelled):
+        by_processor.setdefault(images.process.processor.to_json_string(), []).append(i)
+    for members in by_processor.values():
+        images = labelled[members[0]]
+        for batch in DataLoader(images, batch_size=64, num_workers=2):
+            pixels = batch["pixel_values"].to(device, dtype)
+            for i in members:
+                found = contestants[i].model(pixels).argmax(-1).cpu()
+                right[i] += (found == batch["labels"]).sum()
+    return [float(count) / len(labelled[0]) for count in right]
 
 
 def _percentile(values: list[float], percent: int) -> float:

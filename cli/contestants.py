@@ -29,6 +29,7 @@ class Contestant:
         multiply_accumulates: of one image.
         image_size: height and width of the images that it was made for.
         folder: or id on the Hub that the weights are from; ``None`` for random ones.
+        missing: names of weights that were not there and are random.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Contestant:
     multiply_accumulates: int
     image_size: int
     folder: str | None = None
+    missing: tuple[str, ...] = ()
 
 
 def make(words: str, image_size: int | None, dtype: torch.dtype, device: str) -> Contestant:
@@ -61,6 +63,7 @@ def make(words: str, image_size: int | None, dtype: torch.dtype, device: str) ->
         )
     attention = {k: settings.pop(k) for k in ("attn_implementation",) if k in settings}
     torch.manual_seed(0)
+    missing: tuple[str, ...] = ()
     if name in PRESETS:
         sizes = {} if image_size is None else {"image_size": image_size}
         settings = resolve(preset(name, **sizes), settings, image_size)
@@ -79,10 +82,15 @@ def make(words: str, image_size: int | None, dtype: torch.dtype, device: str) ->
         config = classifier.config_class.from_pretrained(name)
         if settings or plain_type in CLASSIFIERS:
             settings = resolve(config, settings, image_size)
-            model = classifier.from_pretrained(name, **settings, **attention)
+            model, report = classifier.from_pretrained(
+                name, **settings, **attention, output_loading_info=True
+            )
             config = model.config
         else:
-            model = AutoModelForImageClassification.from_pretrained(name, **attention)
+            model, report = AutoModelForImageClassification.from_pretrained(
+                name, **attention, output_loading_info=True
+            )
+        missing = tuple(sorted(report["missing_keys"]))
     else:
         raise ValueError(
             f"model {name!r} is not known: it is a preset ({', '.join(PRESETS)}), a folder, or an "
@@ -101,7 +109,8 @@ def make(words: str, image_size: int | None, dtype: torch.dtype, device: str) ->
     model = Classifier(model.eval().to(device, dtype), other_size, slice_size)
     if compiled:
         model.model = torch.compile(model.model, fullgraph=True, mode=_mode(compiled))
-    return Contestant(words, model, cost, image_size or height, None if name in PRESETS else name)
+    folder = None if name in PRESETS else name
+    return Contestant(words, model, cost, image_size or height, folder, missing)
 
 
 class Classifier(nn.Module):

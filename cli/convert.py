@@ -11,7 +11,7 @@ from transformers import ViTImageProcessorPil
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from cli.models import parse, resolve
-from lightning_modules.evaluation import own_amount, told
+from lightning_modules.evaluation import told
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
 from mctf_hf.checkpoints import SUFFIXES, read_checkpoint
 from mctf_hf.configuration_mctf import as_pair
@@ -111,8 +111,7 @@ def _source(name: str, source: str | None) -> str | None:
 def _from_folder(
     name: str, settings: dict[str, Any]
 ) -> tuple[MCTFViTForImageClassification, Lines]:
-    if isinstance(settings.get("r"), str):
-        settings = resolve(classifier_of(name).config_class.from_pretrained(name), settings)
+    settings = resolve(classifier_of(name).config_class.from_pretrained(name), settings)
     model = load_pretrained(name, **settings)
     return model, {"read": f"{len(model.state_dict())} weights of {name}"}
 
@@ -216,7 +215,7 @@ def evaluation_processor(config: MCTFViTConfig) -> ViTImageProcessorPil:
 
 def _summary(config: MCTFViTConfig, processor: str) -> Lines:
     height, width = as_pair(config.image_size)
-    fused, own = config.tokens_fused(config.num_tokens()), own_amount(config)
+    fused, own = config.tokens_fused(config.num_tokens()), config.own_amount()
     plain, cost = (multiply_accumulates(config, r=r) for r in (0, None))
     return {
         "architecture": f"{config.hidden_size} wide, {config.num_hidden_layers} layers, "

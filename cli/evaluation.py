@@ -95,7 +95,7 @@ def evaluate(
 def plain_model(model: MCTFViTForImageClassification) -> ViTForImageClassification | None:
     """The ViT of transformers with the same weights, without fusion; None where it has none."""
     config = model.config
-    special = config.num_prefix_tokens != 1 or config.multi_scale
+    special = not config.class_token or config.num_prefix_tokens != 1 or config.multi_scale
     if config.model_type != MCTFViTConfig.model_type or special:
         return None
     known = {

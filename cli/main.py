@@ -1,5 +1,6 @@
 """The console command ``mctf``: one command line for everything the library does."""
 
+import importlib
 import os
 import re
 import sys
@@ -38,21 +39,41 @@ EXPECTED = (
 def main(args: Sequence[str] | None = None) -> None:
     """Run ``mctf`` with the given words, or those of the command line.
 
+    ``--import MODULE`` before the command imports a module first.
+
     What a user can mend is reported by its message alone, with exit status 1; ``MCTF_DEBUG=1``
     shows where it was raised.
     """
     words = list(sys.argv[1:] if args is None else args)
     try:
+        while words[:1] == ["--import"]:
+            _import(words[1:2])
+            words = words[2:]
         if words and words[0] in COMMANDS:
             options = [re.sub(r"^--[\w-]+", _underscored, word) for word in words[1:]]
             COMMANDS[words[0]](options)
         else:
-            finetuning(args)
+            finetuning(words)
     except EXPECTED as error:
         if os.environ.get("MCTF_DEBUG"):
             raise
         print(f"mctf: error: {_message(error)}\n(MCTF_DEBUG=1 shows where)", file=sys.stderr)
         sys.exit(1)
+
+
+def _import(names: Sequence[str]) -> None:
+    """Import a module of the user's, such as one that registers a reducer."""
+    if not names:
+        raise ValueError("--import: name a module")
+    sys.path.insert(0, os.getcwd())
+    try:
+        importlib.import_module(names[0])
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"--import {names[0]}: {error}. It is looked for here and in PYTHONPATH"
+        ) from error
+    finally:
+        sys.path.remove(os.getcwd())
 
 
 def _underscored(option: re.Match) -> str:

@@ -27,7 +27,7 @@ def parse(words: str, more: Sequence[str] = ()) -> tuple[str, dict[str, Any]]:
     Raises:
         ValueError: for an unknown setting.
     """
-    name, *pairs = re.split(r",(?![^\[]*\])", words)  # not at the commas of a list
+    name, *pairs = re.split(r",(?![^\[(]*[\])])", words)  # not at the commas of a list
     settings: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
@@ -36,7 +36,10 @@ def parse(words: str, more: Sequence[str] = ()) -> tuple[str, dict[str, Any]]:
                 f"setting {key!r} of {words!r} is not known: it is one of "
                 f"{', '.join((*FUSION, *more))}"
             )
-        settings[key] = yaml.safe_load(value) if equals else True
+        if value[:1] + value[-1:] == "()":
+            settings[key] = tuple(yaml.safe_load(f"[{value[1:-1]}]"))
+        else:
+            settings[key] = yaml.safe_load(value) if equals else True
     return name, settings
 
 

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from lightning_modules.checkpoints import AveragedWeights
 from mctf_hf.families import build
 from mctf_hf.hub import TRAINING, check_folder, save
+from mctf_hf.losses import told_limit
 
 AUGMENTED = ("rand_augment", "random_erasing", "mixup", "cutmix", "repeated_augmentation")
 
@@ -83,7 +84,7 @@ def training_record(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[st
     record = {name: getattr(data, name, None) for name in names}
     record |= {name: value for name, value in pl_module.hparams.items() if name[0] != "_"}
     record |= {
-        "r_max": pl_module.r_max,
+        "r_max": told_limit(pl_module.model.config, pl_module.r_max),
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,
         "processes": trainer.world_size,

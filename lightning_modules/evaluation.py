@@ -19,17 +19,9 @@ def told(amount: Amount) -> str:
     return ", ".join(f"{name} {value}" for name, value in amount.items())
 
 
-def own_amount(config: MCTFViTConfig) -> Amount:
-    """What a model is configured to."""
-    if config.reducer_class is None:
-        return NOTHING
-    name = config.reducer_class.amount
-    return {name: getattr(config, name)}
-
-
 def sweep(config: MCTFViTConfig) -> list[Amount]:
     """The own amount, and those that meet a few budgets of multiply-accumulates."""
-    settings = [own_amount(config)]
+    settings = [config.own_amount()]
     if config.reducer_class is None:
         return settings
     name = config.reducer_class.amount

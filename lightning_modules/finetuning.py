@@ -155,7 +155,7 @@ class MCTFFinetuner(L.LightningModule):
         self.model.train()
         for name, budget in budgets.items():
             setattr(self.model.config, name, resolve_budget(self.model.config, name, budget))
-        self.model.config.check_effect({"r": r, "keep_rate": keep_rate})
+        self.model.config.check_effect({**settings, **budgets})
         self.r_max = teacher_limit(self.model.config, r_max)
         self.num_labels: int = self.model.config.num_labels
         self.loss = TokenReductionConsistency(
@@ -241,8 +241,8 @@ class MCTFFinetuner(L.LightningModule):
             )._asdict()
             logged = {"loss": loss_parts.pop("total"), **loss_parts}
             for name, value in drawn.items():
-                least = min(value) if isinstance(value, list) else value
-                logged[f"teacher_{name}"] = images.new_tensor(least)
+                told = max(value) if name == "r" else min(value)
+                logged[f"teacher_{name}"] = images.new_tensor(told)
         total = logged["loss"]
         means = self._mean_over_processes(
             torch.stack([v.detach().float() for v in logged.values()])

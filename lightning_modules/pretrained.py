@@ -56,9 +56,17 @@ def load_or_make(
         pretrained, **labels, **fusion, ignore_mismatched_sizes=True, output_loading_info=True
     )
     mismatched = {key[0] if isinstance(key, tuple) else key for key in report["mismatched_keys"]}
-    missing = set(report["missing_keys"])
-    if not model.config_class.from_pretrained(pretrained).multi_scale:  # begin as the identity
-        missing = {name for name in missing if ".coarse_patch_embeddings." not in name}
+    stored = model.config_class.from_pretrained(pretrained).multi_scale or []
+    wanted = model.config.multi_scale or []
+    if wanted[: len(stored)] != stored:
+        raise ValueError(
+            f"multi_scale={model.config.multi_scale!r} is not allowed: {pretrained} has the scales "
+            f"{stored}, which come first"
+        )
+    added = tuple(  # these begin as the identity
+        f".coarse_patch_embeddings.{i}." for i in range(len(stored), len(wanted))
+    )
+    missing = {name for name in report["missing_keys"] if not any(scale in name for scale in added)}
     wrong = sorted(mismatched | missing)
     if num_labels is not None:
         wrong = [name for name in wrong if "classifier." not in name]

@@ -229,10 +229,11 @@ class FusionConfigMixin:
         return tuple(counts)
 
     def check_effect(self, given: Mapping[str, Any]) -> None:
-        """Check that settings which somebody chose say how much this method reduces.
+        """Check that settings which somebody chose are those of this method.
 
         Raises:
-            ValueError: for an ``r`` or a ``keep_rate`` that it does not go by.
+            ValueError: for an ``r`` or a ``keep_rate`` that it does not go by, an ``inflection``
+                without a single ``r``, or a setting of another method.
         """
         amount = None if self.reducer_class is None else self.reducer_class.amount
         for name, nothing in (("r", 0), ("keep_rate", 1)):
@@ -242,6 +243,26 @@ class FusionConfigMixin:
                     + ("which reduces nothing" if amount is None else f"which goes by {amount}")
                     + f": choose another reduction, or leave {name} unset"
                 )
+        if given.get("inflection") and (amount != "r" or isinstance(self.r, list)):
+            raise ValueError(
+                f"inflection={given['inflection']!r} has no effect with "
+                f"reduction={self.reduction!r}, r={self.r!r}: it bends a single r"
+            )
+        own = () if self.reducer_class is None else self.reducer_class.settings
+        others = {name: key for key, method in REDUCERS.items() for name in method.settings}
+        defaults = {setting.name: setting.default for setting in fields(self)}
+        for name, value in given.items():
+            if name in others and name not in own and value != defaults[name]:
+                raise ValueError(
+                    f"{name}={value!r} has no effect with reduction={self.reduction!r}: it is a "
+                    f"setting of {others[name]}"
+                )
+
+    def own_amount(self) -> dict[str, Any]:
+        """How much is reduced, as an argument of the model: its ``r`` or its ``keep_rate``."""
+        if self.reducer_class is None:
+            return {"r": 0}
+        return {self.reducer_class.amount: getattr(self, self.reducer_class.amount)}
 
     def _wanted_by_layer(self, r: TokensFused) -> Sequence[int | float]:
         """What each layer is to fuse."""

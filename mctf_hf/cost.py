@@ -99,8 +99,9 @@ def r_for_budget(
         image_size: height and width in pixels, instead of the configuration's own.
 
     Returns:
-        The constant r; and a list with one r per layer, which comes nearer: starting from the
-        constant r it fuses less, first layers first, for as long as the budget allows.
+        The r, constant or with the configuration's inflection; and a list with one r per layer,
+        which comes nearer: starting from that r it fuses less, first layers first, for as long as
+        the budget allows.
 
     Raises:
         ValueError: for a fraction outside (0, 1], a budget that no r meets, or a configuration
@@ -114,11 +115,11 @@ def r_for_budget(
         return multiply_accumulates(config, r=r, image_size=image_size)
 
     most = max(1, (tokens - config.num_prefix_tokens) // 2)
-    fitting = (r for r in range(most + 1) if cost((r, 0)) <= budget)
+    fitting = (r for r in range(most + 1) if cost(r) <= budget)
     constant = next(fitting, None)
     if constant is None:
-        raise _too_small(fraction, f"r={most}", cost((most, 0)) / cost(0))
-    schedule: list[int | float] = list(config.tokens_fused(tokens, (constant, 0)))
+        raise _too_small(fraction, f"r={most}", cost(most) / cost(0))
+    schedule: list[int | float] = list(config.tokens_fused(tokens, constant))
     changed = True
     while changed:
         changed = False

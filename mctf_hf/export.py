@@ -266,8 +266,10 @@ def _metadata(model: Model, image_processor: Any, r: TokensFused | None) -> dict
     told: dict[str, Any] = {
         "image_size": as_pair(config.image_size),
         "reduction": config.reduction,
-        "r": config.r if r is None else r,
+        **(config.own_amount() if r is None else {"r": r}),
     }
+    if config.inflection and "r" in told and not isinstance(told["r"], list):
+        told["inflection"] = config.inflection
     if not isinstance(model, MCTFViTModel):
         told["id2label"] = config.id2label
     if image_processor is not None:

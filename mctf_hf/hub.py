@@ -54,8 +54,8 @@ def save(
     """Write a model, its code and its image processor to a folder, or leave the folder as it was.
 
     Everything is written beside the folder first and then moved file by file, the configuration
-    last. Weights of an earlier save that the new one lacks, and what was recorded of them, are
-    removed; nothing else is.
+    last. Weights and code of an earlier save that the new one lacks, and what was recorded of
+    them, are removed; nothing else is.
 
     Args:
         files: contents of further files by name, such as ``README.md``.
@@ -65,8 +65,10 @@ def save(
 
     Raises:
         FileExistsError: see :func:`check_folder`.
+        ValueError: for a model that would not load anywhere.
     """
     folder = check_folder(folder)
+    code = _code(folder, _classes(folder).values())
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as draft:
         model.save_pretrained(draft)
@@ -74,12 +76,13 @@ def save(
         for name, content in (files or {}).items():
             data = content if isinstance(content, bytes) else content.encode()
             Path(draft, name).write_bytes(data)
+        loadable_files(draft)
         names = sorted(os.listdir(draft), key=lambda name: (name == "config.json", name))
         folder.mkdir(exist_ok=True)
         for name in names:
             os.replace(Path(draft, name), folder / name)
-    for name in _stale(os.listdir(folder), names):
-        (folder / name).unlink()
+    for name in {*_stale(os.listdir(folder), names), *code} - set(names):
+        (folder / name).unlink(missing_ok=True)
     return folder
 
 
@@ -184,7 +187,7 @@ def loadable_files(folder: str | os.PathLike) -> list[Path]:
     names = {file.name for file in folder.glob("*") if file.is_file()}
     missing = {"config.json", "preprocessor_config.json"} - names
     if "config.json" in names:
-        classes = json.loads((folder / "config.json").read_text()).get("auto_map", {})
+        classes = _classes(folder)
         missing |= _code(folder, classes.values()) - names
         if not classes:
             missing.add("the auto_map of config.json")
@@ -199,6 +202,12 @@ def loadable_files(folder: str | os.PathLike) -> list[Path]:
             "missing. mctf_hf.hub.save writes one"
         )
     return [folder / name for name in sorted(names) if not name.startswith(".")]
+
+
+def _classes(folder: Path) -> dict[str, str]:
+    """The ``auto_map`` of a folder; empty where there is none."""
+    config = folder / "config.json"
+    return json.loads(config.read_text()).get("auto_map", {}) if config.exists() else {}
 
 
 def _code(folder: Path, classes: Collection[str]) -> set[str]:

@@ -171,11 +171,13 @@ def teacher_amount(config: MCTFViTConfig, limit: int, seed: int, step: int) -> d
         limit: see :func:`teacher_limit`.
 
     Returns:
-        Arguments of the model: ``r``, uniform in {0, …, limit - 1}; or ``keep_rate`` by layer, the
-        student's raised by one share of what it lacks to 1, uniform in (0, 1].
+        Arguments of the model, by layer: ``r``, uniform in {0, …, limit - 1}, but nowhere more than
+        the student's; or ``keep_rate``, the student's raised by one share of what it lacks to 1,
+        uniform in (0, 1].
     """
     if not _by_rate(config):
-        return {"r": teacher_r(seed, step, limit)}
+        drawn = teacher_r(seed, step, limit)
+        return {"r": [min(drawn, fused) for fused in config.tokens_fused(config.num_tokens())]}
     generator = torch.Generator().manual_seed(mix_seed(seed, step, 0))
     share = 1 - float(torch.rand((), generator=generator))
     return {"keep_rate": [rate + (1 - rate) * share for rate in config.kept_by_layer()]}
@@ -209,6 +211,11 @@ def teacher_limit(config: MCTFViTConfig, r_max: int | None) -> int:
             "what the student's layers fuse"
         )
     return r_max
+
+
+def told_limit(config: MCTFViTConfig, limit: int) -> int | None:
+    """The ``r_max`` that gives :func:`teacher_limit` this limit."""
+    return None if limit and _by_rate(config) else limit
 
 
 def mix_seed(*numbers: int) -> int:

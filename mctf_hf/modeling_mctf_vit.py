@@ -8,6 +8,7 @@ tokens before and ``m`` after a layer's fusion, ``d`` channels, ``h`` heads.
 import json
 import math
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +20,7 @@ from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
+from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.models.vit.modeling_vit import (
@@ -213,10 +215,27 @@ class MCTFViTLayer(ViTLayer):
     ) -> tuple[Tensor, Tensor, Reduction]:
         assert attention is not None
         reduction = self._choose(hidden_states, attention, token_sizes, r)
+        if not torch.compiler.is_compiling():
+            self._check(reduction, hidden_states.shape[1] - r)
         if token_sizes is None:
             precision = torch.promote_types(hidden_states.dtype, torch.float32)
             token_sizes = hidden_states.new_ones(hidden_states.shape[:2], dtype=precision)
         return fuse(hidden_states, reduction), fuse_sizes(token_sizes, reduction), reduction
+
+    def _check(self, reduction: Reduction, num_tokens: int) -> None:
+        """Raise ValueError for a reduction that is not what was asked for."""
+        found = reduction.kept.shape[0] // max(1, reduction.batch)
+        if found != num_tokens:
+            raise ValueError(
+                f"{type(self.reducer).__qualname__} left {found} tokens, where there are to be "
+                f"{num_tokens}"
+            )
+        linear = self.reducer is None or self.reducer.pools_linearly
+        if linear and reduction.kept_weights is None:
+            raise ValueError(
+                f"{type(self.reducer).__qualname__} returned a reduction without weights: call its "
+                "weigh(), or set pools_linearly=False for elementwise maximum"
+            )
 
     @torch.no_grad()
     def _choose(
@@ -280,7 +299,9 @@ class MCTFPreTrainedMixin:
         """
         classes = dict(self.config.auto_classes)
         # Not the configuration's word for it, which may come from another copy of this library.
-        files, auto_map = own_code(REDUCERS.get(self.config.reduction), classes)
+        source = Path(str(sys.modules[type(self).__module__].__file__))
+        modules = {Path(str(file)).stem for file in (source, *get_relative_import_files(source))}
+        files, auto_map = own_code(REDUCERS.get(self.config.reduction), classes, modules)
         if files and kwargs.get("push_to_hub"):
             raise ValueError(
                 f"push_to_hub=True is not allowed with reduction={self.config.reduction!r}, which "
@@ -534,6 +555,8 @@ class MCTFViTModel(MCTFPreTrainedMixin, ViTModel):
             mask = create_bidirectional_mask(
                 config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
             )
+        if not torch.compiler.is_compiling():
+            self._check_reducers()
         size = self._slice_size(hidden_states, mask, kwargs)
         if size == hidden_states.shape[0]:
             return self._run_layers(hidden_states, mask, fused_by_layer, output_fusion, **kwargs)
@@ -545,6 +568,17 @@ class MCTFViTModel(MCTFPreTrainedMixin, ViTModel):
             None if parts[0] is None else torch.cat(parts) for parts in zip(*slices, strict=True)
         )
         return hidden_states, token_sizes, assignment
+
+    def _check_reducers(self) -> None:
+        """Raise ValueError if the configuration has changed since the layers were made."""
+        wanted, found = build_reducer(self.config), self.layers[0].reducer
+        comparable = type(wanted).__eq__ is not object.__eq__
+        if type(wanted) is not type(found) or (comparable and wanted != found):
+            raise ValueError(
+                f"the layers reduce by {found}, and the configuration now says {wanted}: set "
+                "reduction and what it is made of with from_pretrained() or a new model; only how "
+                "much is reduced (r, keep_rate, fusion_layers, …) may change later"
+            )
 
     def _slice_size(
         self, hidden_states: Tensor, mask: Tensor | None, kwargs: dict[str, Any]

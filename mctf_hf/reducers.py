@@ -62,6 +62,7 @@ class Reducer(ABC):
         stage: when it acts.
         needs: names of the fields of :class:`Observation` to be filled, besides the first three.
         amount: the setting that says how many tokens a layer loses, ``"r"`` or ``"keep_rate"``.
+        settings: of the configuration that this method has for itself.
         biases_attention: whether sizes enter attention where ``proportional_attention`` is set.
         pools_linearly: whether its reductions have weights, rather than take maxima.
     """
@@ -69,6 +70,7 @@ class Reducer(ABC):
     stage: Stage
     needs: ClassVar[tuple[str, ...]] = ()
     amount: ClassVar[str] = "r"
+    settings: ClassVar[tuple[str, ...]] = ()
     biases_attention: ClassVar[bool] = True
     pools_linearly: bool = True
 
@@ -85,7 +87,7 @@ class Reducer(ABC):
     @classmethod
     def most(cls, num_patches: int) -> int:
         """How many of a layer's patch tokens it can take away at most."""
-        return num_patches // 2
+        return num_patches // 2 if cls.amount == "r" else num_patches - 1
 
     @classmethod
     def tokens_added(cls, config: Any) -> int:
@@ -114,7 +116,8 @@ def register(name: str) -> Callable[[_Class], _Class]:
     """Make a subclass of :class:`Reducer` known as a value of the setting ``reduction``.
 
     Raises:
-        ValueError: for a name that another class has, or needs that no layer can fill.
+        ValueError: for a name that another class has, a class that does not say when it acts, or
+            needs that no layer can fill.
     """
 
     def add(reducer: _Class) -> _Class:
@@ -124,7 +127,13 @@ def register(name: str) -> Callable[[_Class], _Class]:
             reducer.__qualname__,
         )
         if name == "none" or (known is not None and not same):
-            raise ValueError(f"reduction {name!r} cannot be registered: the name is taken")
+            owner = "no reduction" if known is None else f"{known.__module__}.{known.__qualname__}"
+            raise ValueError(f"reduction {name!r} cannot be registered: it is that of {owner}")
+        if not hasattr(reducer, "stage") and "stage" not in reducer.__annotations__:
+            raise ValueError(
+                f"{reducer.__qualname__} has no stage: it is one of "
+                f"{', '.join(f'Stage.{stage.name}' for stage in Stage)}"
+            )
         unknown = [need for need in reducer.needs if need not in _OBSERVABLE]
         if unknown or reducer.amount not in ("r", "keep_rate"):
             raise ValueError(
@@ -159,6 +168,14 @@ class MCTFReducer(Reducer):
     """
 
     needs: ClassVar = ("attention_received",)
+    settings: ClassVar = (
+        "tau_sim",
+        "tau_info",
+        "tau_size",
+        "bidirectional",
+        "one_step_ahead",
+        "pooling",
+    )
 
     stage: Stage
     tau_sim: float
@@ -267,10 +284,6 @@ class _KeepRateReducer(Reducer):
         """Those that begin the last three quarters: the 4th, 7th and 10th of 12."""
         return sorted({num_layers * quarter // 4 for quarter in (1, 2, 3)})
 
-    @classmethod
-    def most(cls, num_patches: int) -> int:
-        return num_patches - 1
-
 
 @register("evit")
 @dataclass(frozen=True)
@@ -282,6 +295,7 @@ class EViTReducer(_KeepRateReducer):
     dropped. Sizes do not enter attention. No gradient flows through the weights.
     """
 
+    settings: ClassVar = ("fuse_token",)
     biases_attention: ClassVar = False
 
     fuse_token: bool

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from .hub import TRAINING
-from .losses import TokenReductionConsistency, teacher_amount, teacher_limit
+from .losses import TokenReductionConsistency, teacher_amount, teacher_limit, told_limit
 
 
 class ConsistencyTrainer(Trainer):
@@ -80,8 +80,9 @@ class ConsistencyTrainer(Trainer):
         """Save as every ``Trainer`` does, along with a record of the training."""
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
-            record = {
-                "r_max": self.r_max,
+            limit = told_limit(self.accelerator.unwrap_model(self.model).config, self.r_max)
+            record: dict[str, Any] = {} if limit is None else {"r_max": limit}
+            record |= {
                 "teacher_weight": self.consistency.teacher_weight,
                 "consistency_weight": self.consistency.consistency_weight,
                 "confidence_threshold": self.consistency.confidence_threshold,

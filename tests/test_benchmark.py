@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from cli.measuring import peak_bytes, seconds_in_rounds
 from lightning_modules.data import HFImageDataModule
 from mctf_hf import MCTFViTForImageClassification
 from mctf_hf.cost import multiply_accumulates, r_for_budget
-from mctf_hf.hub import load_image_processor
+from mctf_hf.hub import load_image_processor, save
 from mctf_hf.presets import preset
 from tests.conftest import DIGITS, tiny_model
 
@@ -85,6 +86,33 @@ def test_accuracy_is_counted_beside_speed(tiny_folder: Path, capsys: pytest.Capt
             found = make(words, None, torch.float32, "cpu").model(pixels).argmax(-1)
         assert row["accuracy"] == (found == labels).sum().item() / 50
     assert written["results"][1]["accuracy"] == again
+    for models, message in (
+        ([models[0], "deit_t"], "accuracy=.* is not allowed with deit_t: its weights are random"),
+        ([models[0], "--image_size", "48"], "with images of 48 pixels: the image processor of"),
+        (["headless"], r"with headless: its weights are random \(classifier.bias, classifier.weig"),
+    ):
+        if models == ["headless"]:
+            backbone = MCTFViTForImageClassification.from_pretrained(tiny_folder).vit
+            save(backbone, load_image_processor(str(tiny_folder)), "headless_folder")
+            models = ["./headless_folder"]
+            message = message.replace("headless", "./headless_folder", 1)
+        with pytest.raises(SystemExit):
+            main(["benchmark", *models, "--accuracy", DIGITS, "--rounds", "1"])
+        assert re.search(message, capsys.readouterr().err)
+
+
+def test_each_model_gets_images_from_its_own_processor(tiny_folder: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(tiny_folder, tmp_path / "other")
+    settings = json.loads((other / "preprocessor_config.json").read_text())
+    settings |= {"image_mean": [0.0] * 3, "image_std": [0.1] * 3}
+    (other / "preprocessor_config.json").write_text(json.dumps(settings))
+    words = ["--accuracy", DIGITS, "--rounds", "1", "--batch_sizes", "[1]", "--output", "o.json"]
+    found = []
+    for models in ([tiny_folder, other], [other, tiny_folder]):
+        main(["benchmark", *map(str, models), *words])
+        rows = json.loads(Path("o.json").read_text())["results"]
+        found.append({Path(row["model"]).name: row["accuracy"] for row in rows})
+    assert found[0] == found[1] and len(set(found[0].values())) == 2
     assert written["results"][2]["accuracy"] == written["results"][0]["accuracy"]
 
 

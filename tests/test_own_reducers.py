@@ -14,11 +14,13 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoModelForImageClassification, ViTImageProcessorPil
 
+from cli.main import main
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
 from mctf_hf.cost import multiply_accumulates
 from mctf_hf.hub import loadable_files, save
+from mctf_hf.model_card import make_card
 from mctf_hf.reducers import REDUCERS, Reducer
-from tests.conftest import REPOSITORY, TINY, tiny_model
+from tests.conftest import DIGITS, REPOSITORY, TINY, tiny_model
 from tests.test_cost import count
 from tests.test_loading import load_as_stranger
 
@@ -93,8 +95,11 @@ def test_without_its_module_the_method_is_unknown(by_norm: type[Reducer], tmp_pa
 
 
 BROKEN = {
-    "import mctf_hf.fusion\n": "'import mctf_hf.fusion' has to name a module, as in from mctf_hf.",
-    "from mctf_hf import MCTFViTConfig\n": "'from mctf_hf import MCTFViTConfig' has to name a mod",
+    "import mctf_hf.fusion": "'import mctf_hf.fusion' names no module that goes with the weights",
+    "from mctf_hf import MCTFViTConfig": "'from mctf_hf import MCTFViTConfig' names no module that",
+    "from mctf_hf.losses import mix_seed": "'from mctf_hf.losses import mix_seed' names no module",
+    "from .helpers import x": "'from .helpers import x', where all has to be in one file",
+    "from neighbour import x": "'from neighbour import x' is a file beside it, where all has to be",
 }
 
 
@@ -102,16 +107,50 @@ BROKEN = {
 def test_what_cannot_travel_is_refused_before_anything_is_written(
     line: str, by_norm: Any, tmp_path: Path
 ) -> None:
-    (tmp_path / "by_norm.py").write_text(line + EXAMPLES[0])
+    (tmp_path / "neighbour.py").write_text("x = 1\n")
     model = tiny_model(reduction="by_norm")
-    with pytest.raises(
-        ValueError, match=re.escape(f"by_norm.py, which defines NormReducer: {BROKEN[line]}")
-    ):
+    (tmp_path / "by_norm.py").write_text(f"{line}\n{EXAMPLES[0]}")
+    reason = re.escape(f"by_norm.py, which defines NormReducer: {BROKEN[line]}")
+    with pytest.raises(ValueError, match=reason):
         model.save_pretrained(tmp_path / "model")
-    (tmp_path / "by_norm.py").write_text("from .helpers import x\n" + EXAMPLES[0])
-    with pytest.raises(ValueError, match="it imports helpers, where all has to be in one file"):
-        model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=reason):
+        save(model, PROCESSOR, tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_what_is_only_talked_of_is_no_import(by_norm: Any, tmp_path: Path) -> None:
+    (tmp_path / "by_norm.py").write_text(f'"""\nimport mctf_hf\n"""\n{EXAMPLES[0]}')
+    tiny_model(reduction="by_norm").save_pretrained(tmp_path / "model")
+
+
+def test_code_that_a_model_no_longer_needs_goes(by_norm: Any, tmp_path: Path) -> None:
+    folder = save(tiny_model(reduction="by_norm"), PROCESSOR, tmp_path / "model")
+    (folder / "notes.py").write_text("# mine")
+    save(tiny_model(), PROCESSOR, folder)
+    assert not list(folder.glob("*by_norm*")) and (folder / "notes.py").exists()
+    assert (folder / "reducers.py").exists()
+
+
+def test_commands_import_it(
+    by_norm: Any, tmp_path: Path, capsys: pytest.CaptureFixture, tiny_folder: Path
+) -> None:
+    known = REDUCERS.pop("by_norm"), sys.modules.pop("by_norm")
+    words = ["visualize", f"{tiny_folder},reduction=by_norm,r=6", "--images", DIGITS]
+    words += ["--output", "o.png", "--count", "1"]
+    with pytest.raises(SystemExit):
+        main(words)
+    assert "reduction='by_norm' is not allowed" in capsys.readouterr().err
+    main(["--import", "by_norm", *words])
+    assert "65 -> 41 tokens" in capsys.readouterr().out
+    REDUCERS["by_norm"], sys.modules["by_norm"] = known
+    with pytest.raises(SystemExit):
+        main(["--import", "by_nrom", *words])
+    assert "--import by_nrom: No module named 'by_nrom'" in capsys.readouterr().err
+
+
+def test_a_card_names_it(by_norm: Any) -> None:
+    card = str(make_card("me/model", tiny_model(reduction="by_norm").config, license="mit"))
+    assert "a\nmethod of its own (`by_norm`, in the code beside the weights)" in card
 
 
 def test_what_is_defined_in_a_script_or_named_like_a_module_of_ours_is_refused(
@@ -123,8 +162,12 @@ def test_what_is_defined_in_a_script_or_named_like_a_module_of_ours_is_refused(
     monkeypatch.setattr(by_norm, "__module__", "__main__")
     with pytest.raises(ValueError, match="NormReducer is defined in __main__, .* of its own"):
         model.save_pretrained(tmp_path / "model")
-    (tmp_path / "fusion.py").write_text(EXAMPLES[0])
     monkeypatch.setattr(by_norm, "__module__", "by_norm")
+    monkeypatch.setattr(by_norm, "__qualname__", "make.<locals>.NormReducer")
+    with pytest.raises(ValueError, match="the class is to stand at the module's top level"):
+        model.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(by_norm, "__qualname__", "NormReducer")
+    (tmp_path / "fusion.py").write_text(EXAMPLES[0])
     monkeypatch.setattr(sys.modules["by_norm"], "__file__", str(tmp_path / "fusion.py"))
     with pytest.raises(ValueError, match="fusion.py, .*: a module of this library has that name"):
         model.save_pretrained(tmp_path / "model")

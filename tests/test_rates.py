@@ -1,6 +1,7 @@
 """Methods that go by a keep rate, through every door: finetuning, cards, pictures, exports."""
 
 import csv
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 from torch import Tensor
-from transformers import TrainingArguments
+from transformers import TrainingArguments, ViTImageProcessorPil
 
 from cli.contestants import make
 from cli.evaluation import evaluate
@@ -19,7 +20,8 @@ from cli.main import main
 from lightning_modules import MCTFFinetuner
 from mctf_hf.conversion import load_pretrained
 from mctf_hf.cost import keep_rate_for_budget, multiply_accumulates
-from mctf_hf.export import check, to_onnx, to_torch_export
+from mctf_hf.export import _metadata, check, to_onnx, to_torch_export
+from mctf_hf.hub import save
 from mctf_hf.losses import teacher_amount, teacher_limit
 from mctf_hf.model_card import make_card
 from mctf_hf.trainer import ConsistencyTrainer
@@ -88,6 +90,12 @@ def test_the_teachers_keep_rate_is_drawn_above_the_students() -> None:
         ({"keep_rate": 0.5}, "keep_rate=0.5 has no effect with reduction='mctf'"),
         ({"reduction": "evit", "r": 4}, "r=4 has no effect with reduction='evit'"),
         ({"reduction": "evit", "keep_rate": "half"}, "keep_rate='half' is not allowed: it is a nu"),
+        ({"fusion": {"keep_rate": 0.3}}, "keep_rate=0.3 has no effect with reduction='mctf'"),
+        ({"reduction": "evit", "fusion": {"r": 3}}, "r=3 has no effect with reduction='evit'"),
+        ({"reduction": "evit", "fusion": {"inflection": 1}}, "inflection=1 has no effect with"),
+        ({"r": [1] * 5, "fusion": {"inflection": 1}}, "inflection=1 has no effect with"),
+        ({"reduction": "tome", "fusion": {"tau_sim": 2}}, "tau_sim=2 has no effect .* of mctf"),
+        ({"fusion": {"fuse_token": False}}, "fuse_token=False has no effect .* setting of evit"),
     ],
 )
 def test_amounts_without_effect_are_refused(
@@ -97,7 +105,9 @@ def test_amounts_without_effect_are_refused(
         MCTFFinetuner(str(tiny_folder), **settings)
 
 
-def test_scales_are_added_to_a_checkpoint_that_lacks_them(tiny_folder: Path) -> None:
+def test_scales_are_added_to_a_checkpoint_that_lacks_them(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
     plain = MCTFFinetuner(str(tiny_folder), reduction="token_mergence").model.eval()
     scaled = MCTFFinetuner(
         str(tiny_folder), reduction="token_mergence", fusion={"multi_scale": [2, 4]}
@@ -105,6 +115,13 @@ def test_scales_are_added_to_a_checkpoint_that_lacks_them(tiny_folder: Path) -> 
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(scaled(images).logits, plain(images).logits)
     assert sum("coarse" in name for name, _ in scaled.named_parameters()) == 6
+    for model in (scaled, MCTFFinetuner(str(tiny_folder), fusion={"multi_scale": [2]}).model):
+        save(model, ViTImageProcessorPil(size={"height": 32, "width": 32}), tmp_path / "scaled")
+    more = MCTFFinetuner(str(tmp_path / "scaled"), fusion={"multi_scale": [2, 4]}).model.eval()
+    torch.testing.assert_close(more(images).logits, model.eval()(images).logits)
+    for scales in (None, [4], [4, 2]):
+        with pytest.raises(ValueError, match=r"multi_scale=.* has the scales \[2\], which"):
+            MCTFFinetuner(str(tmp_path / "scaled"), fusion={"multi_scale": scales})
     with pytest.raises(ValueError, match="coarse_patch_embeddings"):  # not for inference
         load_pretrained(str(tiny_folder), multi_scale=[2])
 
@@ -122,9 +139,10 @@ def test_the_command_line_finetunes_by_keep_rate(tiny_folder: Path, tmp_path: Pa
     assert model.config.reduction == "token_mergence" and model.config.multi_scale == [2]
     assert model.config.keep_rate == keep_rate_for_budget(model.config, 0.7)
     record = json.loads(Path("out/training.json").read_text())
-    assert (record["reduction"], record["keep_rate"], record["r_max"]) == (
-        "token_mergence", "auto:0.7", 1,
-    )  # fmt: skip
+    assert (record["reduction"], record["keep_rate"]) == ("token_mergence", "auto:0.7")
+    assert "r_max" not in record and "consistency_weight" in record
+    card = str(make_card("me/model", model.config, license="mit", training=record))
+    assert "Finetuned with token-reduction consistency" in card
 
 
 def test_transformers_trainer_draws_keep_rates(tmp_path: Path, images: Tensor) -> None:
@@ -197,9 +215,77 @@ def test_they_are_exported(reduction: str, tmp_path: Path) -> None:
     assert check(model, tmp_path / "m.pt2", [torch.randn(4, 3, 32, 32)]).differing == 0
 
 
-@pytest.mark.parametrize("fuse_token", [True, False])
-def test_evit_in_onnx(fuse_token: bool, tmp_path: Path) -> None:
-    model = tiny_model(reduction="evit", keep_rate=0.6, fuse_token=fuse_token, num_hidden_layers=3)
+def test_what_is_not_a_plain_vit_is_compared_with_itself() -> None:
+    for settings in (
+        {"class_token": False, "num_register_tokens": 1},
+        {"class_token": False},
+        {"multi_scale": [2]},
+    ):
+        evaluation = evaluate(tiny_model(**settings), None, batch_size=2, rounds=1)
+        assert evaluation.plain.name == "no fusion"
+
+
+def test_convert_takes_a_budget_of_rates(tiny_folder: Path, capsys: pytest.CaptureFixture) -> None:
+    main(["convert", f"{tiny_folder},reduction=evit,keep_rate=auto:0.7", "--output", "made"])
+    config = load_pretrained("made").config
+    assert config.keep_rate == keep_rate_for_budget(config, 0.7)
+    assert f"evit, keep_rate {config.keep_rate}: 65 tokens become" in capsys.readouterr().out
+
+
+def test_a_schedule_on_the_command_line(tiny_folder: Path) -> None:
+    contestant = make(f"{tiny_folder},reduction=tome,r=(6,-1)", None, torch.float32, "cpu")
+    config = contestant.model.model.config
+    assert (config.r, config.inflection) == (6, -1)
+    assert config.tokens_fused(65) == (12, 9, 6, 3, 0)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"r": [0, 0, 20, 0, 0]},
+        {"r": (6, -1), "reduction": "tome"},
+        {"r": 0.35, "fusion_layers": [1, 3]},
+        {"r": 20},
+        {"reduction": "evit", "keep_rate": 0.5},
+    ],
+)
+def test_no_layer_of_the_teacher_fuses_more_than_the_students(settings: dict[str, Any]) -> None:
+    def accumulate(fused: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(itertools.accumulate(fused))
+
+    config = tiny_model(**settings).config
+    limit = teacher_limit(config, None)
+    student = accumulate(config.tokens_fused(65))
+    teachers = [
+        accumulate(config.tokens_fused(65, **teacher_amount(config, limit, 0, step)))
+        for step in range(30)
+    ]
+    assert all(a <= b for teacher in teachers for a, b in zip(teacher, student, strict=True))
+    assert len(set(teachers)) > 1 and max(teachers)[-1] > 0
+
+
+def test_an_exported_file_tells_the_keep_rate(tmp_path: Path) -> None:
+    for settings, expected in (
+        ({"reduction": "evit", "keep_rate": 0.5}, {"keep_rate": "0.5"}),
+        ({"reduction": "tome", "r": (4, -1)}, {"r": "4", "inflection": "-1"}),
+    ):
+        told = _metadata(tiny_model(**settings), None, None)
+        amounts = {name: told[name] for name in ("r", "keep_rate", "inflection") if name in told}
+        assert amounts == expected
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"reduction": "evit", "fuse_token": True},
+        {"reduction": "token_mergence", "multi_scale": [2]},
+        {"class_token": False, "r": 6},
+    ],
+)
+def test_they_are_written_as_onnx(settings: dict[str, Any], tmp_path: Path) -> None:
+    model = tiny_model(**settings, keep_rate=0.6, num_hidden_layers=3)
+    if "multi_scale" in settings:
+        torch.nn.init.normal_(model.vit.embeddings.coarse_patch_embeddings[0].fusion.weight)
     to_onnx(model, tmp_path / "m.onnx")
     assert check(model, tmp_path / "m.onnx", [torch.randn(4, 3, 32, 32)]).differing == 0
 

@@ -10,9 +10,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification
 
-from mctf_hf import MCTFViTConfig, MCTFViTModel
+from mctf_hf import MCTFViTConfig, MCTFViTModel, attention
 from mctf_hf.conversion import convert_state_dict
-from mctf_hf.cost import keep_rate_for_budget, multiply_accumulates, resolve_budget
+from mctf_hf.cost import (
+    keep_rate_for_budget,
+    multiply_accumulates,
+    r_for_budget,
+    resolve_budget,
+)
 from mctf_hf.fusion import Reduction, compose, fuse, fuse_sizes, images_rows
 from mctf_hf.presets import preset
 from mctf_hf.reducers import REDUCERS, Observation, Reducer, Stage, build_reducer, register
@@ -25,16 +30,16 @@ EXACT = {"atol": 1e-5, "rtol": 0}
 RATES = {"evit": {"fuse_token": True}, "token_mergence": {}}
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", ["evit_fuse", "evit_drop"])
 @torch.no_grad()
-def test_evit_equals_the_official_one(name: str, attention: str) -> None:
+def test_evit_equals_the_official_one(name: str, kernel: str) -> None:
     case = EVIT.cases[name]
     model = tiny_model(
         reduction="evit",
         keep_rate=case["keep_rate"],
         fuse_token=case["fuse_token"],
-        attn_implementation=attention,
+        attn_implementation=kernel,
     )
     weights = EVIT.weights(f"{name}/model.") or EVIT.weights("evit/model.")
     model.load_state_dict(convert_state_dict(weights, source="timm"))
@@ -280,8 +285,8 @@ def test_without_class_token_importance_is_the_attention_received(images: Tensor
         config = {"reduction": "evit", "keep_rate": 0.5, "fusion_layers": [0], "fuse_token": False}
         model = tiny_model(**config, class_token=class_token, attn_implementation="eager")
         output = model(images, output_fusion=True, output_attentions=True)
-        attention = output.attentions[0].mean(1)
-        importance = attention[:, 0, 1:] if class_token else attention.mean(1)
+        shown = output.attentions[0].mean(1)
+        importance = shown[:, 0, 1:] if class_token else shown.mean(1)
         kept = importance.argsort(1, descending=True)[:, :32]
         patches = output.assignment[:, class_token:]
         assert torch.equal(patches.gather(1, kept), torch.arange(32).expand(3, -1) + class_token)
@@ -419,11 +424,113 @@ def test_a_reducer_sees_what_it_needs(everything: type[Everything], images: Tens
 
 def test_names_and_needs_of_reducers_are_checked(everything: type[Everything]) -> None:
     register("everything")(Everything)  # again, as when a module is imported anew
-    with pytest.raises(ValueError, match="reduction 'mctf' cannot be registered: the name is tak"):
+    with pytest.raises(
+        ValueError, match="reduction 'mctf' .*: it is that of mctf_hf.reducers.MCTFR"
+    ):
         register("mctf")(Everything)
     with pytest.raises(ValueError, match="reduction 'none' cannot be registered"):
         register("none")(Everything)
     wrong = type("Wrong", (Everything,), {"needs": ("queries",)})
     with pytest.raises(ValueError, match=r"needs=\('queries',\).* are not allowed: .*keys, atten"):
         register("wrong")(wrong)
+    with pytest.raises(ValueError, match="Aimless has no stage: it is one of Stage.REUSE, "):
+        register("wrong")(type("Aimless", (Reducer,), {}))
     assert "wrong" not in REDUCERS
+
+
+@torch.no_grad()
+def test_what_a_reducer_returns_is_checked(everything: Any, images: Tensor) -> None:
+    class Greedy(everything):
+        def __call__(self, seen: Observation, r: int) -> Reduction:
+            return super().__call__(seen, r + 1)
+
+    class Careless(everything):
+        def __call__(self, seen: Observation, r: int) -> Reduction:
+            reduction = super().__call__(seen, r)
+            reduction.kept_weights = reduction.merged_weights = None
+            return reduction
+
+    for wrong, message in (
+        (Greedy, "Greedy left 60 tokens, where there are to be 61"),
+        (Careless, r"Careless returned a reduction without weights: call its weigh\(\)"),
+    ):
+        REDUCERS["everything"] = wrong
+        model = tiny_model(reduction="everything", r=4, fusion_layers=[2])
+        with pytest.raises(ValueError, match=message):
+            model(images)
+    Careless.pools_linearly = False
+    tiny_model(reduction="everything", r=4, fusion_layers=[2])(images)
+
+
+@torch.no_grad()
+def test_the_method_of_a_model_does_not_change(images: Tensor) -> None:
+    model = tiny_model(r=8)
+    model.config.r = 4
+    model(images)
+    for name, value in (("reduction", "token_mergence"), ("reduction", "none"), ("tau_sim", 2.0)):
+        before = getattr(model.config, name)
+        setattr(model.config, name, value)
+        with pytest.raises(
+            ValueError, match="the layers reduce by MCTFReducer.* now says .* set re"
+        ):
+            model(images)
+        setattr(model.config, name, before)
+
+
+@torch.no_grad()
+def test_what_is_seen_does_not_depend_on_how_attention_is_computed(
+    everything: type[Everything], images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = {}
+    for name, kernel, budget, needs in (
+        ("map", "eager", attention.MAP_BYTES, Everything.needs),
+        ("row", "sdpa", attention.MAP_BYTES, ("class_attention", "keys")),
+        ("blocks", "sdpa", 0, ("class_attention", "attention_received")),
+    ):
+        monkeypatch.setattr(attention, "MAP_BYTES", budget)
+        monkeypatch.setattr(Everything, "needs", needs)
+        tiny_model(reduction="everything", r=4, fusion_layers=[2], attn_implementation=kernel)(
+            images
+        )
+        shown[name] = Everything.seen
+    assert shown["row"].attention is None and shown["row"].attention_received is None
+    for name, field in (
+        ("row", "class_attention"),
+        ("blocks", "class_attention"),
+        ("blocks", "attention_received"),
+        ("row", "keys"),
+    ):
+        torch.testing.assert_close(getattr(shown[name], field), getattr(shown["map"], field))
+
+
+def test_a_budget_holds_with_an_inflection() -> None:
+    config = preset("deit_s", reduction="tome", r=6, inflection=-1)
+    base = multiply_accumulates(config, r=0)
+    for fraction in (0.9, 0.6):
+        bent, schedule = r_for_budget(config, fraction)
+        assert multiply_accumulates(config, r=bent) <= fraction * base
+        assert multiply_accumulates(config, r=bent - 1) > fraction * base
+        assert fraction * base * 0.99 < multiply_accumulates(config, r=schedule) <= fraction * base
+        assert schedule[0] > schedule[-1]
+
+
+@pytest.mark.parametrize("reduction", RATES)
+def test_half_precision_slices_and_checkpoints_of_the_graph(
+    reduction: str, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(reduction=reduction, keep_rate=0.6)
+    with torch.inference_mode():
+        whole = model(images).logits
+        monkeypatch.setattr("mctf_hf.modeling_mctf_vit.SLICE_BYTES", 1)
+        torch.testing.assert_close(model(images).logits, whole)
+        half = tiny_model(reduction=reduction, keep_rate=0.6).bfloat16()
+        torch.testing.assert_close(half(images.bfloat16()).logits.float(), whole, atol=0.05, rtol=0)
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_model(reduction=reduction, keep_rate=0.6).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(images, labels=torch.tensor([0, 1, 2])).loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
