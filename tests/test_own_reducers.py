@@ -163,10 +163,10 @@ def test_what_is_defined_in_a_script_or_named_like_a_module_of_ours_is_refused(
     with pytest.raises(ValueError, match="NormReducer is defined in __main__, .* of its own"):
         model.save_pretrained(tmp_path / "model")
     monkeypatch.setattr(by_norm, "__module__", "by_norm")
-    monkeypatch.setattr(by_norm, "__qualname__", "make.<locals>.NormReducer")
+    by_norm.__qualname__ = "make.<locals>.NormReducer"
     with pytest.raises(ValueError, match="the class is to stand at the module's top level"):
         model.save_pretrained(tmp_path / "model")
-    monkeypatch.setattr(by_norm, "__qualname__", "NormReducer")
+    by_norm.__qualname__ = "NormReducer"
     (tmp_path / "fusion.py").write_text(EXAMPLES[0])
     monkeypatch.setattr(sys.modules["by_norm"], "__file__", str(tmp_path / "fusion.py"))
     with pytest.raises(ValueError, match="fusion.py, .*: a module of this library has that name"):
