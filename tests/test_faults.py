@@ -1,9 +1,11 @@
 """What kills, signals, full disks and damage leave behind: a run that ends as if nothing was."""
 
+import multiprocessing
 import os
 import random
 import resource
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_modules.checkpoints import SafeCheckpointIO
+from lightning_modules.checkpoints import SafeCheckpointIO, stop_with_parent_only
 from tests.training_runs import (
     EPOCHS,
     STEPS_PER_EPOCH,
@@ -139,6 +141,26 @@ def test_told_to_stop_together_with_its_workers_it_loses_nothing(
     shown = output.read_text()
     assert process.exitcode == 1 and "told to stop (SIGTERM) at step" in shown, shown
     assert not differing(resume(tmp_path), final(uninterrupted))
+
+
+def parent_of_a_worker() -> None:
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    worker = context.Process(target=lambda: (stop_with_parent_only(), ready.set(), time.sleep(60)))
+    worker.start()
+    ready.wait()
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)  # somebody else's
+    worker.join(0.3)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join()
+    assert worker.exitcode == 0
+
+
+def test_a_worker_stops_when_its_parent_says_so_and_for_nobody_else(tmp_path: Path) -> None:
+    process = start(parent_of_a_worker, output=tmp_path / "output")
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "output").read_text()
 
 
 def test_told_to_stop_between_accumulated_batches_it_takes_the_step_first(tmp_path: Path) -> None:
