@@ -16,6 +16,9 @@ TESTS = (
     "tests/test_loading.py",
     "tests/test_losses.py",
     "tests/test_modeling_mctf_vit.py",
+    "tests/test_own_reducers.py",
+    "tests/test_rates.py",
+    "tests/test_reducers.py",
     "tests/test_visualization.py",
     "tests/e2e/test_hub.py",
 )

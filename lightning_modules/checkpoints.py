@@ -224,24 +224,6 @@ class LastCheckpoint(Checkpoint):
         trainer.strategy.barrier("LastCheckpoint")
 
 
-def stop_with_parent_only(worker_id: int = 0) -> None:
-    """For ``worker_init_fn`` of a ``DataLoader``: SIGTERM ends a worker if its parent sends it.
-
-    Batch systems signal every process of a job. A worker that died of it would end the training by
-    an error before the state is saved. Has no effect where signals do not tell their sender
-    (macOS, Windows).
-    """
-    if hasattr(signal, "sigwaitinfo"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_await_parent, daemon=True).start()
-
-
-def _await_parent() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
-
-
 def _keep_previous(path: Path) -> None:
     """Make ``previous.ckpt`` of a checkpoint, which stays where the disk has hard links."""
     if not path.exists():

@@ -16,8 +16,9 @@ from torch.utils.data import Dataset as TorchDataset
 from .augmentation import Crop, FlipAndCrop
 from .batch_augmentation import BatchAugmentation, Mixing, Normalization, RandomErasing
 from .images import ImageFolder, LabelledImages, OnBadImage, Process, Rows, as_bytes, collate
+from .processors import output_size
 from .rand_augment import RandAugment
-from .sampling import ResumableDataLoader, ResumableSampler
+from .sampling import ResumableDataLoader, ResumableSampler, stop_with_parent_only
 from .streaming import Share, StreamedImages, StreamLoader, count_rows
 
 
@@ -215,7 +216,7 @@ class HFImageDataModule(L.LightningDataModule):
         process = Process(processor, **bytes_alone) if self.crop == "none" else as_bytes
         options |= {
             "augment": FlipAndCrop(
-                _output_size(processor), self.crop, self.flip, resample=processor.resample
+                output_size(processor), self.crop, self.flip, resample=processor.resample
             ),
             "num_draws": self._augmentation.num_draws,
         }
@@ -359,6 +360,7 @@ class HFImageDataModule(L.LightningDataModule):
             "persistent_workers": self.num_workers > 0,
             "pin_memory": torch.cuda.is_available(),
             "collate_fn": collate,
+            "worker_init_fn": stop_with_parent_only,
         }
 
     def val_dataloader(self) -> DataLoader:
@@ -375,11 +377,3 @@ class HFImageDataModule(L.LightningDataModule):
         if isinstance(images, StreamedImages):
             return StreamLoader(images, **options)
         return DataLoader(images, batch_size=self.eval_batch_size, **options)
-
-
-def _output_size(processor: Any) -> tuple[int, int]:
-    """Height and width of what an image processor returns, in pixels."""
-    cropped = getattr(processor, "do_center_crop", None)
-    size = processor.crop_size if cropped else processor.size
-    edge = size.get("shortest_edge")
-    return (edge, edge) if edge else (size["height"], size["width"])

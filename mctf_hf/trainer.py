@@ -72,7 +72,12 @@ class ConsistencyTrainer(Trainer):
         student = model(images, output_fusion=True)
         teacher = model(images, **amount, output_fusion=True)
         losses = self.consistency(
-            student.logits, student.class_token, teacher.logits, teacher.class_token, labels
+            student.logits,
+            student.class_token,
+            teacher.logits,
+            teacher.class_token,
+            labels,
+            mean_over_processes=lambda value: self.accelerator.reduce(value, "mean"),
         )
         return (losses.total, student) if return_outputs else losses.total
 

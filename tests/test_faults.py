@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_modules.checkpoints import SafeCheckpointIO, stop_with_parent_only
+from lightning_modules.checkpoints import SafeCheckpointIO
+from lightning_modules.sampling import stop_with_parent_only
 from tests.training_runs import (
     EPOCHS,
     STEPS_PER_EPOCH,

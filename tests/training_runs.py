@@ -19,7 +19,6 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from lightning_modules import (
     AveragedWeights,
@@ -28,7 +27,6 @@ from lightning_modules import (
     LastCheckpoint,
     MCTFFinetuner,
 )
-from lightning_modules.checkpoints import stop_with_parent_only
 from tests.conftest import DIGITS
 
 CONFIG = {
@@ -70,17 +68,8 @@ def finetuner(**settings: Any) -> MCTFFinetuner:
     )  # fmt: skip
 
 
-class Images(HFImageDataModule):
-    """With workers that leave it to the process they load for to answer a signal."""
-
-    def train_dataloader(self) -> DataLoader:
-        loader = super().train_dataloader()
-        loader.worker_init_fn = stop_with_parent_only
-        return loader
-
-
 def images(**settings: Any) -> HFImageDataModule:
-    return Images(
+    return HFImageDataModule(
         DIGITS, **{"batch_size": 16, "num_workers": 0, "crop": "padded", "flip": True, **settings}
     )
 
