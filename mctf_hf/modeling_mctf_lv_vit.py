@@ -23,6 +23,7 @@ class LVViTPatchEmbeddings(nn.Module):
     def __init__(self, config: MCTFLVViTConfig):
         super().__init__()
         channels = config.stem_channels
+        self.numbers_per_pixel = channels / 4
         stem: list[nn.Module] = []
         for entering, kernel, stride in (
             (config.num_channels, 7, 2),

@@ -99,6 +99,7 @@ class T2TPatchEmbeddings(nn.Module):
         super().__init__()
         layer, width = _TOKENS_TYPES[config.tokens_type], config.token_dim
         first, second, third = (side**2 for side, _, _ in WINDOWS)
+        self.numbers_per_pixel = 3 * width / 16  # of queries, keys and values
         self.token_transformers = nn.ModuleList(
             [layer(config.num_channels * first, width), layer(width * second, width)]
         )

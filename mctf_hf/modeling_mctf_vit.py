@@ -44,6 +44,8 @@ from .reducers import REDUCERS, Observation, Stage, build_reducer
 
 # The widest activation of the images that a CPU takes through the layers at once.
 SLICE_BYTES = 12 * 2**20
+# The same of the maps that a front end makes patches of.
+FRONT_END_BYTES = 8 * 2**20
 
 # Old checkpoints name their weights differently; transformers renames them by class name. The name
 # of the backbone within the classifier is not enough for a backbone's checkpoint in 5.10.
@@ -95,6 +97,12 @@ class MCTFViTAttention(FusionAttentionMixin, ViTAttention):
         super().__init__(config)
         if config.attention_scale == "hidden_size":
             self.scaling = config.hidden_size**-0.5
+
+
+def goes_in_slices(x: Tensor) -> bool:
+    """Whether a batch may be taken apart: on a CPU, where no graph is recorded or traced."""
+    recorded = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return x.is_cpu and not recorded
 
 
 def drop_path(x: Tensor, rate: float) -> Tensor:
@@ -360,7 +368,8 @@ class CoarsePatchEmbeddings(nn.Module):
 class MCTFViTEmbeddings(ViTEmbeddings):
     """Images as tokens: class, distillation and register tokens where wanted, then the patches.
 
-    Registers have no position. Backbones differ in ``patch_embeddings`` alone.
+    Registers have no position. Backbones differ in ``patch_embeddings`` alone, which tells as
+    ``numbers_per_pixel`` how wide its widest map is, if it makes any larger than the patches.
     """
 
     def __init__(
@@ -411,7 +420,7 @@ class MCTFViTEmbeddings(ViTEmbeddings):
         Raises:
             ValueError: for images of another size unless ``interpolate_pos_encoding``.
         """
-        tokens = self.patch_embeddings(pixel_values)
+        tokens = self._patches(pixel_values)
         for coarse in self.coarse_patch_embeddings:
             tokens = tokens + coarse(pixel_values)
         if bool_masked_pos is not None:
@@ -428,6 +437,16 @@ class MCTFViTEmbeddings(ViTEmbeddings):
             with_position = [tokens[:, : len(prefix)], tokens[:, len(prefix) :]]
             tokens = torch.cat([with_position[0], registers, with_position[1]], dim=1)
         return self.dropout(tokens)
+
+    def _patches(self, pixel_values: Tensor) -> Tensor:
+        """Patches by the front end, in slices of the batch where its maps outgrow a cache."""
+        wide = getattr(self.patch_embeddings, "numbers_per_pixel", 0)
+        if not wide or self.training or not goes_in_slices(pixel_values):
+            return self.patch_embeddings(pixel_values)
+        height, width = pixel_values.shape[-2:]
+        size = int(FRONT_END_BYTES / (height * width * wide * pixel_values.element_size()))
+        parts = [self.patch_embeddings(part) for part in pixel_values.split(max(1, size))]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _positions(self, height: int, width: int, interpolate: bool) -> Tensor:
         """Position embeddings of an image's class, distillation and patch tokens."""
@@ -591,10 +610,7 @@ class MCTFViTModel(MCTFPreTrainedMixin, ViTModel):
         """
         batch, num_tokens = hidden_states.shape[:2]
         whole = (
-            not hidden_states.is_cpu
-            or torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or torch.jit.is_tracing()
+            not goes_in_slices(hidden_states)
             or mask is not None
             or any(kwargs.get(f"output_{name}") for name in ("attentions", "hidden_states"))
         )

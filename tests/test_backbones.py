@@ -29,6 +29,7 @@ from mctf_hf import (
     MCTFT2TViTForImageClassification,
     MCTFViTConfig,
     MCTFViTForImageClassification,
+    modeling_mctf_vit,
 )
 from mctf_hf.conversion import build_model, infer_config
 from mctf_hf.cost import multiply_accumulates
@@ -366,6 +367,23 @@ def test_an_exported_file_computes_what_its_model_does(kind: str, suffix: str) -
     file = WRITE[suffix](model, f"model.{suffix}")
     found = check(model, file, [pictures(1), pictures(3)])
     assert found.differing == 0 and found.top1 == 1
+
+
+@pytest.mark.parametrize("kind", ["t2t transformer", "t2t performer", "lv"])
+@torch.no_grad()
+def test_front_ends_go_through_a_batch_in_slices(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, images = small(kind), pictures(5)
+    front_end, sizes = model.vit.embeddings.patch_embeddings, []
+    front_end.register_forward_hook(lambda module, args, output: sizes.append(len(args[0])))
+    whole = model(images).logits
+    per_image = 96 * 96 * front_end.numbers_per_pixel * 4
+    monkeypatch.setattr(modeling_mctf_vit, "FRONT_END_BYTES", 2.5 * per_image)
+    torch.testing.assert_close(model(images).logits, whole, rtol=0, atol=1e-6)
+    assert sizes == [5, 2, 2, 1]
+    model.train()(images)  # batch statistics are those of the batch
+    assert sizes[4:] == [5]
 
 
 @torch.no_grad()
