@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import load_dataset
+from transformers import ViTForImageClassification
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from mctf_hf import MCTFViTForImageClassification
@@ -19,8 +20,6 @@ pytestmark = [
 CHECKPOINT = SHARED / "checkpoints" / "deit-tiny-cifar10"
 # setting -> top-1 in % on the 10,000 test images and GMACs, both of the official implementation.
 OFFICIAL = {
-    "base": ({"r": 0}, 68.62, 0.3667),
-    "r 3": ({"r": 3}, 68.43, 0.2755),
     "r 5": ({"r": 5}, 67.97, 0.2146),
     "r 6": ({"r": 6}, 67.20, 0.1911),
     "fast": ({"r": 0.35, "fusion_layers": [3, 6, 9]}, 67.47, 0.2228),
@@ -33,6 +32,17 @@ def test_images() -> tuple[torch.Tensor, torch.Tensor]:
     processor = AutoImageProcessor.from_pretrained(CHECKPOINT, backend="pil")
     pixels = processor([np.asarray(image) for image in rows["image"]], return_tensors="pt")
     return pixels["pixel_values"], torch.tensor(rows["label"][:])
+
+
+@torch.inference_mode()
+def test_without_fusion_it_is_the_model_of_transformers(
+    test_images: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    model = MCTFViTForImageClassification.from_pretrained(CHECKPOINT, r=0).eval()
+    plain = ViTForImageClassification.from_pretrained(CHECKPOINT).eval()
+    images = test_images[0][:500]
+    torch.testing.assert_close(model(images).logits, plain(images).logits, rtol=0, atol=1e-5)
+    assert multiply_accumulates(model.config) / 1e9 == pytest.approx(0.3667, rel=0.001)
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
