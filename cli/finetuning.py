@@ -34,6 +34,7 @@ digits, `mctf convert` takes over checkpoints of other libraries, `mctf benchmar
 by side, `mctf benchmark-data` the input pipeline, `mctf visualize` draws what was fused, `mctf
 export` writes ONNX and torch.export programs, and `mctf push` puts a model on the Hub. Every
 command has its own --help.
+`mctf --import MODULE …` imports a module of yours before the command.
 """
 
 TOLD_TO_STOP = 128 + 15  # the exit status of what SIGTERM ends

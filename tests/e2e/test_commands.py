@@ -168,7 +168,7 @@ def test_predict_writes_file_label_and_score(finished: Path, tmp_path: Path, suf
         (["--model.reduction", "prune"], "reduction='prune' is not allowed"),
         (["--model.fusion", "{pooling: sum}"], "pooling='sum' is not allowed"),
         (["--model.fusion", "{tau_sim: -1}"], "tau_sim=-1 is not allowed"),
-        (["--model.r", "many"], "r='many' is not allowed: r is a count, a fraction, a list"),
+        (["--model.r", "many"], "r='many' is not allowed: it is a number, a list"),
         (["--model.lerning_rate", "1"], "model.lerning_rate"),
         (["--data.image_column", "img"], "has the columns image, label"),
         (["--data.dataset", "/nowhere"], "dataset='/nowhere': there is no such folder"),

@@ -38,7 +38,9 @@ CODE = {
     "fusion.py",
     "matching.py",
     "modeling_mctf_vit.py",
+    "own_reducers.py",
     "reducers.py",
+    "selection.py",
 }
 FILES = CODE | {
     ".gitattributes",
