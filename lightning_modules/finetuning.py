@@ -1,6 +1,7 @@
 """Finetuning a Vision Transformer with token fusion, by token-reduction consistency."""
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import lightning as L
@@ -78,6 +79,10 @@ class MCTFFinetuner(L.LightningModule):
         distillation_weight: part of that in the loss; the labels have the rest.
         distillation_temperature: of the probabilities, for ``soft``.
         drop_path_rate: probability of skipping the last layer's residual branches.
+        attn_implementation: how transformers computes attention in layers that do not fuse, such as
+            ``sdpa`` (its default) or ``eager``, which learns faster in bfloat16 on processors.
+        compile: compile the passes of a training step, by ``torch.compile`` as it is or with
+            arguments by name, such as ``mode``: one program for each amount that is fused.
         learning_rate: peak learning rate for a global batch of ``reference_batch_size``; it is
             scaled linearly to the actual global batch.
         reference_batch_size: see ``learning_rate``.
@@ -109,6 +114,8 @@ class MCTFFinetuner(L.LightningModule):
         distillation_weight: float = 0.5,
         distillation_temperature: float = 3.0,
         drop_path_rate: float = 0.0,
+        attn_implementation: str | None = None,
+        compile: bool | dict[str, Any] = False,
         learning_rate: float = 1.5e-5,
         reference_batch_size: int = 512,
         min_learning_rate: float = 1e-6,
@@ -152,6 +159,8 @@ class MCTFFinetuner(L.LightningModule):
         if "r" in budgets:  # the method decides what a plain model's default does
             settings["r"] = 0
         self.model, self.image_processor = load_or_make(pretrained, config, num_labels, settings)
+        if attn_implementation is not None:
+            self.model.set_attn_implementation(attn_implementation)
         self.model.train()
         for name, budget in budgets.items():
             setattr(self.model.config, name, resolve_budget(self.model.config, name, budget))
@@ -165,6 +174,13 @@ class MCTFFinetuner(L.LightningModule):
             distillation, distillation_weight, distillation_temperature
         )
         self._guide: Guide | None = None
+        self._training_pass: Callable[..., Pass] = self._pass
+        if compile and self.r_max and "keep_rate" in self.model.config.own_amount():
+            raise ValueError(
+                f"compile={compile!r} is not allowed with reduction="
+                f"{self.model.config.reduction!r}, whose teacher keeps another number of tokens in "
+                "each step: leave it out, or set r_max to 0 (no teacher)"
+            )
         metrics = {"accuracy": MulticlassAccuracy(self.num_labels, average="micro")}
         if self.num_labels > 5:
             metrics["accuracy_top5"] = MulticlassAccuracy(self.num_labels, top_k=5, average="micro")
@@ -210,9 +226,17 @@ class MCTFFinetuner(L.LightningModule):
     def on_fit_start(self) -> None:
         if self._guide is not None:
             self._guide.to(self.device)
+        chosen = self.hparams["compile"]
+        if chosen:
+            # A program for the student, and one for each r of the teacher.
+            torch._dynamo.config.recompile_limit += 1 + self.r_max
+            named = {} if chosen is True else chosen
+            options = {"fullgraph": True, "dynamic": False, **named}
+            self._training_pass = torch.compile(self._pass, **options)
 
     def on_fit_end(self) -> None:
         self._guide = None
+        self._training_pass = self._pass
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         torch.manual_seed(mix_seed(self.hparams["seed"], self._step(), self.global_rank + 1))
@@ -224,11 +248,11 @@ class MCTFFinetuner(L.LightningModule):
         images, labels = batch["pixel_values"], batch["labels"]
         embedded = self.model.base_model.embeddings(images)  # for both passes
         guide_logits = None if self._guide is None else self._guide(images)
-        student = self._pass(embedded, labels, guide_logits)
+        student = self._training_pass(embedded, labels, guide_logits)
         logged = {"loss": student.loss}
         if self.r_max:
             drawn = self._draw()
-            teacher = self._pass(embedded, labels, guide_logits, **drawn)
+            teacher = self._training_pass(embedded, labels, guide_logits, **drawn)
             loss_parts = self.loss(
                 student.logits,
                 student.class_token,

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file, save_file
+from torch._dynamo.backends.debugging import aot_eager
 
 from lightning_modules import HFImageDataModule, MCTFFinetuner
 from lightning_modules.finetuning import parameter_groups
@@ -198,6 +199,11 @@ def test_a_new_head_is_named_after_the_datasets_classes(tmp_path: Path, tiny_fol
         ({"learning_rate": -1.0}, "learning_rate=-1.0 is not allowed: it is at least 0"),
         ({"label_smoothing": 2.0}, "label_smoothing=2.0 is not allowed: .* at most 1"),
         ({"num_labels": 0}, "num_labels=0 is not allowed: it is at least 1"),
+        ({"attn_implementation": "egaer"}, 'attn_implementation="egaer"` is not supported'),
+        (
+            {"reduction": "evit", "r": None, "keep_rate": 0.5, "compile": True},
+            "compile=True is not allowed with reduction='evit'.* or set r_max to 0",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other(
@@ -290,6 +296,46 @@ def test_student_and_teacher_share_one_embedding(tiny_folder: Path, tmp_path: Pa
         module, digits()
     )
     assert calls == ["embedding", "layer", "layer"] * 3
+
+
+def test_a_compiled_step_learns_the_same_by_a_program_for_each_amount(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    programs: list[str] = []
+
+    @torch._dynamo.register_backend(name="counting")
+    def counting(program: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        programs.append("made")
+        return aot_eager(program, inputs)
+
+    found: dict[str, tuple[list[dict[str, str]], Any]] = {}
+    for name, compiled in (("eager", False), ("compiled", {"backend": "counting"})):
+        module = MCTFFinetuner(
+            str(tiny_folder),
+            r=6,
+            r_max=2,
+            compile=compiled,
+            learning_rate=0.01,
+            attn_implementation="eager",
+        )
+        logger = CSVLogger(tmp_path / name, name="", version="")
+        trainer(tmp_path, logger=logger).fit(module, digits(rand_augment="rand-m9"))
+        found[name] = [r for r in _metrics(tmp_path / name) if r["train/loss"]], module.state_dict()
+    drawn = {row["train/teacher_r"] for row in found["eager"][0]}
+    assert len(drawn) == 2 and len(programs) == 3
+    for one, other in zip(found["eager"][0], found["compiled"][0], strict=True):
+        assert float(one["train/loss"]) == pytest.approx(float(other["train/loss"]), rel=1e-5)
+    torch.testing.assert_close(found["eager"][1], found["compiled"][1], rtol=1e-3, atol=1e-4)
+
+
+def test_more_amounts_than_are_usually_compiled(tiny_folder: Path, tmp_path: Path) -> None:
+    module = MCTFFinetuner(
+        str(tiny_folder), r=11, r_max=11, compile={"backend": "eager"}, learning_rate=0.01
+    )
+    run = trainer(tmp_path, limit_train_batches=12, logger=CSVLogger(tmp_path, "", ""))
+    run.fit(module, digits())
+    rows = [row for row in _metrics(tmp_path) if row["train/teacher_r"]]
+    assert len({row["train/teacher_r"] for row in rows}) > 8
 
 
 def test_r_can_be_a_budget(tiny_folder: Path) -> None:
