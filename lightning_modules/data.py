@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from .images import ImageFolder, LabelledImages, OnBadImage, Process, Rows, as_b
 from .processors import output_size
 from .rand_augment import RandAugment
 from .sampling import ResumableDataLoader, ResumableSampler, stop_with_parent_only
+from .shares import EvaluationLoader
 from .streaming import Share, StreamedImages, StreamLoader, count_rows
 
 
@@ -374,6 +376,12 @@ class HFImageDataModule(L.LightningDataModule):
 
     def _eval_dataloader(self, which: str) -> DataLoader:
         images, options = self._sets[which], self._loader_options()
+        trainer = self.trainer
         if isinstance(images, StreamedImages):
-            return StreamLoader(images, **options)
-        return DataLoader(images, batch_size=self.eval_batch_size, **options)
+            any_process = partial(trainer.strategy.reduce_boolean_decision, all=False)
+            return StreamLoader(images, goes_on=any_process, **options)
+        options["batch_size"] = self.eval_batch_size
+        if isinstance(images, LabelledImages):
+            share = {"rank": trainer.global_rank, "world_size": trainer.world_size}
+            return EvaluationLoader(images, **share, **options)
+        return DataLoader(images, **options)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from lightning_modules.shares import NOT_COUNTED
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
 from mctf_hf.cost import keep_rate_for_budget, r_for_budget
 
@@ -47,14 +48,14 @@ def count_right(
     batches: Iterable[dict[str, Any]],
     settings: Iterable[Amount],
 ) -> tuple[torch.Tensor, int]:
-    """Images classified right by setting, (settings,) int64, and how many there are."""
+    """Images classified right by setting, (settings,) int64, and how many are counted."""
     amounts = list(settings)
     right = torch.zeros(len(amounts), dtype=torch.int64)
     total = 0
     for batch in batches:
         images = batch["pixel_values"].to(model.device, model.dtype)
         labels = batch["labels"].to(model.device)
-        total += len(labels)
+        total += int((labels != NOT_COUNTED).sum())
         for i, amount in enumerate(amounts):
             right[i] += (model(images, **amount).logits.argmax(-1) == labels).sum().cpu()
     return right, total

@@ -11,12 +11,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn import functional as F
-from torchmetrics import MetricCollection
+from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_modules.distillation import Guide
 from lightning_modules.pretrained import load_or_make
 from lightning_modules.schedule import cosine_with_cooldown, parameter_groups
+from lightning_modules.shares import NOT_COUNTED
 from mctf_hf import MCTFViTConfig
 from mctf_hf.cost import resolve_budget
 from mctf_hf.losses import (
@@ -181,11 +182,14 @@ class MCTFFinetuner(L.LightningModule):
                 f"{self.model.config.reduction!r}, whose teacher keeps another number of tokens in "
                 "each step: leave it out, or set r_max to 0 (no teacher)"
             )
-        metrics = {"accuracy": MulticlassAccuracy(self.num_labels, average="micro")}
+        counting = {"average": "micro", "ignore_index": NOT_COUNTED}
+        metrics = {"accuracy": MulticlassAccuracy(self.num_labels, **counting)}
         if self.num_labels > 5:
-            metrics["accuracy_top5"] = MulticlassAccuracy(self.num_labels, top_k=5, average="micro")
+            metrics["accuracy_top5"] = MulticlassAccuracy(self.num_labels, top_k=5, **counting)
         self.val_metrics = MetricCollection(metrics, prefix="val/")
         self.test_metrics = MetricCollection(metrics, prefix="test/").clone()
+        # Not Lightning's own mean, which rounds the number of images over processes.
+        self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
 
     def forward(self, pixel_values: Tensor | None = None, **options: Any) -> Any:
         """Classify images, (b, channels, height, width); see ``MCTFViTForImageClassification``."""
@@ -319,17 +323,21 @@ class MCTFFinetuner(L.LightningModule):
             self.log(name, skipped, on_step=False, on_epoch=True, reduce_fx="sum", sync_dist=True)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, self.val_metrics, "val/loss")
+        self._evaluate(batch, "val", self.val_metrics, self.val_loss)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, self.test_metrics, "test/loss")
+        self._evaluate(batch, "test", self.test_metrics, self.test_loss)
 
-    def _evaluate(self, batch: Batch, metrics: MetricCollection, loss_name: str) -> None:
+    def _evaluate(
+        self, batch: Batch, stage: str, metrics: MetricCollection, mean_loss: MeanMetric
+    ) -> None:
         logits, labels = self.model(batch["pixel_values"]).logits, batch["labels"]
         metrics.update(logits, labels)
-        loss = F.cross_entropy(logits, labels)
-        self.log(loss_name, loss, batch_size=len(labels), sync_dist=True)
-        self._log_skipped(batch, loss_name.split("/")[0])
+        counted = labels != NOT_COUNTED
+        losses = F.cross_entropy(logits, labels, reduction="none")  # 0 where it is not counted
+        mean_loss.update(losses, counted)
+        self.log(f"{stage}/loss", mean_loss, batch_size=len(labels))
+        self._log_skipped(batch, stage)
         self.log_dict(metrics, prog_bar=True, batch_size=len(labels))
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:

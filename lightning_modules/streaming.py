@@ -30,6 +30,7 @@ from .images import (
     make_sample,
 )
 from .sampling import ResumableDataLoader
+from .shares import in_step
 
 Batch = dict[str, Any]
 
@@ -183,6 +184,7 @@ class StreamLoader(ResumableDataLoader):
         images: the stream.
         steps: batches of an epoch; None reads the stream once, with a smaller batch at the end.
         epoch: tells the number of the epoch when it begins.
+        goes_on: where no number is given, see :func:`in_step`.
         options: arguments of ``DataLoader`` and ``ResumableDataLoader``.
     """
 
@@ -193,11 +195,13 @@ class StreamLoader(ResumableDataLoader):
         steps: int | None = None,
         epoch: Callable[[], int] = lambda: 0,
         batches_done: Callable[[], int] = lambda: 0,
+        goes_on: Callable[[bool], bool] = bool,
         **options: Any,
     ):
         super().__init__(images, batch_size=images.batch_size, batches_done=batches_done, **options)
         self.steps = steps
         self.epoch = epoch
+        self.goes_on = goes_on
 
     def __len__(self) -> int:
         if self.steps is None:
@@ -205,8 +209,12 @@ class StreamLoader(ResumableDataLoader):
         return self.steps
 
     def __iter__(self) -> Iterator[Batch]:
+        if self.steps is None:
+            self.dataset.begin(self.epoch())
+            yield from in_step(self._whole_batches(), self.dataset, self.goes_on)
+            return
         done, made, again = self.batches_done(), 0, 0
-        while self.steps is None or made < self.steps:
+        while made < self.steps:
             self.dataset.begin(self.epoch(), again, done - made)
             made_before = made
             for batch in self._whole_batches():
@@ -215,8 +223,6 @@ class StreamLoader(ResumableDataLoader):
                 made += 1
                 if made == self.steps:
                     return
-            if self.steps is None:
-                return
             if made == made_before:
                 raise ValueError(
                     f"process {self.dataset.share.rank} has fewer than {self.batch_size} images of "

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import time
 from itertools import islice
@@ -195,7 +196,8 @@ class Summary(Callback):
         own = settings[0]
         if NOTHING not in settings:
             settings = [NOTHING, *settings]
-        batches = islice(loader, int(trainer.num_val_batches[0]))
+        (most,) = trainer.num_val_batches  # infinite for a stream
+        batches = loader if math.isinf(most) else islice(loader, int(most))
         right, total = count_right(model.to(device).eval(), batches, settings)
         counts = torch.tensor([*right.tolist(), total], device=device)
         if trainer.world_size > 1:

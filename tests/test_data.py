@@ -43,6 +43,7 @@ def data_module(
         lightning_module=SimpleNamespace(image_processor=PROCESSOR, num_labels=num_labels),
         world_size=1,
         global_rank=0,
+        strategy=SimpleNamespace(reduce_boolean_decision=lambda decision, all: decision),
         fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress)),
     )
     return module

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file
 
-from lightning_modules import HuggingFaceFolder, LastCheckpoint, Summary
+from lightning_modules import HFImageDataModule, HuggingFaceFolder, LastCheckpoint, Summary
 from mctf_hf.losses import TokenReductionConsistency
+from tests.test_streaming import write_parquet
 from tests.training_runs import (
     Curve,
     Journal,
@@ -36,13 +38,11 @@ def fit(
     **settings: Any,
 ) -> None:
     """Train two epochs and leave what was logged, and the model."""
-    strategy, rank = settings.get("strategy"), int(os.environ.get("RANK", 0))
-    if strategy == "sharded":
-        settings["strategy"] = ModelParallelStrategy(
-            data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False
-        )
+    rank = int(os.environ.get("RANK", 0))
     # Drop path draws for each image of a process, so that no two layouts could agree.
     module = finetuner(drop_path_rate=0.0, confidence_threshold=0.12, consistency_weight=WEIGHT)
+    # 131 images: the second of two processes has one fewer, and no image for its second batch.
+    data = images(batch_size=batch_size, eval_batch_size=65, val_fraction=0.101)
     callbacks = (
         LastCheckpoint(folder=str(folder)),
         HuggingFaceFolder(str(folder / "model")),
@@ -50,16 +50,40 @@ def fit(
         Curve(folder),
         Journal(folder / f"journal{rank}", stop if rank == 1 else None),
     )
-    run = trainer(folder, *callbacks, max_epochs=2, limit_val_batches=1.0, **settings)
-    run.fit(module, images(batch_size=batch_size, eval_batch_size=65), ckpt_path=ckpt_path)
+    run = trainer(folder, *callbacks, max_epochs=2, limit_val_batches=1.0, **strategy_of(settings))
+    run.fit(module, data, ckpt_path=ckpt_path)
 
 
-def begin(folder: Path, strategy: str, *args: Any) -> list[ForkServerProcess]:
+def strategy_of(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of the trainer, with the strategy that is called sharded here."""
+    if settings.get("strategy") != "sharded":
+        return settings
+    sharded = ModelParallelStrategy(
+        data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False
+    )
+    return {**settings, "strategy": sharded}
+
+
+def evaluate(folder: Path, **settings: Any) -> None:
+    """Validate on a stream of a process's own shards, and leave what was found."""
+    data = HFImageDataModule(
+        str(folder / "shards"), val_split="train", eval_batch_size=4, num_workers=0,
+        label_column="label", streaming=True, on_bad_image="skip",
+    )  # fmt: skip
+    run = trainer(folder, limit_val_batches=1.0, **strategy_of(settings))
+    (found,) = run.validate(finetuner(num_labels=45), data, verbose=False)
+    (folder / f"found{run.world_size}.{run.global_rank}.json").write_text(json.dumps(found))
+
+
+def begin(
+    folder: Path, strategy: str, *args: Any, run: Callable[..., None] = fit
+) -> list[ForkServerProcess]:
     folder.mkdir(exist_ok=True)
     port = free_port()
+    arguments = (folder, 8, *args) if run is fit else (folder,)
     return [
         start(
-            as_rank, rank, 2, port, fit, folder, 8, *args,
+            as_rank, rank, 2, port, run, *arguments,
             strategy=strategy, devices=2, output=folder / f"output{rank}",
         )
         for rank in range(2)
@@ -113,6 +137,7 @@ def test_two_processes_have_the_loss_curve_of_one_with_twice_the_batch(
         torch.testing.assert_close(weights[name], weight, rtol=1e-3, atol=1e-4)
     told = [json.loads((run / "summary.json").read_text()) for run in (alone, folder)]
     assert [row["val_accuracy"] for row in told[1]] == [row["val_accuracy"] for row in told[0]]
+    assert [row["images"] for row in told[1]] == [131] * len(told[1])
     last = torch.load(folder / "last.ckpt", map_location="cpu")
     assert last["global_step"] == 12
 
@@ -131,6 +156,21 @@ def test_a_signal_to_one_process_stops_both_and_nothing_is_lost(
     weights = load_file(folder / "model" / "model.safetensors")
     for name, weight in load_file(together / "model" / "model.safetensors").items():
         assert torch.equal(weights[name], weight), name
+
+
+@pytest.mark.parametrize("sizes", [(20, 3), (6, 0)])
+def test_processes_whose_streams_end_early_wait_for_the_others(
+    sizes: tuple[int, int], tmp_path: Path
+) -> None:
+    write_parquet(tmp_path / "shards", sizes, {2: b"no image"})
+    finish(tmp_path, begin(tmp_path, "sharded", run=evaluate))
+    process = start(evaluate, tmp_path, output=tmp_path / "output")
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "output").read_text()
+    found = json.loads((tmp_path / "found2.0.json").read_text())
+    assert found == json.loads((tmp_path / "found2.1.json").read_text())
+    assert found == pytest.approx(json.loads((tmp_path / "found1.0.json").read_text()), rel=1e-5)
+    assert found["val/skipped_images"] == 1
 
 
 def test_consistency_is_a_mean_over_the_passing_images_of_all_processes() -> None:

@@ -108,6 +108,18 @@ def test_the_summary_tells_accuracy_and_cost_at_several_r(watched: tuple[Path, A
         assert row["images"] == 32
 
 
+def test_the_summary_of_a_stream_counts_all_of_it(tmp_path: Path) -> None:
+    run = trainer(
+        tmp_path, Summary(), max_epochs=1, limit_train_batches=1, limit_val_batches=1.0,
+        enable_checkpointing=False,
+    )  # fmt: skip
+    run.fit(finetuner(), images(streaming=True, val_split="test", eval_batch_size=64))
+    rows = json.loads((tmp_path / "summary.json").read_text())
+    assert {row["images"] for row in rows} == {500}
+    (own,) = [row for row in rows if row["own"]]
+    assert own["val_accuracy"] == pytest.approx(run.callback_metrics["val/accuracy"].item())
+
+
 @pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed")
 def test_weights_and_biases_is_asked_for_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="log.wandb='mctf' needs the package wandb"):
