@@ -1,11 +1,11 @@
 """What a training shows of itself, and how the command line tells that it was stopped."""
 
 import csv
+import importlib.util
 import json
 import os
 import signal
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -120,8 +120,31 @@ def test_the_summary_of_a_stream_counts_all_of_it(tmp_path: Path) -> None:
     assert own["val_accuracy"] == pytest.approx(run.callback_metrics["val/accuracy"].item())
 
 
-@pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed")
-def test_weights_and_biases_is_asked_for_by_name(tmp_path: Path) -> None:
+def test_weights_and_biases_gets_numbers_and_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = make_loggers(str(tmp_path), "runs", wandb="mctf")[-1]
+    run = trainer(
+        tmp_path, Watch(), FusedTokensPicture(1, images=2), max_epochs=1, logger=logger,
+        log_every_n_steps=2, enable_checkpointing=False,
+    )  # fmt: skip
+    run.fit(finetuner(), images())
+    logged = dict(logger.experiment.summary)
+    assert (logger.experiment.project, logger.experiment.name) == ("mctf", "runs")
+    assert logged["train/loss"] == pytest.approx(run.callback_metrics["train/loss"].item())
+    assert logged["val/accuracy"] == pytest.approx(run.callback_metrics["val/accuracy"].item())
+    assert logged["tokens/after_layer_2"] == 11
+    (picture,) = tmp_path.glob("wandb/offline-run-*/files/media/images/fused_tokens_*.png")
+    assert Image.open(picture).width > 2 * 16
+    logger.experiment.finish()
+
+
+def test_weights_and_biases_is_asked_for_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="log.wandb='mctf' needs the package wandb"):
         make_loggers(str(tmp_path), wandb="mctf")
 
