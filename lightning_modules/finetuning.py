@@ -176,6 +176,7 @@ class MCTFFinetuner(L.LightningModule):
         )
         self._guide: Guide | None = None
         self._training_pass: Callable[..., Pass] = self._pass
+        self._unchecked: Tensor | float = 0.0  # sum of losses since the last optimizer step
         if compile and self.r_max and "keep_rate" in self.model.config.own_amount():
             raise ValueError(
                 f"compile={compile!r} is not allowed with reduction="
@@ -275,17 +276,26 @@ class MCTFFinetuner(L.LightningModule):
         means = self._mean_over_processes(
             torch.stack([v.detach().float() for v in logged.values()])
         )
-        if not torch.isfinite(means[0]):  # in any process: all of them stop
-            raise FloatingPointError(
-                f"the loss is {means[0].item()} at step {self.global_step} of epoch "
-                f"{self.current_epoch}: training stops, checkpoints saved so far are untouched"
-            )
+        self._unchecked = means[0] + self._unchecked
         values = {f"train/{name}": mean for name, mean in zip(logged, means, strict=True)}
         self.log("train/loss", values.pop("train/loss"), prog_bar=True, batch_size=len(labels))
         values["train/lr"] = self.optimizers().param_groups[-1]["lr"]
         self.log_dict(values, batch_size=len(labels))
         self._log_skipped(batch, "train")
         return total
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Look at the loss of all processes, as late as a step allows: a GPU has to be waited for.
+
+        Raises:
+            FloatingPointError: if it is not finite.
+        """
+        loss, self._unchecked = float(self._unchecked), 0.0
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss} at step {self.global_step} of epoch {self.current_epoch}: "
+                "training stops, checkpoints saved so far are untouched"
+            )
 
     def _draw(self) -> dict[str, Any]:
         """How the teacher fuses in this step: settings of the model's call."""

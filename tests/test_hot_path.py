@@ -1,16 +1,32 @@
 """What a layer costs beyond its arithmetic, by counts that do not depend on the machine."""
 
 from collections import Counter
+from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cli.measuring import peak_bytes
-from mctf_hf import MCTFViTForImageClassification
+from lightning_modules.batch_augmentation import BatchAugmentation, Mixing, Normalization
+from lightning_modules.images import DRAWS
+from lightning_modules.rand_augment import RandAugment
+from mctf_hf import (
+    MCTFLVViTConfig,
+    MCTFT2TViTConfig,
+    MCTFViTConfig,
+    MCTFViTForImageClassification,
+    matching,
+    selection,
+)
+from mctf_hf.families import build
+from mctf_hf.losses import TokenReductionConsistency
 from mctf_hf.presets import preset
 from tests.conftest import TINY, tiny_model
+
+SMALL = {name: value for name, value in TINY.items() if name != "patch_size"}
 
 # Operators that only look at memory in another way.
 VIEWS = {
@@ -98,3 +114,46 @@ def test_memory_of_a_large_image_stays_bounded() -> None:
     model = MCTFViTForImageClassification(config).eval()
     pixels = torch.randn(1, 3, 1024, 1024)
     assert peak_bytes(lambda: model(pixels)) < 1.5 * peak_bytes(lambda: plain(pixels))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MCTFViTConfig(**TINY, r=6, drop_path_rate=0.1),
+        MCTFViTConfig(**TINY, r=6, one_step_ahead="precise", pooling="max"),
+        MCTFViTConfig(**TINY, r=6, one_step_ahead="past", class_token=False),
+        MCTFViTConfig(**TINY, r=6, reduction="tome"),
+        MCTFViTConfig(**TINY, reduction="evit", keep_rate=0.7),
+        MCTFViTConfig(**TINY, reduction="token_mergence", keep_rate=0.7, multi_scale=[2]),
+        MCTFT2TViTConfig(**SMALL, r=1, min_tokens=1, tokens_type="transformer"),
+        MCTFT2TViTConfig(**SMALL, r=1, min_tokens=1, tokens_type="performer"),
+        MCTFLVViTConfig(**TINY, r=6),
+    ],
+    ids=lambda config: f"{config.model_type} {config.reduction} {config.one_step_ahead}",
+)
+def test_a_step_stays_on_its_device_and_waits_for_nothing(
+    config: MCTFViTConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors of the meta device have no values to ask for, and go with those of no other."""
+    for module in (matching, selection):  # autocast does not know the device
+        monkeypatch.setattr(module, "full_precision", lambda x: nullcontext())
+    model = build(config).to("meta").train()
+    images = torch.empty(4, 3, 32, 32, device="meta")
+    labels = torch.empty(4, dtype=torch.int64, device="meta")
+    passes = [model(images, output_fusion=True, **how) for how in ({}, {"r": 0})]
+    loss = TokenReductionConsistency()(
+        *(part for output in passes for part in (output.logits, output.class_token)), labels
+    )
+    loss.total.backward()
+    assert {p.grad.device.type for p in model.parameters() if p.grad is not None} == {"meta"}
+    assert passes[0].assignment.device.type == "meta" and passes[0].token_sizes.shape[1] < 65
+
+
+def test_batches_are_augmented_on_their_device_without_waiting() -> None:
+    policy, mixing = RandAugment.parse("rand-m9-mstd0.5-inc1"), Mixing(0.8, 1.0)
+    augmentation = BatchAugmentation(Normalization(), 10, policy, mixing=mixing)
+    draws = np.random.default_rng(0).integers(DRAWS, size=(64, augmentation.num_draws))
+    images = torch.empty(64, 3, 32, 32, dtype=torch.uint8, device="meta")
+    labels = torch.empty(64, dtype=torch.int64, device="meta")
+    images, labels = augmentation(images, labels, draws)
+    assert images.device.type == labels.device.type == "meta" and labels.shape == (64, 10)
