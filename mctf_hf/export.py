@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from .configuration_mctf import TokensFused, as_pair
+from .configuration_mctf import KeepRate, TokensFused, as_pair
 from .modeling_mctf_vit import MCTFViTForImageClassification, MCTFViTModel
 
 Model = MCTFViTForImageClassification | MCTFViTModel
@@ -58,6 +58,7 @@ def to_onnx(
     *,
     image_processor: Any = None,
     r: TokensFused | None = None,
+    keep_rate: KeepRate | None = None,
 ) -> Path:
     """Write a model as ONNX, from ``pixel_values`` to ``logits`` or ``last_hidden_state``.
 
@@ -69,22 +70,24 @@ def to_onnx(
         file: its name ends in ``.onnx``.
         image_processor: what makes ``pixel_values`` of images, to be told in the metadata.
         r: used instead of the configuration's own ``r``.
+        keep_rate: used instead of the configuration's own, with a method that goes by it.
 
     Raises:
         ImportError: see :func:`import_onnx`.
         ValueError: for another ending of ``file``, a model that is in training mode or of another
-            type of numbers, or an ``r`` that is not allowed.
+            type of numbers, or an ``r`` or ``keep_rate`` that is not allowed.
         RuntimeError: if torch cannot export the model.
     """
     import_onnx()
     if model.dtype != torch.float32:
         raise ValueError(f"a model of {model.dtype} is not written as ONNX: call model.float()")
-    file = _checked(model, file, ".onnx", r)
+    amount = {"r": r, "keep_rate": keep_rate}
+    file = _checked(model, file, ".onnx", amount)
     output = "last_hidden_state" if isinstance(model, MCTFViTModel) else "logits"
     # ONNX holds every attention map in any case: in eager attention each is computed but once.
     with draft(file) as whole, _quiet(), _attention(model, "eager"), torch.no_grad():
         program = torch.onnx.export(
-            _Function(model, r),
+            _Function(model, **amount),
             (_example(model),),
             dynamo=True,
             input_names=["pixel_values"],
@@ -95,7 +98,7 @@ def to_onnx(
         assert program is not None
         for node in program.model.graph:
             node.metadata_props.clear()  # traces of the stack, which name folders of this machine
-        program.model.metadata_props.update(_metadata(model, image_processor, r))
+        program.model.metadata_props.update(_metadata(model, image_processor, amount))
         program.save(whole, external_data=False)  # a wish: ONNX has a limit, and torch respects it
     return file
 
@@ -106,6 +109,7 @@ def to_torch_export(
     *,
     image_processor: Any = None,
     r: TokensFused | None = None,
+    keep_rate: KeepRate | None = None,
 ) -> Path:
     """Write a model as a program of ``torch.export``, for ``torch.export.load``.
 
@@ -114,20 +118,21 @@ def to_torch_export(
 
     Raises:
         ValueError: for another ending of ``file``, a model that is in training mode, or an ``r``
-            that is not allowed.
+            or ``keep_rate`` that is not allowed.
         RuntimeError: if torch cannot export the model.
     """
-    file = _checked(model, file, ".pt2", r)
+    amount = {"r": r, "keep_rate": keep_rate}
+    file = _checked(model, file, ".pt2", amount)
     with draft(file) as whole, _quiet(), torch.no_grad():
         program = torch.export.export(
-            _Function(model, r),
+            _Function(model, **amount),
             (_example(model),),
             dynamic_shapes={"pixel_values": {0: BATCH}},
             strict=False,
         )
         for node in program.graph.nodes:
             node.meta.pop("stack_trace", None)
-        metadata = json.dumps(_metadata(model, image_processor, r), indent=2)
+        metadata = json.dumps(_metadata(model, image_processor, amount), indent=2)
         torch.export.save(program, whole, extra_files={"metadata.json": metadata})
     return file
 
@@ -235,14 +240,14 @@ def draft(file: str | os.PathLike) -> Iterator[Path]:
 class _Function(nn.Module):
     """A model as a function of images alone, whose result is one tensor."""
 
-    def __init__(self, model: Model, r: TokensFused | None = None):
+    def __init__(self, model: Model, **amount: Any):
         super().__init__()
         self.model = model
-        self.r = r
+        self.amount = amount
         self.training = model.training
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.model(pixel_values, r=self.r)[0]
+        return self.model(pixel_values, **self.amount)[0]
 
 
 def _example(model: Model) -> Tensor:
@@ -251,22 +256,23 @@ def _example(model: Model) -> Tensor:
     return torch.zeros(shape, dtype=model.dtype, device=model.device)
 
 
-def _checked(model: Model, file: str | os.PathLike, suffix: str, r: TokensFused | None) -> Path:
+def _checked(model: Model, file: str | os.PathLike, suffix: str, amount: dict[str, Any]) -> Path:
     if Path(file).suffix != suffix:
         raise ValueError(f"{file} is not allowed: the file's name ends in {suffix}")
     if model.training:
         raise ValueError("a model in training mode is not exported: call model.eval()")
-    model.config.tokens_fused(model.config.num_tokens(), r)  # is it allowed?
+    model.config.tokens_fused(model.config.num_tokens(), **amount)  # is it allowed?
     return Path(file)
 
 
-def _metadata(model: Model, image_processor: Any, r: TokensFused | None) -> dict[str, str]:
+def _metadata(model: Model, image_processor: Any, amount: dict[str, Any]) -> dict[str, str]:
     """What a file's user must know, each value in JSON."""
     config = model.config
+    given = {name: value for name, value in amount.items() if value is not None}
     told: dict[str, Any] = {
         "image_size": as_pair(config.image_size),
         "reduction": config.reduction,
-        **(config.own_amount() if r is None else {"r": r}),
+        **(given or config.own_amount()),
     }
     if config.inflection and "r" in told and not isinstance(told["r"], list):
         told["inflection"] = config.inflection

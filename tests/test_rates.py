@@ -269,7 +269,7 @@ def test_an_exported_file_tells_the_keep_rate(tmp_path: Path) -> None:
         ({"reduction": "evit", "keep_rate": 0.5}, {"keep_rate": "0.5"}),
         ({"reduction": "tome", "r": (4, -1)}, {"r": "4", "inflection": "-1"}),
     ):
-        told = _metadata(tiny_model(**settings), None, None)
+        told = _metadata(tiny_model(**settings), None, {})
         amounts = {name: told[name] for name in ("r", "keep_rate", "inflection") if name in told}
         assert amounts == expected
 
@@ -288,6 +288,22 @@ def test_they_are_written_as_onnx(settings: dict[str, Any], tmp_path: Path) -> N
         torch.nn.init.normal_(model.vit.embeddings.coarse_patch_embeddings[0].fusion.weight)
     to_onnx(model, tmp_path / "m.onnx")
     assert check(model, tmp_path / "m.onnx", [torch.randn(4, 3, 32, 32)]).differing == 0
+
+
+def test_a_file_can_be_written_with_another_keep_rate(tmp_path: Path, images: Tensor) -> None:
+    model = tiny_model(reduction="evit", keep_rate=0.9, num_hidden_layers=3, fusion_layers=[1])
+    file = to_torch_export(model, tmp_path / "m.pt2", keep_rate=0.5)
+    extra = {"metadata.json": ""}
+    program = torch.export.load(file, extra_files=extra)
+    assert json.loads(json.loads(extra["metadata.json"])["keep_rate"]) == 0.5
+    with torch.no_grad():
+        expected = model(images, keep_rate=0.5).logits
+        torch.testing.assert_close(program.module()(images), expected)
+        assert not torch.allclose(expected, model(images).logits, atol=1e-5)
+    for write, name in ((to_onnx, "m.onnx"), (to_torch_export, "n.pt2")):
+        with pytest.raises(ValueError, match="keep_rate=0.5 has no effect with reduction='tome'"):
+            write(tiny_model(reduction="tome", r=4), tmp_path / name, keep_rate=0.5)
+        assert not (tmp_path / name).exists()
 
 
 @torch.no_grad()
