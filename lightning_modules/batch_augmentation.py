@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .images import DRAWS
-from .rand_augment import GREY, RandAugment
+from .rand_augment import GREY, RandAugment, on_device
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Normalization:
     def __call__(self, images: Tensor) -> Tensor:
         """Normalise images in [0, 1], (b, 3, height, width)."""
         mean, std = (
-            torch.tensor(values, dtype=images.dtype, device=images.device)[:, None, None]
+            on_device(values, images.device, images.dtype)[:, None, None]
             for values in (self.mean, self.std)
         )
         return (images * (255 * self.scale) - mean) / std

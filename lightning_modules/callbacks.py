@@ -52,9 +52,14 @@ class HuggingFaceFolder(Callback):
         log_dir = trainer.log_dir or trainer.default_root_dir  # all processes agree on it
         weights = self._best_checkpoint(trainer)
         state = self._gathered
-        if weights:
+        in_shards = isinstance(pl_module, FSDPModule)
+        if not weights and in_shards and state is None:  # a finished run was resumed
+            weights = str(trainer.ckpt_path)
+        if weights and trainer.is_global_zero:  # on a disk that other nodes may not have
             state = torch.load(weights, map_location="cpu", weights_only=True)["state_dict"]
-        if isinstance(pl_module, FSDPModule):
+        if weights:
+            state = trainer.strategy.broadcast(state)
+        if in_shards:
             pl_module.model = build(pl_module.model.config)
         if state is not None:
             own = {name[6:]: value for name, value in state.items() if name.startswith("model.")}

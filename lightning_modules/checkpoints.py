@@ -106,10 +106,30 @@ def in_shards(trainer: L.Trainer) -> bool:
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """ModelCheckpoint that still knows the best one when a resumed run logs to another folder."""
+    """ModelCheckpoint that still knows the best one when a resumed run logs to another folder.
+
+    Where that file is gone, the best of what follows counts.
+    """
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict({**state_dict, "dirpath": self.dirpath})
+
+    def on_fit_start(self, trainer: L.Trainer, *args: Any) -> None:
+        self._forget_what_is_gone(trainer)
+
+    def on_train_start(self, trainer: L.Trainer, *args: Any) -> None:
+        super().on_train_start(trainer, *args)
+        self._forget_what_is_gone(trainer)  # shards are restored late
+
+    def _forget_what_is_gone(self, trainer: L.Trainer) -> None:
+        lost = self.best_model_path
+        if not lost or trainer.strategy.broadcast("://" in lost or os.path.exists(lost)):
+            return
+        rank_zero_warn(f"The best checkpoint so far, {lost}, is gone: the best from here on counts")
+        self.best_model_path = self.kth_best_model_path = ""
+        self.best_model_score = None
+        self.best_k_models = {}
+        self.kth_value = torch.tensor(torch.inf if self.mode == "min" else -torch.inf)
 
 
 class LastCheckpoint(Checkpoint):
@@ -138,6 +158,7 @@ class LastCheckpoint(Checkpoint):
         self.use_previous = use_previous
         self._saved_step = 0
         self._signalled = False
+        self._stop_after_step = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if in_shards(trainer):
@@ -166,11 +187,15 @@ class LastCheckpoint(Checkpoint):
             return self._signalled
         return trainer.strategy.reduce_boolean_decision(self._signalled, all=False)
 
+    def on_before_optimizer_step(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.world_size > 1:  # here, where the device is waited for in any case
+            self._stop_after_step = self._stopping(trainer)
+
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         loop = trainer.fit_loop
         if loop._should_accumulate():
             return
-        stopping = self._stopping(trainer)
+        stopping = self._stop_after_step if trainer.world_size > 1 else self._signalled
         if loop.epoch_loop._is_training_done or loop.epoch_loop._should_check_val_fx(
             loop._data_fetcher
         ):
@@ -276,9 +301,25 @@ class AveragedWeights(EMAWeightAveraging):
             warnings.filterwarnings("ignore", message="You're using the WeightAveraging")
             super().setup(trainer, pl_module, stage)
 
+    def _begun(self) -> bool:
+        """Whether there is an average yet: before ``from_step``, the weights themselves count."""
+        return self._average_model is not None and bool(self._average_model.n_averaged)
+
     def _swap_models(self, pl_module: L.LightningModule) -> None:
-        super()._swap_models(pl_module)
-        self._swapped = not self._swapped
+        if self._begun():
+            super()._swap_models(pl_module)
+            self._swapped = not self._swapped
+
+    def _copy_average_to_current(self, pl_module: L.LightningModule) -> None:
+        if self._begun():
+            super()._copy_average_to_current(pl_module)
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        if self._average_model is not None and not self._begun():
+            checkpoint["state_dict"] = checkpoint["current_model_state"]
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException

@@ -10,17 +10,18 @@ import lightning as L
 import numpy as np
 import torch
 from datasets import get_dataset_split_names, load_dataset
+from lightning.pytorch.strategies import ModelParallelStrategy
 from PIL import Image
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from .augmentation import Crop, FlipAndCrop
 from .batch_augmentation import BatchAugmentation, Mixing, Normalization, RandomErasing
-from .images import ImageFolder, LabelledImages, OnBadImage, Process, Rows, as_bytes, collate
+from .images import ImageFolder, LabelledImages, OnBadImage, Process, Rows, as_bytes
 from .processors import output_size
 from .rand_augment import RandAugment
 from .sampling import ResumableDataLoader, ResumableSampler, stop_with_parent_only
-from .shares import EvaluationLoader
+from .shares import EvaluationLoader, OwnShare
 from .streaming import Share, StreamedImages, StreamLoader, count_rows
 
 
@@ -158,6 +159,11 @@ class HFImageDataModule(L.LightningDataModule):
         model = self.trainer.lightning_module
         processor = model.image_processor
         if stage == "predict":
+            if isinstance(self.trainer.strategy, ModelParallelStrategy):
+                raise ValueError(
+                    "trainer.strategy: ModelParallelStrategy is not allowed for prediction, where "
+                    "processes may have unequal numbers of batches: use ddp"
+                )
             self._sets["predict"] = ImageFolder(self._image_files(), processor)
             return
         if stage == "fit":
@@ -361,7 +367,6 @@ class HFImageDataModule(L.LightningDataModule):
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
             "pin_memory": torch.cuda.is_available(),
-            "collate_fn": collate,
             "worker_init_fn": stop_with_parent_only,
         }
 
@@ -382,6 +387,6 @@ class HFImageDataModule(L.LightningDataModule):
             return StreamLoader(images, goes_on=any_process, **options)
         options["batch_size"] = self.eval_batch_size
         if isinstance(images, LabelledImages):
-            share = {"rank": trainer.global_rank, "world_size": trainer.world_size}
-            return EvaluationLoader(images, **share, **options)
+            share = OwnShare(images, trainer.world_size, trainer.global_rank, shuffle=False)
+            return EvaluationLoader(images, sampler=share, **options)
         return DataLoader(images, **options)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from lightning_modules.shares import NOT_COUNTED
+from lightning_modules.images import NOT_COUNTED
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
 from mctf_hf.cost import keep_rate_for_budget, r_for_budget
 

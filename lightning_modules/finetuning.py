@@ -15,9 +15,9 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_modules.distillation import Guide
+from lightning_modules.images import NOT_COUNTED
 from lightning_modules.pretrained import load_or_make
 from lightning_modules.schedule import cosine_with_cooldown, parameter_groups
-from lightning_modules.shares import NOT_COUNTED
 from mctf_hf import MCTFViTConfig
 from mctf_hf.cost import resolve_budget
 from mctf_hf.losses import (
@@ -175,6 +175,7 @@ class MCTFFinetuner(L.LightningModule):
             distillation, distillation_weight, distillation_temperature
         )
         self._guide: Guide | None = None
+        self._new_head = pretrained is not None and num_labels is not None
         self._training_pass: Callable[..., Pass] = self._pass
         self._unchecked: Tensor | float = 0.0  # sum of losses since the last optimizer step
         if compile and self.r_max and "keep_rate" in self.model.config.own_amount():
@@ -217,9 +218,19 @@ class MCTFFinetuner(L.LightningModule):
                 has them in another order.
         """
         config = self.model.config
+        if self._new_head and stage != "fit" and self.trainer.ckpt_path is None:
+            raise ValueError(
+                f"num_labels={self.hparams['num_labels']!r} is not allowed without training: it "
+                f"gives {self.hparams['pretrained']} a new head, with random weights; leave it out"
+            )
         fused = ", ".join(map(str, config.tokens_fused(config.num_tokens())))
         rank_zero_info(f"reduction={config.reduction}: the layers fuse {fused} tokens")
         names = getattr(self.trainer.datamodule, "label_names", None)
+        if names is not None and len(names) != self.num_labels and not self._new_head:
+            raise ValueError(
+                f"the dataset has {len(names)} classes, the model {self.num_labels}: set "
+                f"num_labels={len(names)} for a new head"
+            )
         if names is not None and len(names) == self.num_labels:
             check_order(config, names)
             if stage == "fit":
@@ -228,7 +239,11 @@ class MCTFFinetuner(L.LightningModule):
         if stage == "fit" and self.hparams["distill_from"] is not None:
             self._guide = Guide(self.hparams["distill_from"], config, self.image_processor)
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._new_head = False
+
     def on_fit_start(self) -> None:
+        self._new_head = False
         if self._guide is not None:
             self._guide.to(self.device)
         chosen = self.hparams["compile"]
@@ -271,7 +286,7 @@ class MCTFFinetuner(L.LightningModule):
             logged = {"loss": loss_parts.pop("total"), **loss_parts}
             for name, value in drawn.items():
                 told = max(value) if name == "r" else min(value)
-                logged[f"teacher_{name}"] = images.new_tensor(told)
+                logged[f"teacher_{name}"] = images.new_full((), told)
         total = logged["loss"]
         means = self._mean_over_processes(
             torch.stack([v.detach().float() for v in logged.values()])
@@ -332,6 +347,12 @@ class MCTFFinetuner(L.LightningModule):
             name, skipped = f"{stage}/skipped_images", batch["skipped"].sum().float()
             self.log(name, skipped, on_step=False, on_epoch=True, reduce_fx="sum", sync_dist=True)
 
+    def on_validation_start(self) -> None:
+        self.val_loss.set_dtype(torch.float32)  # whatever the weights have become
+
+    def on_test_start(self) -> None:
+        self.test_loss.set_dtype(torch.float32)
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate(batch, "val", self.val_metrics, self.val_loss)
 
@@ -344,7 +365,9 @@ class MCTFFinetuner(L.LightningModule):
         logits, labels = self.model(batch["pixel_values"]).logits, batch["labels"]
         metrics.update(logits, labels)
         counted = labels != NOT_COUNTED
-        losses = F.cross_entropy(logits, labels, reduction="none")  # 0 where it is not counted
+        losses = F.cross_entropy(
+            logits.float(), labels, reduction="none"
+        )  # 0 where it is not counted
         mean_loss.update(losses, counted)
         self.log(f"{stage}/loss", mean_loss, batch_size=len(labels))
         self._log_skipped(batch, stage)

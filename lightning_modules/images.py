@@ -14,12 +14,13 @@ from datasets import Image as ImageFeature
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
-from torch.utils.data import default_collate
 
 from .augmentation import FlipAndCrop
+from .processors import output_size
 
 Sample = dict[str, Any]
 OnBadImage = Literal["error", "skip"]
+NOT_COUNTED = -100  # the label of an image that is not to be counted, as PyTorch's losses have it
 DRAWS = 2**53  # random integers below this are exact as float64
 
 
@@ -28,11 +29,19 @@ class UnreadableImage(ValueError):
 
 
 def read_image(source: Any) -> Image.Image:
-    """Decode an image file of any mode to RGB."""
+    """Decode an image file to RGB, of 16 bits per pixel the upper eight.
+
+    Raises:
+        ValueError: for numbers that have no highest one: 32-bit integers and real numbers.
+    """
     with Image.open(source) as stored:
         image = ImageOps.exif_transpose(stored)
         if image.mode == "P" and "transparency" in image.info:
             return image.convert("RGBA").convert("RGB")
+        if image.mode.startswith("I;16"):
+            return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
+        if image.mode in ("I", "F"):
+            raise ValueError(f"mode {image.mode} does not tell what is white")
         return image.convert("RGB")
 
 
@@ -63,6 +72,11 @@ class Process:
     def __init__(self, processor: Any, **options: Any):
         self.processor = processor
         self.options = options
+
+    def black(self) -> "Sample":
+        """A black image in the place of one that there is not, which is not to be counted."""
+        height, width = output_size(self.processor)
+        return {"pixel_values": self(Image.new("RGB", (width, height))), "labels": NOT_COUNTED}
 
     def __call__(self, image: Image.Image) -> Tensor:
         return self.processor(image, return_tensors="pt", **self.options)["pixel_values"][0]
@@ -196,20 +210,20 @@ class LabelledImages(TorchDataset):
 
     Args:
         rows: a split.
-        process: makes the tensor of an image.
+        process: makes the tensor of an image, (channels, height, width).
         augment: of training images.
         indices: of the rows to use; all, unless given.
         seed: of the augmentation.
         num_draws: random integers that a sample takes along, for what is done with whole batches.
         on_bad_image: ``"skip"`` lets the next row that can be read take the place of one that
-            can't, and the sample tells whether its row was ``skipped``; with ``leave_out`` the item
-            is None instead, which :func:`collate` leaves out.
+            can't, and the sample tells whether its row was ``skipped``; with ``leave_out``, where
+            ``process`` is a :class:`Process`, it is black and not to be counted.
     """
 
     def __init__(
         self,
         rows: Rows,
-        process: Callable[[Image.Image], Tensor],
+        process: Any,
         *,
         augment: FlipAndCrop | None = None,
         indices: Sequence[int] | np.ndarray | None = None,
@@ -230,7 +244,7 @@ class LabelledImages(TorchDataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, key: int | tuple[int, ...]) -> Sample | None:
+    def __getitem__(self, key: int | tuple[int, ...]) -> Sample:
         epoch, index, *copy = key if isinstance(key, tuple) else (0, key)
         asked = int(self.indices[index])
         for skipped in range(len(self)):
@@ -242,7 +256,7 @@ class LabelledImages(TorchDataset):
                     raise
                 warnings.warn(f"{error}: skipped", stacklevel=2)
                 if self.leave_out:
-                    return None
+                    return {**self.process.black(), "skipped": 1}
                 continue
             generator = np.random.default_rng([self.seed, epoch, asked, *copy])
             sample = make_sample(image, self.process, self.augment, generator, self.num_draws)
@@ -267,21 +281,6 @@ def make_sample(
     if num_draws:
         sample["draws"] = generator.integers(DRAWS, size=num_draws)
     return sample
-
-
-def collate(samples: Sequence[Sample | None]) -> dict[str, Any]:
-    """Make a batch, without the samples that are None; they are added to those skipped.
-
-    Raises:
-        ValueError: if nothing is left.
-    """
-    kept = [sample for sample in samples if sample is not None]
-    if not kept:
-        raise ValueError(f"none of the {len(samples)} images of a batch can be read")
-    if len(kept) < len(samples):
-        skipped = kept[0]["skipped"] + len(samples) - len(kept)
-        kept[0] = {**kept[0], "skipped": skipped}
-    return default_collate(kept)
 
 
 class ImageFolder(TorchDataset):

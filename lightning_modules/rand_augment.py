@@ -8,6 +8,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import kornia.enhance
 import numpy as np
@@ -98,9 +99,17 @@ class RandAugment:
                 (where,) = np.nonzero((chosen == number) & (apply < self.probability))
                 if len(where):
                     strengths = strength(name, levels[where], signs[where], self.increasing)
-                    index = torch.from_numpy(where).to(images.device)
+                    index = on_device(where, images.device)
                     images[index] = operate(name, images[index], strengths, fill)
         return images
+
+
+def on_device(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Numbers as a tensor of the device, which is not waited for."""
+    tensor = torch.as_tensor(values, dtype=dtype)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def strength(
@@ -130,7 +139,7 @@ def operate(
     name: str, images: Tensor, strengths: NDArray[np.float64], fill: Sequence[float] = GREY
 ) -> Tensor:
     """Apply one operation to a batch, each image with its own strength."""
-    values = torch.as_tensor(strengths, dtype=images.dtype).to(images.device)
+    values = on_device(strengths, images.device, images.dtype)
     if name in AFFINE:
         height, width = images.shape[-2:]
         matrices = [AFFINE[name](value, height, width) for value in strengths.tolist()]
@@ -149,11 +158,11 @@ def _warp(images: Tensor, matrices: NDArray[np.float64], fill: Sequence[float]) 
     forward = np.linalg.inv(np.concatenate([corners, last], 1))[:, :2]
     return warp_affine(
         images,
-        torch.as_tensor(forward, dtype=images.dtype).to(images.device),
+        on_device(forward, images.device, images.dtype),
         tuple(images.shape[-2:]),
         mode="bicubic",
         padding_mode="fill",
-        fill_value=torch.tensor(fill, dtype=images.dtype).to(images.device),
+        fill_value=on_device(fill, images.device, images.dtype),
     ).clamp(0, 1)
 
 

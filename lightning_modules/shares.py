@@ -7,12 +7,9 @@ that has no batch left would let the others wait for ever.
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import torch
-from PIL import Image
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, default_collate
 
 Batch = dict[str, Any]
-NOT_COUNTED = -100  # the label of an image that is not to be counted, as PyTorch's losses have it
 
 
 class OwnShare(DistributedSampler):
@@ -26,22 +23,12 @@ class OwnShare(DistributedSampler):
 
 
 class EvaluationLoader(DataLoader):
-    """Batches of a process's share of labelled images, with as many as the first process has.
-
-    Args:
-        images: :class:`LabelledImages`.
-        rank: of this process.
-        world_size: number of processes.
-        options: arguments of ``DataLoader``.
-    """
-
-    def __init__(self, images: Any, *, rank: int, world_size: int, **options: Any):
-        share = OwnShare(images, num_replicas=world_size, rank=rank, shuffle=False)
-        super().__init__(images, sampler=share, **options)
+    """Batches of labelled images, as many as the first process has of its :class:`OwnShare`."""
 
     def __len__(self) -> int:
-        longest = -(-len(self.dataset) // self.sampler.num_replicas)
-        return -(-longest // self.batch_size)
+        processes = self.sampler.num_replicas if isinstance(self.sampler, OwnShare) else 1
+        longest = -(-len(self.dataset) // processes)
+        return -(-longest // self.batch_size) if processes > 1 else super().__len__()
 
     def __iter__(self) -> Iterator[Batch]:
         steps = iter(range(len(self)))
@@ -64,12 +51,7 @@ def in_step(
         batch = next(own, None)
         if not goes_on(batch is not None):
             return
-        yield _black(images) if batch is None else batch
-
-
-def _black(images: Any) -> Batch:
-    pixel_values = images.process(Image.new("RGB", (64, 64)))[None]
-    batch = {"pixel_values": pixel_values, "labels": torch.tensor([NOT_COUNTED])}
-    if images.on_bad_image == "skip":
-        batch["skipped"] = torch.tensor([0])
-    return batch
+        if batch is None:
+            reports = {"skipped": 0} if images.on_bad_image == "skip" else {}
+            batch = default_collate([{**images.process.black(), **reports}])
+        yield batch

@@ -13,8 +13,8 @@ import torch
 from datasets import Image as ImageFeature
 from datasets import IterableDataset, load_dataset_builder
 from datasets.distributed import split_dataset_by_node
+from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data import IterableDataset as TorchIterableDataset
 
@@ -33,6 +33,7 @@ from .sampling import ResumableDataLoader
 from .shares import in_step
 
 Batch = dict[str, Any]
+SHARDS_EACH = 8  # so many or more need not be the same number in all processes
 
 
 @dataclass(frozen=True)
@@ -46,15 +47,16 @@ class Share:
 class StreamedImages(TorchIterableDataset):
     """Images and labels of a stream, each once per epoch over all processes and their workers.
 
-    A process reads shards of its own where their number is a multiple of the number of processes,
-    and otherwise every so many-th row of all of them; its workers share the shards. The order, and
+    A process reads shards of its own where they are a multiple of the processes, or so many that a
+    shard more or less hardly counts; otherwise every so many-th row of all of them, with a warning.
+    Its workers share the shards. The order, and
     all augmentation, follow from the seed, the epoch, the process and the worker, so they are the
     same in every run with as many processes and workers.
 
     Args:
         rows: the stream, of one split.
         origin: what errors call it.
-        process: makes the tensor of an image.
+        process: makes the tensor of an image; in evaluation a :class:`Process`.
         share: this process's.
         num_labels: the model's classes.
         batch_size: images per batch, which the loader has to make of them.
@@ -72,7 +74,7 @@ class StreamedImages(TorchIterableDataset):
         self,
         rows: IterableDataset,
         origin: str,
-        process: Callable[[Image.Image], Tensor],
+        process: Any,
         *,
         share: Share,
         num_labels: int,
@@ -88,9 +90,22 @@ class StreamedImages(TorchIterableDataset):
         self.columns: Columns = find_columns(rows, origin, image_column, label_column)
         image, label, _ = self.columns
         rows = rows.select_columns([image, label]).cast_column(image, ImageFeature(decode=False))
+        world_size = share.world_size
+        # In evaluation no process has to have as many rows as another one.
+        own_shards = rows.num_shards >= world_size * (1 if augment is None else SHARDS_EACH)
+        if own_shards:
+            rows = rows.shard(world_size, share.rank, contiguous=False)
         if shuffle_buffer is not None:
             rows = rows.shuffle(seed=seed, buffer_size=shuffle_buffer)
-        self.rows = split_dataset_by_node(rows, share.rank, share.world_size)
+        if not own_shards:
+            if rows.num_shards % world_size:
+                rank_zero_warn(
+                    f"{origin} has {rows.num_shards} shards: each of {world_size} processes reads "
+                    f"all of them. Fewer processes, or {SHARDS_EACH * world_size} shards or more, "
+                    "would be faster"
+                )
+            rows = split_dataset_by_node(rows, share.rank, world_size)
+        self.rows = rows
         self.origin = origin
         self.process = process
         self.share = share
@@ -128,12 +143,12 @@ class StreamedImages(TorchIterableDataset):
 
     def _samples(self, rows: list[Any], first: int, place: tuple[int, ...]) -> Iterator[Sample]:
         """The samples of the rows of one batch, of which ``first`` is the first one's number."""
-        skipped = 0
+        reports = self.on_bad_image == "skip"
         for i in range(len(rows)):
             source, image = self._readable(rows, i, first, place)
-            if image is None or source != i:
-                skipped += 1
             if image is None:
+                if self.augment is None:
+                    yield {**self.process.black(), "skipped": 1}
                 continue
             name, label = self._name(first + source, place), rows[source][self.columns.label]
             if label is None:
@@ -142,8 +157,8 @@ class StreamedImages(TorchIterableDataset):
             generator = np.random.default_rng([self.seed, *place, first + i])
             sample = make_sample(image, self.process, self.augment, generator, self.num_draws)
             sample["labels"] = label
-            if self.on_bad_image == "skip":
-                sample["skipped"], skipped = skipped, 0
+            if reports:
+                sample["skipped"] = int(source != i)
             yield sample
 
     def _readable(

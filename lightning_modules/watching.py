@@ -81,7 +81,8 @@ class Watch(Callback):
         self._images += len(batch["labels"]) * trainer.world_size
         speed = self._images / (time.perf_counter() - self._since)
         pl_module.log("train/images_per_second", speed, batch_size=1)
-        if trainer._logger_connector.should_update_logs:
+        done = not trainer.fit_loop._should_accumulate()  # with the step that may be logged
+        if done and trainer._logger_connector.should_update_logs:
             self._since = None
 
     def on_validation_start(self, *args: Any) -> None:
@@ -119,7 +120,8 @@ class FusedTokensPicture(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         due = self.every_n_epochs and trainer.current_epoch % self.every_n_epochs == 0
-        fitting = trainer.state.fn == "fit" and not trainer.sanity_checking
+        trial = trainer.sanity_checking or trainer.fast_dev_run
+        fitting = trainer.state.fn == "fit" and not trial
         if not due or not fitting or batch_idx or pl_module.model.config.reduction == "none":
             return
         images = batch["pixel_values"][: self.images]

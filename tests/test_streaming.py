@@ -14,10 +14,10 @@ from datasets import Dataset, Features, Value, load_dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from lightning_modules.images import as_bytes, collate
+from lightning_modules.images import NOT_COUNTED, Process, as_bytes
 from lightning_modules.streaming import Share, StreamedImages, StreamLoader, count_rows
 from tests.conftest import DIGITS
-from tests.test_data import BROKEN, data_module
+from tests.test_data import BROKEN, PROCESSOR, data_module
 
 EVEN, UNEVEN = (6, 6, 6, 6, 6, 6, 6, 6), (7, 5, 9, 2, 3, 8, 11)
 ALL = 1000
@@ -91,7 +91,7 @@ def loader(
     images = StreamedImages(
         load_dataset(folder, split="train", streaming=True),
         folder,
-        as_bytes,
+        options.pop("process", as_bytes),
         share=Share(rank, world_size),
         num_labels=ALL,
         batch_size=batch_size,
@@ -111,7 +111,6 @@ def loader(
         batches_done=lambda: done,
         num_workers=workers,
         persistent_workers=workers > 0,
-        collate_fn=collate,
     )
 
 
@@ -240,9 +239,20 @@ def test_broken_images_of_a_stream(tmp_path: Path) -> None:
         count - 1 for count in read.values()
     )
     evaluated = list(
-        loader(folder, workers=2, on_bad_image="skip", augment=None, shuffle_buffer=None)
+        loader(
+            folder,
+            workers=2,
+            on_bad_image="skip",
+            augment=None,
+            shuffle_buffer=None,
+            process=Process(PROCESSOR),
+            num_draws=0,
+        )
     )
-    assert sorted(labels_of(evaluated)) == sorted(set(range(45)) - set(broken))
+    assert sorted(labels_of(evaluated)) == sorted(
+        [NOT_COUNTED] * 4 + [*set(range(45)) - set(broken)]
+    )
+    assert sum(int(batch["skipped"].sum()) for batch in evaluated) == 4
     whole = list(loader(folder, workers=2, on_bad_image="skip", steps=11))
     rest = list(loader(folder, workers=2, on_bad_image="skip", steps=11, done=6))
     assert labels_of(rest) == labels_of(whole[6:])
