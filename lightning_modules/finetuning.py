@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 import lightning as L
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn import functional as F
@@ -29,6 +29,7 @@ from mctf_hf.losses import (
 )
 
 Batch = dict[str, Any]
+LEARNING_RATE = 1.5e-5  # the paper's, for a global batch of 512
 
 
 class Pass(NamedTuple):
@@ -117,7 +118,7 @@ class MCTFFinetuner(L.LightningModule):
         drop_path_rate: float = 0.0,
         attn_implementation: str | None = None,
         compile: bool | dict[str, Any] = False,
-        learning_rate: float = 1.5e-5,
+        learning_rate: float = LEARNING_RATE,
         reference_batch_size: int = 512,
         min_learning_rate: float = 1e-6,
         warmup_epochs: float = 0.0,
@@ -199,7 +200,8 @@ class MCTFFinetuner(L.LightningModule):
 
     def configure_model(self) -> None:
         """Shard the weights, where the strategy is to (FSDP2)."""
-        if not isinstance(self.trainer.strategy, ModelParallelStrategy):
+        loaded_alone = self._trainer is None  # by load_from_checkpoint
+        if loaded_alone or not isinstance(self.trainer.strategy, ModelParallelStrategy):
             return
         if isinstance(self, FSDPModule):
             return
@@ -218,11 +220,6 @@ class MCTFFinetuner(L.LightningModule):
                 has them in another order.
         """
         config = self.model.config
-        if self._new_head and stage != "fit" and self.trainer.ckpt_path is None:
-            raise ValueError(
-                f"num_labels={self.hparams['num_labels']!r} is not allowed without training: it "
-                f"gives {self.hparams['pretrained']} a new head, with random weights; leave it out"
-            )
         fused = ", ".join(map(str, config.tokens_fused(config.num_tokens())))
         rank_zero_info(f"reduction={config.reduction}: the layers fuse {fused} tokens")
         names = getattr(self.trainer.datamodule, "label_names", None)
@@ -243,6 +240,11 @@ class MCTFFinetuner(L.LightningModule):
         self._new_head = False
 
     def on_fit_start(self) -> None:
+        if self._new_head and self.hparams["learning_rate"] == LEARNING_RATE:
+            rank_zero_warn(
+                f"learning_rate={LEARNING_RATE} is for trained heads, and the new head begins with "
+                "random weights: try some 100 times as much"
+            )
         self._new_head = False
         if self._guide is not None:
             self._guide.to(self.device)
@@ -348,10 +350,23 @@ class MCTFFinetuner(L.LightningModule):
             self.log(name, skipped, on_step=False, on_epoch=True, reduce_fx="sum", sync_dist=True)
 
     def on_validation_start(self) -> None:
+        self._check_head()
         self.val_loss.set_dtype(torch.float32)  # whatever the weights have become
 
     def on_test_start(self) -> None:
+        self._check_head()
         self.test_loss.set_dtype(torch.float32)
+
+    def on_predict_start(self) -> None:
+        self._check_head()
+
+    def _check_head(self) -> None:
+        """Raise ValueError for a head that has random weights still."""
+        if self._new_head:
+            raise ValueError(
+                f"num_labels={self.hparams['num_labels']!r} is not allowed without training: it "
+                f"gives {self.hparams['pretrained']} a new head, with random weights; leave it out"
+            )
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate(batch, "val", self.val_metrics, self.val_loss)

@@ -19,6 +19,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value, load_dataset
 from datasets import Image as ImageFeature
+from lightning.pytorch.strategies import ModelParallelStrategy
 from PIL import Image
 from sklearn.datasets import load_digits
 from transformers import DeiTImageProcessorPil, ViTImageProcessorPil
@@ -26,7 +27,7 @@ from transformers import DeiTImageProcessorPil, ViTImageProcessorPil
 from cli.main import main
 from lightning_modules import HFImageDataModule, MCTFFinetuner
 from lightning_modules.augmentation import FlipAndCrop
-from lightning_modules.images import NOT_COUNTED, read_image
+from lightning_modules.images import NOT_COUNTED, decode, read_image
 from lightning_modules.sampling import ResumableSampler
 from tests.conftest import DIGITS
 
@@ -205,6 +206,13 @@ def test_prediction_takes_a_folder_of_files(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no images"):
         data_module(None, predict_folder=str(tmp_path / "empty")).setup("predict")
+
+
+def test_prediction_has_no_shards_of_weights() -> None:
+    data = data_module(None, predict_folder=".")
+    data.trainer.strategy = ModelParallelStrategy()
+    with pytest.raises(ValueError, match="ModelParallelStrategy is not allowed for prediction"):
+        data.setup("predict")
 
 
 def test_order_and_augmentation_follow_from_seed_and_epoch() -> None:
@@ -480,3 +488,15 @@ def test_processors_that_crop_give_their_crop_in_training_too() -> None:
         data.setup("fit")
         assert data._sets["train"][0]["pixel_values"].shape == (3, 224, 224)
         assert data._sets["val"][0]["pixel_values"].shape == (3, 224, 224)
+
+
+def test_sixteen_bits_keep_their_upper_half_and_numbers_without_an_end_are_refused() -> None:
+    ramp = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
+    for kind in ("png", "tiff"):
+        found = np.asarray(read_image(io.BytesIO(encoded(Image.fromarray(ramp), kind))))
+        assert found.shape == (16, 16, 3)
+        assert (found == np.arange(256).reshape(16, 16, 1)).all()
+    for mode in ("I", "F"):
+        stored = {"bytes": encoded(Image.new(mode, (4, 4)), "tiff"), "path": None}
+        with pytest.raises(ValueError, match=f"row 3 .*: mode {mode} does not tell what is white"):
+            decode(stored, "row 3")

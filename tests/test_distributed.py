@@ -158,6 +158,14 @@ def test_a_signal_to_one_process_stops_both_and_nothing_is_lost(
         assert torch.equal(weights[name], weight), name
 
 
+def test_a_finished_run_that_is_resumed_exports_the_same(together: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "again"
+    finish(folder, begin(folder, together.name, together / "last.ckpt"))
+    weights = load_file(folder / "model" / "model.safetensors")
+    for name, weight in load_file(together / "model" / "model.safetensors").items():
+        assert torch.equal(weights[name], weight), name
+
+
 @pytest.mark.parametrize("sizes", [(20, 3), (6, 0)])
 def test_processes_whose_streams_end_early_wait_for_the_others(
     sizes: tuple[int, int], tmp_path: Path

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch._dynamo.backends.debugging import aot_eager
 
@@ -350,3 +352,62 @@ def test_r_can_be_a_budget(tiny_folder: Path) -> None:
     shutil.copy(tiny_folder / "preprocessor_config.json", "list")
     other = MCTFFinetuner("list", r="auto:0.8", fusion_layers=[1, 3]).model.config.r
     assert [layer for layer, fused in enumerate(other) if fused] == [1, 3]
+
+
+def test_a_new_head_is_not_used_before_it_is_trained(tiny_folder: Path, tmp_path: Path) -> None:
+    module = MCTFFinetuner(str(tiny_folder), r=6, num_labels=10)
+    Image.new("RGB", (32, 32)).save("photo.png")
+    for evaluate in (trainer(tmp_path).test, trainer(tmp_path).validate, trainer(tmp_path).predict):
+        with pytest.raises(ValueError, match="num_labels=10 is not allowed without training: it"):
+            evaluate(module, digits(predict_folder="."))
+    run = trainer(tmp_path, max_epochs=1, limit_train_batches=1)
+    run.fit(module, digits())
+    run.save_checkpoint("trained.ckpt")
+    (expected,) = run.test(module, digits(), verbose=False)
+    again = MCTFFinetuner(str(tiny_folder), r=6, num_labels=10)
+    (found,) = trainer(tmp_path).test(again, digits(), ckpt_path="trained.ckpt", verbose=False)
+    assert found == expected
+    loaded = MCTFFinetuner.load_from_checkpoint("trained.ckpt")
+    assert trainer(tmp_path).test(loaded, digits(), verbose=False) == [expected]
+
+
+def test_a_dataset_with_another_number_of_classes_is_refused(tmp_path: Path) -> None:
+    module = MCTFFinetuner(config={**TINY, "num_labels": 20}, r=6)
+    with pytest.raises(
+        ValueError, match="the dataset has 10 classes, the model 20: set num_labels"
+    ):
+        trainer(tmp_path).fit(module, digits())
+
+
+def test_a_new_head_that_would_learn_at_a_trained_ones_rate_is_warned_of(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    for settings, warned in (({}, True), ({"learning_rate": 1e-3}, False)):
+        module = MCTFFinetuner(str(tiny_folder), r=6, num_labels=10, **settings)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            trainer(tmp_path, max_epochs=1, limit_train_batches=1).fit(module, digits())
+        told = [str(warning.message) for warning in said]
+        assert any("the new head begins with random weights" in text for text in told) is warned
+
+
+def test_the_mean_loss_is_one_of_float32_whatever_the_weights_are(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    module = MCTFFinetuner(str(tiny_folder), r=6, attn_implementation="eager")
+    run = trainer(tmp_path, precision="bf16-true", limit_val_batches=1.0, max_epochs=1)
+    (found,) = run.validate(module, digits(eval_batch_size=1), verbose=False)
+    assert 0 < found["val/loss"] < 20
+    model = module.model.bfloat16().eval()
+    losses = []
+    with torch.no_grad():
+        for batch in module.trainer.val_dataloaders:
+            logits = model(batch["pixel_values"].bfloat16()).logits.float()
+            losses.append(torch.nn.functional.cross_entropy(logits, batch["labels"]))
+    assert found["val/loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
+
+
+def test_overfitting_a_few_batches_on_purpose(tiny_folder: Path, tmp_path: Path) -> None:
+    run = trainer(tmp_path, overfit_batches=2, max_epochs=1, limit_train_batches=None)
+    run.fit(MCTFFinetuner(str(tiny_folder), r=6), digits())
+    assert run.global_step == 2 and run.num_val_batches == [2]

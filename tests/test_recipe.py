@@ -9,11 +9,18 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForImageClassification, ViTImageProcessorPil
 
-from lightning_modules import AveragedWeights, BestCheckpoint, HuggingFaceFolder, MCTFFinetuner
+from lightning_modules import (
+    AveragedWeights,
+    BestCheckpoint,
+    HuggingFaceFolder,
+    LastCheckpoint,
+    MCTFFinetuner,
+)
 from lightning_modules.distillation import Guide
 from lightning_modules.schedule import cosine_with_cooldown, parameter_groups
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
@@ -264,3 +271,25 @@ def test_a_guide_of_other_classes_is_refused_in_one_clear_error(
 def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MCTFFinetuner(config=CONFIG, r=3, **settings)
+
+
+def test_before_there_is_an_average_the_weights_themselves_count(tmp_path: Path) -> None:
+    module, folder = finetuner(learning_rate=0.3), tmp_path / "model"
+    begun = {name: weight.clone() for name, weight in module.model.state_dict().items()}
+    callbacks = (AveragedWeights(0.5, from_step=100), HuggingFaceFolder(str(folder)))
+    run = trainer(
+        tmp_path,
+        *callbacks,
+        BestCheckpoint(tmp_path, "best", monitor="val/loss", mode="min"),
+        LastCheckpoint(4, folder=str(tmp_path)),
+        max_epochs=1,
+    )
+    run.fit(module, images())
+    written = load_file(folder / "model.safetensors")
+    assert not torch.equal(written["classifier.weight"], begun["classifier.weight"])
+    last = torch.load(tmp_path / "last.ckpt")
+    for name, weight in last["current_model_state"].items():
+        assert torch.equal(last["state_dict"][name], weight)
+        assert torch.equal(written[name.removeprefix("model.")], weight)
+    (again,) = trainer(tmp_path).validate(module, images(), verbose=False)
+    assert again["val/loss"] == pytest.approx(run.callback_metrics["val/loss"].item())

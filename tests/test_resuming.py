@@ -1,5 +1,6 @@
 """A run that was interrupted ends with the weights of one that was not."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +9,18 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lightning_modules import (
     BestCheckpoint,
     HFImageDataModule,
+    HuggingFaceFolder,
     LastCheckpoint,
     MCTFFinetuner,
 )
 from tests.conftest import DIGITS
+from tests.training_runs import finetuner, images, trainer
 
 STEPS_PER_EPOCH = 4
 EPOCHS = 3
@@ -137,3 +141,34 @@ def test_a_resumed_run_that_logs_elsewhere_remembers_the_best(tmp_path: Path) ->
     assert resumed.best_model_score == best.best_model_score
     assert resumed.best_k_models == best.best_k_models
     assert resumed.best_model_path == best.best_model_path
+
+
+def test_a_best_checkpoint_that_is_gone_is_forgotten(tmp_path: Path) -> None:
+    def fit(epochs: int, folder: Path, ckpt_path: Path | None = None) -> L.Trainer:
+        callbacks = (
+            BestCheckpoint(folder, "best", monitor="step", mode="min"),  # the first one's, for ever
+            LastCheckpoint(folder=str(tmp_path / "kept")),
+            HuggingFaceFolder(str(tmp_path / "model")),
+        )
+        run = trainer(folder, *callbacks, max_epochs=epochs, limit_train_batches=2)
+        run.fit(finetuner(cooldown_epochs=0), images(), ckpt_path=ckpt_path)
+        return run
+
+    fit(1, tmp_path / "first")
+    shutil.rmtree(tmp_path / "first")
+    shutil.rmtree(tmp_path / "model")
+    last = tmp_path / "kept" / "last.ckpt"
+    with pytest.warns(UserWarning, match="best-?.*ckpt, is gone: the best from here on counts"):
+        run = fit(3, tmp_path / "second", last)
+    best = Path(run.checkpoint_callbacks[0].best_model_path)
+    assert best.parent == tmp_path / "second" and torch.load(best)["epoch"] == 1
+    written = load_file(tmp_path / "model" / "model.safetensors")
+    for name, weight in torch.load(best)["state_dict"].items():
+        assert torch.equal(written[name.removeprefix("model.")], weight)
+    shutil.rmtree(tmp_path / "second")
+    shutil.rmtree(tmp_path / "model")
+    with pytest.warns(UserWarning, match="is gone"):  # and where nothing is left to train
+        fit(3, tmp_path / "third", last)
+    written = load_file(tmp_path / "model" / "model.safetensors")
+    for name, weight in torch.load(last)["state_dict"].items():
+        assert torch.equal(written[name.removeprefix("model.")], weight)

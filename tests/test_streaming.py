@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -303,3 +304,30 @@ def test_the_data_module_streams(folders: dict[str, str]) -> None:
         stream(folders["uneven"], val_split=None, label_column="label")
     data = stream(DIGITS, val_split="test")
     assert data.label_names == list("0123456789")
+
+
+def test_many_shards_are_shared_out_and_few_are_all_read(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "many", [2] * 17)
+    for folder, each, all_read in (("many", 16, False), ("few", 2, True)):
+        if folder == "few":
+            write_parquet(tmp_path / "few", [6, 5, 6])
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            shares = [
+                loader(str(tmp_path / folder), rank=rank, world_size=2, batch_size=2, steps=8)
+                for rank in range(2)
+            ]
+        assert any("reads all of them" in str(w.message) for w in said) is all_read
+        read = [set(labels_of(share)) for share in shares]
+        assert not read[0] & read[1] and all(len(part) >= each for part in read)
+        assert [share.dataset.rows.num_shards for share in shares] == (
+            [3, 3] if all_read else [9, 8]
+        )
+    # In evaluation nobody waits for rows of others' shards.
+    shares = [
+        loader(str(tmp_path / "few"), rank=rank, world_size=2, augment=None, shuffle_buffer=None)
+        for rank in range(2)
+    ]
+    assert [sorted(labels_of(share)) for share in shares] == [
+        [*range(6), *range(11, 17)], [*range(6, 11)],
+    ]  # fmt: skip

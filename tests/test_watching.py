@@ -219,3 +219,25 @@ def test_the_command_line_saves_when_told_to_stop_and_goes_on_from_the_last(
 def test_a_sweep_of_a_model_without_fusion_is_that_alone() -> None:
     model = MCTFViTForImageClassification(MCTFViTConfig(**{**CONFIG, "reduction": "none"}))
     assert sweep(model.config) == [{"r": 0}]
+
+
+def test_a_trial_run_leaves_nothing(tmp_path: Path) -> None:
+    run = trainer(tmp_path, FusedTokensPicture(1), Summary(), fast_dev_run=True)
+    run.fit(finetuner(), images())
+    assert not list(tmp_path.rglob("*.png")) and not list(Path().rglob("*.png"))
+
+
+def test_speed_counts_all_accumulated_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(1000))
+    monkeypatch.setattr("lightning_modules.watching.time.perf_counter", lambda: next(clock))
+    run = trainer(
+        tmp_path, Watch(), max_epochs=1, accumulate_grad_batches=3, log_every_n_steps=2,
+        limit_train_batches=12, logger=make_loggers(str(tmp_path), "runs"),
+        enable_checkpointing=False,
+    )  # fmt: skip
+    run.fit(finetuner(), images(batch_size=8))
+    rows = csv.DictReader((tmp_path / "runs" / "version_0" / "metrics.csv").open())
+    speeds = [float(row["train/images_per_second"]) for row in rows if row["train/loss"]]
+    assert speeds == [8.0, 8.0]  # six batches of eight in six seconds by this clock
