@@ -199,12 +199,21 @@ class MCTFFinetuner(L.LightningModule):
         return self.model(pixel_values, output_fusion=True, **options)
 
     def configure_model(self) -> None:
-        """Shard the weights, where the strategy is to (FSDP2)."""
+        """Shard the weights, where the strategy is to (FSDP2).
+
+        Raises:
+            ValueError: for ``compile``, whose whole programs do not fetch shards.
+        """
         loaded_alone = self._trainer is None  # by load_from_checkpoint
         if loaded_alone or not isinstance(self.trainer.strategy, ModelParallelStrategy):
             return
         if isinstance(self, FSDPModule):
             return
+        if self.hparams["compile"]:
+            raise ValueError(
+                f"compile={self.hparams['compile']!r} is not allowed with weights in shards: "
+                "use --trainer.strategy ddp, or leave it out"
+            )
         mesh = self.device_mesh["data_parallel"]
         for layer in self.model.base_model.layers:
             fully_shard(layer, mesh=mesh)

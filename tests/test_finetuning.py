@@ -4,6 +4,7 @@ import math
 import shutil
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -11,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch._dynamo.backends.debugging import aot_eager
@@ -328,6 +330,13 @@ def test_a_compiled_step_learns_the_same_by_a_program_for_each_amount(
     for one, other in zip(found["eager"][0], found["compiled"][0], strict=True):
         assert float(one["train/loss"]) == pytest.approx(float(other["train/loss"]), rel=1e-5)
     torch.testing.assert_close(found["eager"][1], found["compiled"][1], rtol=1e-3, atol=1e-4)
+
+
+def test_a_compiled_step_does_not_go_with_shards_of_weights(tiny_folder: Path) -> None:
+    module = MCTFFinetuner(str(tiny_folder), r=6, compile=True)
+    module._trainer = SimpleNamespace(strategy=ModelParallelStrategy())
+    with pytest.raises(ValueError, match="compile=True is not allowed with weights in shards"):
+        module.configure_model()
 
 
 def test_more_amounts_than_are_usually_compiled(tiny_folder: Path, tmp_path: Path) -> None:
