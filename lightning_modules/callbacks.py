@@ -12,7 +12,7 @@ import lightning as L
 import torch
 import transformers
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback, ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 
@@ -55,10 +55,8 @@ class HuggingFaceFolder(Callback):
         in_shards = isinstance(pl_module, FSDPModule)
         if not weights and in_shards and state is None:  # a finished run was resumed
             weights = str(trainer.ckpt_path)
-        if weights and trainer.is_global_zero:  # on a disk that other nodes may not have
-            state = torch.load(weights, map_location="cpu", weights_only=True)["state_dict"]
         if weights:
-            state = trainer.strategy.broadcast(state)
+            state = _loaded_by_the_first(trainer, weights)
         if in_shards:
             pl_module.model = build(pl_module.model.config)
         if state is not None:
@@ -75,8 +73,26 @@ class HuggingFaceFolder(Callback):
             return None
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.monitor:
-                return callback.best_model_path or None
+                path = callback.best_model_path
+                if path and not trainer.strategy.broadcast("://" in path or os.path.exists(path)):
+                    rank_zero_warn(f"The best checkpoint, {path}, is gone: the last weights count")
+                    return None
+                return path or None
         return None
+
+
+def _loaded_by_the_first(trainer: L.Trainer, path: str) -> dict[str, Any]:
+    """Weights of a checkpoint, on whose disk other nodes may not be; an error is everybody's."""
+    state, failed = None, None
+    if trainer.is_global_zero:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+        except Exception as error:
+            failed = error
+    state, failed = trainer.strategy.broadcast((state, failed))
+    if failed is not None:
+        raise failed
+    return state
 
 
 def training_record(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:

@@ -188,7 +188,7 @@ class LastCheckpoint(Checkpoint):
         return trainer.strategy.reduce_boolean_decision(self._signalled, all=False)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, *args: Any) -> None:
-        if trainer.world_size > 1:  # here, where the device is waited for in any case
+        if trainer.world_size > 1:  # here, where the loss is waited for as well
             self._stop_after_step = self._stopping(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:

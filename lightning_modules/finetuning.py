@@ -192,7 +192,7 @@ class MCTFFinetuner(L.LightningModule):
         self.val_metrics = MetricCollection(metrics, prefix="val/")
         self.test_metrics = MetricCollection(metrics, prefix="test/").clone()
         # Not Lightning's own mean, which rounds the number of images over processes.
-        self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
+        self.val_loss, self.test_loss = (MeanMetric(nan_strategy=math.nan) for _ in range(2))
 
     def forward(self, pixel_values: Tensor | None = None, **options: Any) -> Any:
         """Classify images, (b, channels, height, width); see ``MCTFViTForImageClassification``."""
@@ -232,7 +232,7 @@ class MCTFFinetuner(L.LightningModule):
         fused = ", ".join(map(str, config.tokens_fused(config.num_tokens())))
         rank_zero_info(f"reduction={config.reduction}: the layers fuse {fused} tokens")
         names = getattr(self.trainer.datamodule, "label_names", None)
-        if names is not None and len(names) != self.num_labels and not self._new_head:
+        if names is not None and len(names) != self.num_labels:
             raise ValueError(
                 f"the dataset has {len(names)} classes, the model {self.num_labels}: set "
                 f"num_labels={len(names)} for a new head"
@@ -248,13 +248,15 @@ class MCTFFinetuner(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._new_head = False
 
-    def on_fit_start(self) -> None:
+    def on_train_start(self) -> None:
         if self._new_head and self.hparams["learning_rate"] == LEARNING_RATE:
             rank_zero_warn(
                 f"learning_rate={LEARNING_RATE} is for trained heads, and the new head begins with "
                 "random weights: try some 100 times as much"
             )
         self._new_head = False
+
+    def on_fit_start(self) -> None:
         if self._guide is not None:
             self._guide.to(self.device)
         chosen = self.hparams["compile"]
@@ -305,7 +307,7 @@ class MCTFFinetuner(L.LightningModule):
         self._unchecked = means[0] + self._unchecked
         values = {f"train/{name}": mean for name, mean in zip(logged, means, strict=True)}
         self.log("train/loss", values.pop("train/loss"), prog_bar=True, batch_size=len(labels))
-        values["train/lr"] = self.optimizers().param_groups[-1]["lr"]
+        values["train/lr"] = means.new_full((), self.optimizers().param_groups[-1]["lr"])
         self.log_dict(values, batch_size=len(labels))
         self._log_skipped(batch, "train")
         return total
@@ -350,7 +352,10 @@ class MCTFFinetuner(L.LightningModule):
         """Mean over processes, without gradient; the same shape."""
         if self.trainer.world_size == 1:
             return value.detach()
-        return self.trainer.strategy.reduce(value.detach().clone(), reduce_op="mean")
+        # Not the strategy's reduce, before which all processes wait for their devices.
+        total = value.detach().clone()
+        torch.distributed.all_reduce(total)
+        return total / self.trainer.world_size
 
     def _log_skipped(self, batch: Batch, stage: str) -> None:
         """Count the rows whose image could not be read, over the epoch and all processes."""
@@ -371,7 +376,7 @@ class MCTFFinetuner(L.LightningModule):
 
     def _check_head(self) -> None:
         """Raise ValueError for a head that has random weights still."""
-        if self._new_head:
+        if self._new_head and self.trainer.state.fn != "fit":
             raise ValueError(
                 f"num_labels={self.hparams['num_labels']!r} is not allowed without training: it "
                 f"gives {self.hparams['pretrained']} a new head, with random weights; leave it out"

@@ -38,8 +38,8 @@ def read_image(source: Any) -> Image.Image:
         image = ImageOps.exif_transpose(stored)
         if image.mode == "P" and "transparency" in image.info:
             return image.convert("RGBA").convert("RGB")
-        if image.mode.startswith("I;16"):
-            return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
+        if image.mode.startswith("I;16") or (image.mode, stored.format) == ("I", "PPM"):
+            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
         if image.mode in ("I", "F"):
             raise ValueError(f"mode {image.mode} does not tell what is white")
         return image.convert("RGB")

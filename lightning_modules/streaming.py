@@ -48,7 +48,8 @@ class StreamedImages(TorchIterableDataset):
     """Images and labels of a stream, each once per epoch over all processes and their workers.
 
     A process reads shards of its own where they are a multiple of the processes, or so many that a
-    shard more or less hardly counts; otherwise every so many-th row of all of them, with a warning.
+    shard more or less hardly counts (in evaluation it never does); otherwise every so many-th row
+    of all of them, with a warning.
     Its workers share the shards. The order, and
     all augmentation, follow from the seed, the epoch, the process and the worker, so they are the
     same in every run with as many processes and workers.
@@ -64,7 +65,7 @@ class StreamedImages(TorchIterableDataset):
         image_column, label_column: see ``find_columns``.
         augment, seed, num_draws: see ``LabelledImages``.
         on_bad_image: ``"skip"`` lets the next readable row of the batch take the place of one that
-            can't be read, and leaves such rows out where they are not to be augmented.
+            can't be read; in evaluation a black image does, which is not counted.
 
     Raises:
         ValueError: for columns that are missing.
@@ -92,7 +93,8 @@ class StreamedImages(TorchIterableDataset):
         rows = rows.select_columns([image, label]).cast_column(image, ImageFeature(decode=False))
         world_size = share.world_size
         # In evaluation no process has to have as many rows as another one.
-        own_shards = rows.num_shards >= world_size * (1 if augment is None else SHARDS_EACH)
+        enough = world_size * (1 if augment is None else SHARDS_EACH)
+        own_shards = rows.num_shards >= enough
         if own_shards:
             rows = rows.shard(world_size, share.rank, contiguous=False)
         if shuffle_buffer is not None:
@@ -101,8 +103,7 @@ class StreamedImages(TorchIterableDataset):
             if rows.num_shards % world_size:
                 rank_zero_warn(
                     f"{origin} has {rows.num_shards} shards: each of {world_size} processes reads "
-                    f"all of them. Fewer processes, or {SHARDS_EACH * world_size} shards or more, "
-                    "would be faster"
+                    f"all of them. Fewer processes, or {enough} shards or more, would be faster"
                 )
             rows = split_dataset_by_node(rows, share.rank, world_size)
         self.rows = rows

@@ -496,6 +496,10 @@ def test_sixteen_bits_keep_their_upper_half_and_numbers_without_an_end_are_refus
         found = np.asarray(read_image(io.BytesIO(encoded(Image.fromarray(ramp), kind))))
         assert found.shape == (16, 16, 3)
         assert (found == np.arange(256).reshape(16, 16, 1)).all()
+    shifted = Image.fromarray(np.full((4, 4), 0xFF00, dtype=np.uint16))
+    assert (np.asarray(read_image(io.BytesIO(encoded(shifted)))) == 255).all()
+    grey = b"P5 2 1 65535\n\x80\x00\xff\x00"
+    assert np.asarray(read_image(io.BytesIO(grey)))[0, :, 0].tolist() == [128, 255]
     for mode in ("I", "F"):
         stored = {"bytes": encoded(Image.new(mode, (4, 4)), "tiff"), "path": None}
         with pytest.raises(ValueError, match=f"row 3 .*: mode {mode} does not tell what is white"):

@@ -12,7 +12,13 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file
 
-from lightning_modules import HFImageDataModule, HuggingFaceFolder, LastCheckpoint, Summary
+from lightning_modules import (
+    BestCheckpoint,
+    HFImageDataModule,
+    HuggingFaceFolder,
+    LastCheckpoint,
+    Summary,
+)
 from mctf_hf.losses import TokenReductionConsistency
 from tests.test_streaming import write_parquet
 from tests.training_runs import (
@@ -44,6 +50,7 @@ def fit(
     # 131 images: the second of two processes has one fewer, and no image for its second batch.
     data = images(batch_size=batch_size, eval_batch_size=65, val_fraction=0.101)
     callbacks = (
+        BestCheckpoint(folder / "best", "best", monitor="step", mode="max"),  # the last epoch's
         LastCheckpoint(folder=str(folder)),
         HuggingFaceFolder(str(folder / "model")),
         Summary(),
@@ -160,7 +167,9 @@ def test_a_signal_to_one_process_stops_both_and_nothing_is_lost(
 
 def test_a_finished_run_that_is_resumed_exports_the_same(together: Path, tmp_path: Path) -> None:
     folder = tmp_path / "again"
+    (together / "best").rename(together / "gone")
     finish(folder, begin(folder, together.name, together / "last.ckpt"))
+    assert "is gone: the" in (folder / "output0").read_text()
     weights = load_file(folder / "model" / "model.safetensors")
     for name, weight in load_file(together / "model" / "model.safetensors").items():
         assert torch.equal(weights[name], weight), name

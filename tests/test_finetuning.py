@@ -416,6 +416,15 @@ def test_the_mean_loss_is_one_of_float32_whatever_the_weights_are(
     assert found["val/loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
 
 
+def test_a_loss_of_no_number_is_told(tiny_folder: Path, tmp_path: Path) -> None:
+    module = MCTFFinetuner(str(tiny_folder), r=6)
+    module.model.classifier.register_forward_hook(
+        lambda head, given, logits: logits.where(torch.arange(len(logits))[:, None] > 0, math.nan)
+    )
+    (found,) = trainer(tmp_path, limit_val_batches=2).validate(module, digits(), verbose=False)
+    assert math.isnan(found["val/loss"])
+
+
 def test_overfitting_a_few_batches_on_purpose(tiny_folder: Path, tmp_path: Path) -> None:
     run = trainer(tmp_path, overfit_batches=2, max_epochs=1, limit_train_batches=None)
     run.fit(MCTFFinetuner(str(tiny_folder), r=6), digits())

@@ -149,7 +149,7 @@ def test_a_step_stays_on_its_device_and_waits_for_nothing(
     assert passes[0].assignment.device.type == "meta" and passes[0].token_sizes.shape[1] < 65
 
 
-def test_batches_are_augmented_on_their_device_without_waiting() -> None:
+def test_batches_are_augmented_without_asking_for_their_values() -> None:
     policy, mixing = RandAugment.parse("rand-m9-mstd0.5-inc1"), Mixing(0.8, 1.0)
     augmentation = BatchAugmentation(Normalization(), 10, policy, mixing=mixing)
     draws = np.random.default_rng(0).integers(DRAWS, size=(64, augmentation.num_draws))

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -230,8 +231,11 @@ def test_a_trial_run_leaves_nothing(tmp_path: Path) -> None:
 def test_speed_counts_all_accumulated_batches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = iter(range(1000))
-    monkeypatch.setattr("lightning_modules.watching.time.perf_counter", lambda: next(clock))
+    clock = iter(
+        n * n for n in range(1000)
+    )  # told once as the first batch begins, then as each ends
+    told = SimpleNamespace(perf_counter=lambda: next(clock))
+    monkeypatch.setattr("lightning_modules.watching.time", told)
     run = trainer(
         tmp_path, Watch(), max_epochs=1, accumulate_grad_batches=3, log_every_n_steps=2,
         limit_train_batches=12, logger=make_loggers(str(tmp_path), "runs"),
@@ -240,4 +244,4 @@ def test_speed_counts_all_accumulated_batches(
     run.fit(finetuner(), images(batch_size=8))
     rows = csv.DictReader((tmp_path / "runs" / "version_0" / "metrics.csv").open())
     speeds = [float(row["train/images_per_second"]) for row in rows if row["train/loss"]]
-    assert speeds == [8.0, 8.0]  # six batches of eight in six seconds by this clock
+    assert speeds == pytest.approx([6 * 8 / 6**2, 6 * 8 / (13**2 - 7**2)])
