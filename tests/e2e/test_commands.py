@@ -202,7 +202,7 @@ def test_a_broken_image_in_a_worker_is_named(tiny_folder: Path, tmp_path: Path) 
     folder = write_dataset(tmp_path / "set", rows)
     done = mctf(
         *fit_words(tmp_path, tiny_folder), "--data.dataset", folder, "--data.val_split", "train",
-        "--trainer.num_sanity_val_steps", "0",
+        "--trainer.num_sanity_val_steps", "0", "--model.num_labels", "2",
     )  # fmt: skip
     assert done.returncode == 1
     assert f"mctf: error: row 20 of {folder}, split train holds no readable image" in done.stderr
