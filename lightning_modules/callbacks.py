@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 
-from lightning_modules.checkpoints import AveragedWeights
+from lightning_modules.checkpoints import AveragedWeights, SafeCheckpointIO, is_there
 from mctf_hf.families import build
 from mctf_hf.hub import TRAINING, check_folder, save
 from mctf_hf.losses import told_limit
@@ -74,7 +74,7 @@ class HuggingFaceFolder(Callback):
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.monitor:
                 path = callback.best_model_path
-                if path and not trainer.strategy.broadcast("://" in path or os.path.exists(path)):
+                if path and not is_there(trainer, path):
                     rank_zero_warn(f"The best checkpoint, {path}, is gone: the last weights count")
                     return None
                 return path or None
@@ -86,7 +86,8 @@ def _loaded_by_the_first(trainer: L.Trainer, path: str) -> dict[str, Any]:
     state, failed = None, None
     if trainer.is_global_zero:
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+            loaded = SafeCheckpointIO().load_checkpoint(path, map_location="cpu", weights_only=True)
+            state = loaded["state_dict"]
         except Exception as error:
             failed = error
     state, failed = trainer.strategy.broadcast((state, failed))

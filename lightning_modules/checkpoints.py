@@ -97,12 +97,17 @@ class SafeCheckpointIO(TorchCheckpointIO):
             if told or "Weights only" in str(error):
                 raise
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise ValueError(f"{path} is damaged and can't be resumed from: {reason}") from error
+            raise ValueError(f"{path} is damaged and can't be read: {reason}") from error
 
 
 def in_shards(trainer: L.Trainer) -> bool:
     """Whether each process holds a part of the weights only."""
     return isinstance(trainer.strategy, ModelParallelStrategy)
+
+
+def is_there(trainer: L.Trainer, path: str) -> bool:
+    """Whether the first process, which wrote it, finds a checkpoint; all processes are to ask."""
+    return trainer.strategy.broadcast("://" in path or os.path.exists(path))
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -123,7 +128,7 @@ class BestCheckpoint(ModelCheckpoint):
 
     def _forget_what_is_gone(self, trainer: L.Trainer) -> None:
         lost = self.best_model_path
-        if not lost or trainer.strategy.broadcast("://" in lost or os.path.exists(lost)):
+        if not lost or is_there(trainer, lost):
             return
         rank_zero_warn(f"The best checkpoint so far, {lost}, is gone: the best from here on counts")
         self.best_model_path = self.kth_best_model_path = ""

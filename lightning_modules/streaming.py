@@ -49,10 +49,9 @@ class StreamedImages(TorchIterableDataset):
 
     A process reads shards of its own where they are a multiple of the processes, or so many that a
     shard more or less hardly counts (in evaluation it never does); otherwise every so many-th row
-    of all of them, with a warning.
-    Its workers share the shards. The order, and
-    all augmentation, follow from the seed, the epoch, the process and the worker, so they are the
-    same in every run with as many processes and workers.
+    of all of them, with a warning. Its workers share the shards. The order, and all augmentation,
+    follow from the seed, the epoch, the process and the worker, so they are the same in every run
+    with as many processes and workers.
 
     Args:
         rows: the stream, of one split.
@@ -144,7 +143,6 @@ class StreamedImages(TorchIterableDataset):
 
     def _samples(self, rows: list[Any], first: int, place: tuple[int, ...]) -> Iterator[Sample]:
         """The samples of the rows of one batch, of which ``first`` is the first one's number."""
-        reports = self.on_bad_image == "skip"
         for i in range(len(rows)):
             source, image = self._readable(rows, i, first, place)
             if image is None:
@@ -158,7 +156,7 @@ class StreamedImages(TorchIterableDataset):
             generator = np.random.default_rng([self.seed, *place, first + i])
             sample = make_sample(image, self.process, self.augment, generator, self.num_draws)
             sample["labels"] = label
-            if reports:
+            if self.on_bad_image == "skip":
                 sample["skipped"] = int(source != i)
             yield sample
 

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from lightning_modules import (
     LastCheckpoint,
     Summary,
 )
+from lightning_modules.callbacks import _loaded_by_the_first
 from mctf_hf.losses import TokenReductionConsistency
 from tests.test_streaming import write_parquet
 from tests.training_runs import (
@@ -214,3 +216,16 @@ def test_consistency_is_a_mean_over_the_passing_images_of_all_processes() -> Non
         torch.testing.assert_close(sum(shares) / 2, whole.consistency)
     nobody = TokenReductionConsistency(confidence_threshold=1.0)
     assert nobody(logits, tokens, others, targets, labels).consistency == 0
+
+
+def test_what_the_first_process_fails_to_load_is_every_processs_error(tmp_path: Path) -> None:
+    path = tmp_path / "best.ckpt"
+    torch.save({"state_dict": {"weight": torch.zeros(1000)}}, path)
+    path.write_bytes(path.read_bytes()[:2000])
+    told: list[Any] = []
+    first = SimpleNamespace(broadcast=lambda value: told.append(value) or value)
+    other = SimpleNamespace(broadcast=lambda value: told[0])
+    for strategy in (first, other):
+        run = SimpleNamespace(is_global_zero=strategy is first, strategy=strategy)
+        with pytest.raises(ValueError, match=f"{path} is damaged"):
+            _loaded_by_the_first(run, str(path))

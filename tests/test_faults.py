@@ -231,7 +231,7 @@ def test_a_checkpoint_cut_short_is_refused_or_the_one_before_it_used(
     with pytest.warns(UserWarning, match="Resuming from the one before it"):
         assert SafeCheckpointIO(use_previous=True).load_checkpoint(last)["step"] == 1
     (checkpoints / "previous.ckpt").unlink()
-    with pytest.raises(ValueError, match="can't be resumed from: ((?!previous).)*$"):
+    with pytest.raises(ValueError, match="is damaged and can't be read: ((?!previous).)*$"):
         SafeCheckpointIO(use_previous=True).load_checkpoint(last)
 
 
