@@ -12,9 +12,9 @@ from cli.models import FUSION, parse, resolve
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
 from mctf_hf.configuration_mctf import as_pair
 from mctf_hf.cost import multiply_accumulates
-from mctf_hf.families import CLASSIFIERS, classifier_of
 from mctf_hf.hub import HUB_ID
 from mctf_hf.presets import PRESETS, preset
+from mctf_hf.registry import BACKBONES, backbone_of
 
 SETTINGS = ("attn_implementation", "compile", "slice")
 
@@ -71,16 +71,16 @@ def make(words: str, image_size: int | None, dtype: torch.dtype, device: str) ->
         if settings or config.model_type != MCTFViTConfig.model_type or config.distillation_token:
             if not settings:
                 config.reduction = "none"
-            model = CLASSIFIERS[config.model_type]._from_config(config, **attention)
+            model = BACKBONES[config.model_type].classifier._from_config(config, **attention)
         else:
             plain = {k: v for k, v in config.to_dict().items() if k not in (*FUSION, "model_type")}
             plain_config = ViTForImageClassification.config_class(**plain)
             model = ViTForImageClassification._from_config(plain_config, **attention)
     elif Path(name).is_dir() or HUB_ID.fullmatch(name):
         plain_type = AutoConfig.from_pretrained(name).model_type
-        classifier = classifier_of(name)
+        classifier = backbone_of(name).classifier
         config = classifier.config_class.from_pretrained(name)
-        if settings or plain_type in CLASSIFIERS:
+        if settings or plain_type in BACKBONES:
             settings = resolve(config, settings, image_size)
             model, report = classifier.from_pretrained(
                 name, **settings, **attention, output_loading_info=True

@@ -17,8 +17,8 @@ from mctf_hf.checkpoints import SUFFIXES, read_checkpoint
 from mctf_hf.configuration_mctf import as_pair
 from mctf_hf.conversion import build_model, infer_config, load_pretrained
 from mctf_hf.cost import multiply_accumulates
-from mctf_hf.families import classifier_of
 from mctf_hf.hub import HUB_ID, check_folder, load_image_processor, save
+from mctf_hf.registry import backbone_of
 from mctf_hf.sources import SOURCES, detect_source
 
 BICUBIC = 3
@@ -111,7 +111,7 @@ def _source(name: str, source: str | None) -> str | None:
 def _from_folder(
     name: str, settings: dict[str, Any]
 ) -> tuple[MCTFViTForImageClassification, Lines]:
-    settings = resolve(classifier_of(name).config_class.from_pretrained(name), settings)
+    settings = resolve(backbone_of(name).config.from_pretrained(name), settings)
     model = load_pretrained(name, **settings)
     return model, {"read": f"{len(model.state_dict())} weights of {name}"}
 

@@ -20,8 +20,8 @@ from mctf_hf import MCTFViTForImageClassification
 from mctf_hf import export as exporting
 from mctf_hf.configuration_mctf import as_pair
 from mctf_hf.export import TOLERANCE, Agreement
-from mctf_hf.families import build
 from mctf_hf.presets import PRESETS, preset
+from mctf_hf.registry import build
 
 WRITE = {".onnx": exporting.to_onnx, ".pt2": exporting.to_torch_export}
 RUNTIME = {".onnx": "onnxruntime", ".pt2": "torch.export"}

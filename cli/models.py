@@ -3,19 +3,16 @@
 import copy
 import re
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any
 
 import yaml
 
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
-from mctf_hf.configuration_mctf import FusionConfigMixin
 from mctf_hf.conversion import load_pretrained
 from mctf_hf.cost import resolve_budget
-from mctf_hf.families import classifier_of
 from mctf_hf.hub import load_image_processor
-
-FUSION = tuple(field.name for field in fields(FusionConfigMixin))
+from mctf_hf.registry import FUSION_SETTINGS as FUSION
+from mctf_hf.registry import backbone_of
 
 
 def parse(words: str, more: Sequence[str] = ()) -> tuple[str, dict[str, Any]]:
@@ -77,7 +74,7 @@ def load(words: str) -> tuple[MCTFViTForImageClassification, Any]:
         OSError: if there is no such model, or no image processor.
     """
     name, settings = parse(words)
-    settings = resolve(classifier_of(name).config_class.from_pretrained(name), settings)
+    settings = resolve(backbone_of(name).config.from_pretrained(name), settings)
     model = load_pretrained(name, **settings)
     model.config.check_effect(settings)
     return model, load_image_processor(name)

@@ -17,9 +17,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule
 
 from lightning_modules.checkpoints import AveragedWeights, SafeCheckpointIO, is_there
-from mctf_hf.families import build
 from mctf_hf.hub import TRAINING, check_folder, save
 from mctf_hf.losses import told_limit
+from mctf_hf.registry import build
 
 AUGMENTED = ("rand_augment", "random_erasing", "mixup", "cutmix", "repeated_augmentation")
 

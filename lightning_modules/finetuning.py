@@ -215,7 +215,7 @@ class MCTFFinetuner(L.LightningModule):
                 "use --trainer.strategy ddp, or leave it out"
             )
         mesh = self.device_mesh["data_parallel"]
-        for layer in self.model.base_model.layers:
+        for layer in self.model.base_model.layers.children():
             fully_shard(layer, mesh=mesh)
         fully_shard(self, mesh=mesh)
         for step in ("training_step", "validation_step", "test_step", "predict_step"):
@@ -333,16 +333,11 @@ class MCTFFinetuner(L.LightningModule):
         self, embedded: Tensor, labels: Tensor, guide_logits: Tensor | None, **options: Any
     ) -> Pass:
         """Classify embedded images, (b, n, d), and compare with labels and guide."""
-        if guide_logits is None or getattr(self.model, "distillation_classifier", None) is None:
-            output = self(inputs_embeds=embedded, **options)
-            logits, token = output.logits, output.class_token
-            by_label = by_guide = logits
-        else:
-            hidden = self.model.base_model(inputs_embeds=embedded, **options).last_hidden_state
-            token = hidden[:, 0]
-            by_label = self.model.classifier(token)
-            by_guide = self.model.distillation_classifier(hidden[:, 1])
-            logits = (by_label + by_guide) / 2
+        output = self(inputs_embeds=embedded, **options)
+        logits, token = output.logits, output.class_token
+        by_label = by_guide = logits
+        if guide_logits is not None and output.distillation_logits is not None:
+            by_label, by_guide = output.label_logits, output.distillation_logits
         loss = self.loss.cross_entropy(by_label, labels)
         if guide_logits is not None:
             loss = self.distillation(loss, by_guide, guide_logits)

@@ -1,14 +1,15 @@
 """The model to finetune and its image processor, from a checkpoint or from scratch."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import ViTImageProcessorPil
 
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
-from mctf_hf.configuration_mctf import FusionConfigMixin, as_pair
-from mctf_hf.families import CLASSIFIERS, build, classifier_of
+from mctf_hf.configuration_mctf import as_pair
 from mctf_hf.hub import load_image_processor
+from mctf_hf.registry import BACKBONES, FUSION_SETTINGS, backbone_of, build
 
 
 def load_or_make(
@@ -34,25 +35,26 @@ def load_or_make(
             f"pretrained={pretrained!r} and config={config!r}: set one of them, a checkpoint to "
             "start from or the settings of a model to train from scratch"
         )
-    _check_names("fusion", fusion, FusionConfigMixin)
+    _check_names("fusion", fusion, FUSION_SETTINGS)
     labels = {} if num_labels is None else {"num_labels": num_labels}
     if config is not None:
         config = dict(config)
         model_type = config.pop("model_type", MCTFViTConfig.model_type)
-        if model_type not in CLASSIFIERS:
+        if model_type not in BACKBONES:
             raise ValueError(
                 f"config: model_type={model_type!r} is not allowed: it is one of "
-                f"{', '.join(CLASSIFIERS)}"
+                f"{', '.join(BACKBONES)}"
             )
-        config_class = CLASSIFIERS[model_type].config_class
-        _check_names("config", config, config_class, "num_labels")
+        config_class = BACKBONES[model_type].config
+        names = [field.name for field in dataclasses.fields(config_class)]
+        _check_names("config", config, (*names, "num_labels"))
         model_config = config_class(**{**config, **labels, **fusion})
         height, width = as_pair(model_config.image_size)
         processor = ViTImageProcessorPil(size={"height": height, "width": width})
         return build(model_config), processor
 
     processor = load_image_processor(pretrained)
-    model, report = classifier_of(pretrained).from_pretrained(
+    model, report = backbone_of(pretrained).classifier.from_pretrained(
         pretrained, **labels, **fusion, ignore_mismatched_sizes=True, output_loading_info=True
     )
     mismatched = {key[0] if isinstance(key, tuple) else key for key in report["mismatched_keys"]}
@@ -84,8 +86,7 @@ def load_or_make(
     return model, processor
 
 
-def _check_names(setting: str, given: dict[str, Any], known: type, *more: str) -> None:
-    names = {field.name for field in dataclasses.fields(known)} | set(more)
-    unknown = sorted(set(given) - names)
+def _check_names(setting: str, given: dict[str, Any], known: Sequence[str]) -> None:
+    unknown = sorted(set(given) - set(known))
     if unknown:
         raise ValueError(f"{setting}={given!r} is not allowed: there are no settings {unknown}")

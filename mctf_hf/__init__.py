@@ -2,10 +2,18 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
-from .configuration_mctf import MCTFLVViTConfig, MCTFT2TViTConfig, MCTFViTConfig
-from .modeling_mctf_lv_vit import MCTFLVViTForImageClassification, MCTFLVViTModel
-from .modeling_mctf_t2t_vit import MCTFT2TViTForImageClassification, MCTFT2TViTModel
-from .modeling_mctf_vit import MCTFViTForImageClassification, MCTFViTModel
+from .apply import from_pretrained, fuse_tokens, fusion_of, supported, unfuse_tokens
+from .modeling_mctf_lv_vit import (
+    MCTFLVViTConfig,
+    MCTFLVViTForImageClassification,
+    MCTFLVViTModel,
+)
+from .modeling_mctf_t2t_vit import (
+    MCTFT2TViTConfig,
+    MCTFT2TViTForImageClassification,
+    MCTFT2TViTModel,
+)
+from .modeling_mctf_vit import MCTFViTConfig, MCTFViTForImageClassification, MCTFViTModel
 
 for _config, _model, _classifier in (
     (MCTFViTConfig, MCTFViTModel, MCTFViTForImageClassification),
@@ -26,4 +34,9 @@ __all__ = [
     "MCTFViTConfig",
     "MCTFViTForImageClassification",
     "MCTFViTModel",
+    "from_pretrained",
+    "fuse_tokens",
+    "fusion_of",
+    "supported",
+    "unfuse_tokens",
 ]

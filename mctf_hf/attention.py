@@ -1,8 +1,8 @@
 """Self-attention that can be looked at before it is applied.
 
 Token fusion is informed by a layer's own attention, and applies it to tokens that do not exist yet
-when it is computed. So attention comes in two steps here: :meth:`FusionAttentionMixin.look_ahead`
-gives an :class:`Attention`, and ``forward`` applies it, to other tokens if need be.
+when it is computed. So attention comes in two steps here: :meth:`FusionAttention.look_ahead` gives
+an :class:`Attention`, and ``forward`` applies it, to other tokens if need be.
 
 Shapes: ``b`` images, ``n`` tokens, ``d`` channels, ``h`` heads.
 """
@@ -10,9 +10,10 @@ Shapes: ``b`` images, ``n`` tokens, ``d`` channels, ``h`` heads.
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from .anatomy import AttentionNames
 from .fusion import Reduction, fuse, fuse_attention, unfuse
 
 # One image's attention map is held up to this size. A larger one is gone through in blocks of rows,
@@ -83,60 +84,94 @@ def _precision(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-class FusionAttentionMixin:
-    """Self-attention in two steps.
+class Rotation(NamedTuple):
+    """By how much the channels of queries and keys are turned (RoPE, arXiv 2104.09864).
 
-    Goes before any attention class of transformers that has ``q_proj``, ``k_proj``, ``v_proj``,
-    ``o_proj`` or ``out_proj``, ``scaling``, ``num_attention_heads`` and ``attention_dropout``.
+    Attributes:
+        cos: (b or 1, 1, n, d / h).
+        sin: (b or 1, 1, n, d / h).
     """
 
+    cos: Tensor
+    sin: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Turn (b, h, n, d / h), whose halves are the two coordinates of what is turned."""
+        first, second = x.chunk(2, -1)
+        return x * self.cos.to(x.dtype) + torch.cat((-second, first), -1) * self.sin.to(x.dtype)
+
+
+class FusionAttention:
+    """Self-attention in two steps; before an attention class of transformers.
+
+    Attributes:
+        names: of its parts, see :func:`.anatomy.attention_names`.
+    """
+
+    names: AttentionNames
+
     if TYPE_CHECKING:
-        q_proj: nn.Linear
-        k_proj: nn.Linear
-        v_proj: nn.Linear
-        o_proj: nn.Linear
-        out_proj: nn.Linear
         config: Any
-        scaling: float
-        num_attention_heads: int
-        attention_dropout: float
         training: bool
+        _forward_hooks: dict[int, Any]
+
+    def _part(self, name: str | None) -> Any:
+        return None if name is None else getattr(self, name)
 
     def _heads(self, x: Tensor) -> Tensor:
         batch, num_tokens, _ = x.shape
-        return x.view(batch, num_tokens, self.num_attention_heads, -1).transpose(1, 2)
+        return x.view(batch, num_tokens, self._part(self.names.heads), -1).transpose(1, 2)
+
+    def queries_keys(
+        self, hidden_states: Tensor, rotation: Rotation | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Queries and keys of ``hidden_states``, (b, n, d): both (b, h, n, d / h)."""
+        made = []
+        for project, norm in (
+            (self.names.query, self.names.query_norm),
+            (self.names.key, self.names.key_norm),
+        ):
+            x = self._part(project)(hidden_states)
+            x = self._heads(x if norm is None else self._part(norm)(x))
+            made.append(x if rotation is None else rotation(x))
+        return made[0], made[1]
 
     def look_ahead(
-        self, hidden_states: Tensor, bias: Tensor | None, *, hold_map: bool
+        self,
+        hidden_states: Tensor,
+        bias: Tensor | None,
+        *,
+        hold_map: bool,
+        rotation: Rotation | None = None,
     ) -> Attention:
         """Attention among ``hidden_states``, (b, n, d), with its map if ``hold_map``.
 
         Args:
             bias: (b or 1, 1, 1 or n, n), added to the scores. If boolean, a mask that is true
                 where there is to be attention.
+            rotation: of queries and keys.
         """
         if bias is not None and bias.dtype == torch.bool:
             mask = hidden_states.new_zeros(bias.shape)
             bias = mask.masked_fill(~bias, -torch.inf)
-        query = self._heads(self.q_proj(hidden_states))
-        key = self._heads(self.k_proj(hidden_states))
-        attention = Attention(query, key, bias, self.scaling)
+        query, key = self.queries_keys(hidden_states, rotation)
+        attention = Attention(query, key, bias, self._part(self.names.scaling))
         return attention._replace(map=attention.rows()) if hold_map else attention
 
     def holds_map(self, hidden_states: Tensor) -> bool:
         """Whether the attention map among so many tokens, (b, n, d), is small enough to be held."""
-        entries = self.num_attention_heads * hidden_states.shape[1] ** 2
+        entries = self._part(self.names.heads) * hidden_states.shape[1] ** 2
         return entries * hidden_states.element_size() <= MAP_BYTES
 
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
+        *args: Any,
         attention: Attention | None = None,
         reduction: Reduction | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend among ``hidden_states``, (b, n, d), by the backend that the model is set to.
+        """Attend among ``hidden_states``, (b, n, d), as transformers does.
 
         With an ``attention`` among n tokens, that one is applied instead. If a ``reduction`` has
         turned those n tokens into the m tokens of ``hidden_states``, the map is reduced too, to
@@ -145,11 +180,12 @@ class FusionAttentionMixin:
         no map is fused but for maximum pooling, which is not linear.
 
         Returns:
-            The attention output (b, m, d), and the map (b, h, m, m) if ``output_attentions``.
+            The attention output (b, m, d), and the map (b, h, m, m) if it is held: always for
+            ``output_attentions``.
         """
         if attention is None:
-            return super().forward(hidden_states, attention_mask, **kwargs)
-        value = self.v_proj(hidden_states)  # [b, m, d]
+            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        value = self._part(self.names.value)(hidden_states)  # [b, m, d]
         shown = attention.map
         if reduction is None:
             output = self._attend(attention, value)
@@ -159,15 +195,16 @@ class FusionAttentionMixin:
             output = self._attend(attention._replace(map=shown), value)
         else:
             output = fuse(self._attend(attention, unfuse(value, reduction)), reduction)
-            if kwargs.get("output_attentions"):
-                assert attention.map is not None
-                shown = fuse_attention(attention.map, reduction)
-        project = self.o_proj if hasattr(self, "o_proj") else self.out_proj
-        return project(output), shown
+            if shown is not None and (kwargs.get("output_attentions") or self._forward_hooks):
+                shown = fuse_attention(shown, reduction)
+        for part in (self.names.output, self.names.output_dropout):
+            output = output if part is None else self._part(part)(output)
+        return output, shown
 
     def _attend(self, attention: Attention, value: Tensor) -> Tensor:
         value = self._heads(value)
-        dropout = self.attention_dropout if self.training else 0.0
+        dropout = self._part(self.names.dropout) or 0.0
+        dropout = dropout if self.training else 0.0
         if attention.map is None:
             output = F.scaled_dot_product_attention(
                 attention.query,

@@ -12,9 +12,8 @@ from transformers import ViTConfig
 from transformers.utils import logging
 
 from .checkpoints import UNREADABLE, reading
-from .configuration_mctf import MCTFViTConfig
-from .families import build, classifier_of
-from .modeling_mctf_vit import MCTFViTForImageClassification
+from .modeling_mctf_vit import MCTFViTConfig, MCTFViTForImageClassification
+from .registry import backbone_of, build
 from .sources import EMBEDDINGS, ours, refuse, table_of, theirs
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -207,7 +206,7 @@ def load_pretrained(name: str, **settings: Any) -> MCTFViTForImageClassification
             f"{name} holds no model of transformers, for its config.json has no model_type: if it "
             "is timm's, convert the model.safetensors that lies there"
         )
-    classifier = classifier_of(name)
+    classifier = backbone_of(name).classifier
     classifier.config_class.from_pretrained(name, **settings)  # says what it has to of another
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # all that loading reports is reported below

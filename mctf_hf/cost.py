@@ -1,100 +1,231 @@
-"""Multiply-accumulates of a configuration, in closed form.
+"""Multiply-accumulates of a configuration or a model, in closed form.
 
 What is counted, as the papers' "FLOPs" are: convolutions, linear layers, matrix products, and five
 operations per element of a LayerNorm; softmax, activations and index arithmetic are not. It is
 what this library executes: attention is applied to the values of all n old positions, where the
 official code applies an n' x n' map, and the similarity of the tokens counts too.
+
+The layers follow a formula. What lies around them, from the patches to the heads, is counted by
+running the model once without fusion, on tensors without values.
 """
 
-import math
+import functools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from .configuration_mctf import (
-    KeepRate,
-    MCTFLVViTConfig,
-    MCTFT2TViTConfig,
-    MCTFViTConfig,
-    TokensFused,
-    as_pair,
-)
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .anatomy import attention_core, attention_names
+from .configuration_mctf import FusionConfigMixin, as_pair
+from .fused_encoder import FusedLayers
 from .reducers import Stage, build_reducer
+from .registry import BACKBONES
+from .schedule import KeepRate, TokensFused
 
 _LAYERNORM = 5
 
 
+@dataclass(frozen=True)
+class LayerCost:
+    """Multiply-accumulates of the parts of a layer, per token.
+
+    Attributes:
+        width: channels of all heads together.
+        heads: of attention.
+        queries_keys: the two projections.
+        values_output: the two projections.
+        norms: the norm before attention, and that before the MLP.
+        mlp: its linear layers.
+    """
+
+    width: int
+    heads: int
+    queries_keys: int
+    values_output: int
+    norms: tuple[int, int]
+    mlp: int
+
+    @classmethod
+    def of(cls, layers: FusedLayers) -> "LayerCost":
+        """The parts of the first of some layers, all of which are alike."""
+        layer, names = layers[0], layers.names
+        attention = getattr(layer, names.attention)
+        core = attention_core(attention)
+        parts = attention_names(core)
+        query, key = getattr(core, parts.query), getattr(core, parts.key)
+        queries_keys = _linear(query) + _linear(key)
+        return cls(
+            width=query.out_features,
+            heads=getattr(core, parts.heads),
+            queries_keys=queries_keys,
+            values_output=_linear(attention) - queries_keys,
+            norms=(
+                _norm(getattr(layer, names.norm_attention)),
+                _norm(getattr(layer, names.norm_mlp)),
+            ),
+            mlp=_linear(getattr(layer, names.mlp)),
+        )
+
+
+def _linear(module: nn.Module) -> int:
+    return sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def _norm(norm: nn.Module) -> int:
+    return _LAYERNORM * norm.weight.numel() if isinstance(norm, nn.LayerNorm) else 0
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a model costs, as a function of how many tokens its layers fuse.
+
+    Attributes:
+        num_tokens: that enter the first layer, prefix tokens included.
+        num_layers: of the encoder.
+        layer: one of them.
+        around: multiply-accumulates outside of the layers, without fusion.
+        per_token: of these, so many for each token that is not restored.
+    """
+
+    num_tokens: int
+    num_layers: int
+    layer: LayerCost
+    around: int
+    per_token: int
+
+    def cost(self, settings: FusionConfigMixin, fused_by_layer: Sequence[int]) -> int:
+        """Multiply-accumulates of one image."""
+        tokens, total = self.num_tokens, self.around
+        for fused in fused_by_layer:
+            total += _layer(self.layer, settings, tokens, fused)
+            tokens -= fused
+        return total - self.per_token * (self.num_tokens - tokens)
+
+    def of(self, settings: FusionConfigMixin, **amount: Any) -> int:
+        """The same for an ``r`` or a ``keep_rate``, or those of the settings."""
+        return self.cost(settings, settings.tokens_fused(self.num_tokens, **amount))
+
+
 def multiply_accumulates(
-    config: MCTFViTConfig,
+    model: Any,
     *,
     r: TokensFused | None = None,
     keep_rate: KeepRate | None = None,
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
 ) -> int:
-    """Multiply-accumulates of one forward pass of the classifier on one image.
+    """Multiply-accumulates of one forward pass on one image.
 
     Args:
+        model: a configuration of this library, for its classifier; or a model of this library.
         r, keep_rate: one of them may be used instead of the configuration's own.
         image_size: height and width in pixels, instead of the configuration's own.
 
     Raises:
         ValueError: for an ``r`` or a ``keep_rate`` that is not allowed.
     """
-    height, width = as_pair(config.image_size if image_size is None else image_size)
-    tokens = config.num_tokens((height, width))
-    total = _patches(config, height, width) + _coarse_patches(config, height, width)
-    for fused in config.tokens_fused(tokens, r, keep_rate):
-        total += _layer(config, tokens, fused)
-        tokens -= fused
-    read = 1 + config.distillation_head  # tokens that heads read
-    if isinstance(config, MCTFLVViTConfig) and config.auxiliary_weight:
-        read += tokens - config.num_prefix_tokens
-    heads = read * config.hidden_size * (config.num_labels or 0)
-    return total + _LAYERNORM * tokens * config.hidden_size + heads
+    return describe(model, image_size).of(settings_of(model), r=r, keep_rate=keep_rate)
 
 
-def _patches(config: MCTFViTConfig, height: int, width: int) -> int:
-    """Making the patches of an image of ``height`` x ``width`` pixels."""
-    patch_height, patch_width = as_pair(config.patch_size)
-    pixels, patches = height * width, (height // patch_height) * (width // patch_width)
-    if isinstance(config, MCTFT2TViTConfig):
-        dims = (49 * config.num_channels, 9 * config.token_dim)  # of windows
-        steps = zip(dims, (pixels // 16, pixels // 64), strict=True)
-        transformers = sum(_token_transformer(config, *step) for step in steps)
-        return transformers + patches * 9 * config.token_dim * config.hidden_size
-    if isinstance(config, MCTFLVViTConfig):
-        channels = config.stem_channels
-        stem = (49 * config.num_channels + 2 * 9 * channels) * channels
-        projection = (patch_height // 2) * (patch_width // 2) * channels * config.hidden_size
-        return pixels // 4 * stem + patches * projection
-    return patches * config.hidden_size * config.num_channels * patch_height * patch_width
+def settings_of(model: Any) -> FusionConfigMixin:
+    """The settings of fusion of a model or a configuration."""
+    return getattr(model, "config", model)
 
 
-def _coarse_patches(config: MCTFViTConfig, height: int, width: int) -> int:
-    """Embedding the coarser patches of all scales and mixing them in."""
-    patch_height, patch_width = as_pair(config.patch_size)
-    total = 0
-    for scale in config.multi_scale or ():
-        patches = math.ceil(height / patch_height / scale) * math.ceil(width / patch_width / scale)
-        pixels = scale * patch_height * scale * patch_width * config.num_channels
-        total += patches * config.hidden_size * (pixels + config.hidden_size)
-    return total
+def describe(model: Any, image_size: int | tuple[int, int] | None = None) -> Description:
+    """What a model costs, without fusion and by layer; see :func:`multiply_accumulates`."""
+    config = settings_of(model)
+    size = as_pair(config.image_size if image_size is None else image_size)
+    if model is config:
+        fusion = FusionConfigMixin.__dataclass_fields__
+        architecture = {
+            name: value for name, value in config.to_dict().items() if name not in fusion
+        }
+        text = json.dumps(architecture, sort_keys=True, default=str)
+        return _described(type(config), text, config.restore, size)
+    return _count(model, config, size)
 
 
-def _token_transformer(config: MCTFT2TViTConfig, dim: int, tokens: int) -> int:
-    """One of the transformers in T2T-ViT's front end, from ``dim`` to ``token_dim`` channels."""
-    width = config.token_dim
-    linear = 3 * dim * width + 3 * width * width + _LAYERNORM * (dim + width)
-    if config.tokens_type == "transformer":
-        return tokens * (linear + 2 * tokens * width)
-    features = width // 2  # of keys and queries, their products, and the products with values
-    return tokens * (linear + 4 * features * width)
+@functools.lru_cache(maxsize=64)
+def _described(
+    config_class: type, architecture: str, restore: bool, size: tuple[int, int]
+) -> Description:
+    config = config_class.from_dict({**json.loads(architecture), "restore": restore})
+    with torch.device("meta"):
+        model = BACKBONES[config.model_type].classifier(config)
+    return _count(model.eval(), config, size)
+
+
+def _count(model: nn.Module, config: Any, size: tuple[int, int]) -> Description:
+    layers = next(m for m in model.modules() if isinstance(m, FusedLayers))
+    channels = config.num_channels
+    options = {} if size == as_pair(config.image_size) else {"interpolate_pos_encoding": True}
+    layer, num_tokens, num_layers = LayerCost.of(layers), config.num_tokens(size), len(layers)
+    total = counted(model, torch.empty(1, channels, *size), r=0, **options)
+    in_layers = sum(_layer(layer, config, num_tokens, 0) for _ in range(num_layers))
+    per_token = 0
+    if not config.restore:
+        entry = BACKBONES[config.model_type]
+        per_token = _LAYERNORM * config.hidden_size + entry.read_per_token(config)
+    return Description(num_tokens, num_layers, layer, total - in_layers, per_token)
+
+
+@torch.no_grad()
+def counted(model: nn.Module, *inputs: Tensor, **options: Any) -> int:
+    """Multiply-accumulates of a call, of whose tensors only the shapes are looked at."""
+    state = {
+        name: torch.empty_like(value, device="meta") if value.device.type != "meta" else value
+        for name, value in (*model.named_parameters(), *model.named_buffers())
+    }
+    with FlopCounterMode(display=False, custom_mapping=_NORMS) as counter:
+        on_meta = tuple(x.to("meta", _dtype(model)) for x in inputs)
+        torch.func.functional_call(model, state, on_meta, options)
+    return counter.get_total_flops() // 2
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
+
+
+def _layernorm_flops(shape: Sequence[int], *args: Any, **kwargs: Any) -> int:
+    return 2 * _LAYERNORM * torch.Size(shape).numel()
+
+
+_NORMS: dict[Any, Callable[..., int]] = {torch.ops.aten.native_layer_norm: _layernorm_flops}
+
+
+def _layer(layer: LayerCost, settings: FusionConfigMixin, tokens: int, fused: int) -> int:
+    """One layer in which ``tokens`` become ``tokens - fused``."""
+    projections = layer.queries_keys + layer.values_output
+    score, (first, second) = tokens * tokens * layer.width, layer.norms
+    reducer = build_reducer(settings)
+    if not fused or reducer is None:
+        return tokens * (projections + first + second + layer.mlp) + 2 * score
+    patches, left = tokens - settings.num_prefix_tokens, tokens - fused
+    choice = reducer.multiply_accumulates(patches, fused, layer.width, layer.heads)
+    if reducer.stage is Stage.AFTER_ATTENTION:
+        attention = tokens * (projections + first) + 2 * score
+        return attention + choice + left * (second + layer.mlp)
+    if reducer.stage is Stage.AFTER_MLP:
+        return choice + _layer(layer, settings, tokens, 0)
+    before = tokens * (layer.queries_keys + first) + score  # the map of all tokens
+    if reducer.stage is Stage.RECOMPUTE:
+        return choice + before + _layer(layer, settings, left, 0)
+    applied = score if reducer.pools_linearly else left * left * layer.width
+    after = left * (layer.values_output + first + second + layer.mlp) + applied
+    return choice + before + after
 
 
 def r_for_budget(
-    config: MCTFViTConfig, fraction: float, *, image_size: int | None = None
+    model: Any, fraction: float, *, image_size: int | None = None
 ) -> tuple[int, list[int | float]]:
     """The r that brings the multiply-accumulates nearest to a budget, from below.
 
     Args:
+        model: see :func:`multiply_accumulates`.
         fraction: the budget, as a part of what the model costs without fusion.
         image_size: height and width in pixels, instead of the configuration's own.
 
@@ -107,35 +238,36 @@ def r_for_budget(
         ValueError: for a fraction outside (0, 1], a budget that no r meets, or a configuration
             that reduces nothing, or by ``keep_rate``.
     """
-    _check_budget(config, fraction, "r")
-    tokens = config.num_tokens(image_size)
-    budget = fraction * multiply_accumulates(config, r=0, image_size=image_size)
+    settings = settings_of(model)
+    _check_budget(settings, fraction, "r")
+    described = describe(model, image_size)
+    tokens = described.num_tokens
 
     def cost(r: TokensFused) -> int:
-        return multiply_accumulates(config, r=r, image_size=image_size)
+        return described.of(settings, r=r)
 
-    most = max(1, (tokens - config.num_prefix_tokens) // 2)
+    budget = fraction * cost(0)
+    most = max(1, (tokens - settings.num_prefix_tokens) // 2)
     fitting = (r for r in range(most + 1) if cost(r) <= budget)
     constant = next(fitting, None)
     if constant is None:
         raise _too_small(fraction, f"r={most}", cost(most) / cost(0))
-    schedule: list[int | float] = list(config.tokens_fused(tokens, constant))
+    schedule: list[int | float] = list(settings.tokens_fused(tokens, constant))
     changed = True
     while changed:
         changed = False
         for layer, fused in enumerate(schedule):
             less = [*schedule[:layer], fused - 1, *schedule[layer + 1 :]]
             if fused and cost(less) <= budget:
-                schedule, changed = list(config.tokens_fused(tokens, less)), True
+                schedule, changed = list(settings.tokens_fused(tokens, less)), True
     return constant, schedule
 
 
-def keep_rate_for_budget(
-    config: MCTFViTConfig, fraction: float, *, image_size: int | None = None
-) -> float:
+def keep_rate_for_budget(model: Any, fraction: float, *, image_size: int | None = None) -> float:
     """The largest keep rate, in thousandths, whose multiply-accumulates stay within a budget.
 
     Args:
+        model: see :func:`multiply_accumulates`.
         fraction: the budget, as a part of what the model costs without fusion.
         image_size: height and width in pixels, instead of the configuration's own.
 
@@ -143,12 +275,14 @@ def keep_rate_for_budget(
         ValueError: for a fraction outside (0, 1], a budget that no rate meets, or a configuration
             that reduces nothing, or by ``r``.
     """
-    _check_budget(config, fraction, "keep_rate")
-    budget = fraction * multiply_accumulates(config, r=0, image_size=image_size)
+    settings = settings_of(model)
+    _check_budget(settings, fraction, "keep_rate")
+    described = describe(model, image_size)
 
     def cost(thousandths: int) -> int:
-        return multiply_accumulates(config, keep_rate=thousandths / 1000, image_size=image_size)
+        return described.of(settings, keep_rate=thousandths / 1000)
 
+    budget = fraction * described.of(settings, r=0)
     fitting = (rate for rate in range(1000, 0, -1) if cost(rate) <= budget)
     found = next(fitting, None)
     if found is None:
@@ -156,15 +290,15 @@ def keep_rate_for_budget(
     return found / 1000
 
 
-def _check_budget(config: MCTFViTConfig, fraction: float, amount: str) -> None:
+def _check_budget(settings: FusionConfigMixin, fraction: float, amount: str) -> None:
     if isinstance(fraction, bool) or not 0 < fraction <= 1:
         raise ValueError(f"budget {fraction!r} is not allowed: it is above 0 and at most 1")
-    reducer = config.reducer_class
+    reducer = settings.reducer_class
     if reducer is None:
         raise ValueError("reduction='none' meets no budget: choose a reduction")
     if reducer.amount != amount:
         raise ValueError(
-            f"reduction={config.reduction!r} meets a budget by its {reducer.amount}, not by "
+            f"reduction={settings.reduction!r} meets a budget by its {reducer.amount}, not by "
             f"{amount}: set {reducer.amount}=auto:{fraction}"
         )
 
@@ -176,12 +310,11 @@ def _too_small(fraction: float, least: str, left: float) -> ValueError:
     )
 
 
-def resolve_budget(
-    config: MCTFViTConfig, setting: str, value: Any, *, image_size: int | None = None
-) -> Any:
+def resolve_budget(model: Any, setting: str, value: Any, *, image_size: int | None = None) -> Any:
     """Turn ``"auto:0.56"`` into what costs as much; leave any other value alone.
 
     Args:
+        model: see :func:`multiply_accumulates`.
         setting: ``"r"``, for :func:`r_for_budget`'s list, or ``"keep_rate"``, for
             :func:`keep_rate_for_budget`.
 
@@ -202,31 +335,5 @@ def resolve_budget(
             "multiply-accumulates"
         ) from None
     if setting == "keep_rate":
-        return keep_rate_for_budget(config, budget, image_size=image_size)
-    return r_for_budget(config, budget, image_size=image_size)[1]
-
-
-def _layer(config: MCTFViTConfig, tokens: int, fused: int) -> int:
-    """One layer in which ``tokens`` become ``tokens - fused``."""
-    width = config.hidden_size
-    projection, score, norm = width * width, tokens * tokens * width, _LAYERNORM * width
-    reducer = build_reducer(config)
-    if not fused or reducer is None:
-        return tokens * (4 * projection + 2 * norm) + 2 * score + _mlp(config, tokens)
-    patches, left = tokens - config.num_prefix_tokens, tokens - fused
-    choice = reducer.multiply_accumulates(patches, fused, width, config.num_attention_heads)
-    if reducer.stage is Stage.AFTER_ATTENTION:
-        attention = tokens * (4 * projection + norm) + 2 * score
-        return attention + choice + left * norm + _mlp(config, left)
-    if reducer.stage is Stage.AFTER_MLP:
-        return choice + _layer(config, tokens, 0)
-    before = 2 * tokens * projection + score + tokens * norm  # queries, keys, map of all tokens
-    if reducer.stage is Stage.RECOMPUTE:
-        return choice + before + _layer(config, left, 0)
-    applied = score if reducer.pools_linearly else left * left * width
-    after = 2 * left * projection + applied + 2 * left * norm
-    return choice + before + after + _mlp(config, left)
-
-
-def _mlp(config: MCTFViTConfig, tokens: int) -> int:
-    return 2 * tokens * config.hidden_size * config.intermediate_size
+        return keep_rate_for_budget(model, budget, image_size=image_size)
+    return r_for_budget(model, budget, image_size=image_size)[1]

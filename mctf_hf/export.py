@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from .configuration_mctf import KeepRate, TokensFused, as_pair
+from .configuration_mctf import as_pair
 from .modeling_mctf_vit import MCTFViTForImageClassification, MCTFViTModel
+from .schedule import KeepRate, TokensFused
 
 Model = MCTFViTForImageClassification | MCTFViTModel
 

@@ -1,34 +1,186 @@
-"""The backbones of this library, by the type that their configurations name."""
+"""The vision encoders of transformers whose tokens can be fused, and where they are in a model."""
 
-import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from transformers import PreTrainedConfig
+from torch import nn
+from transformers import PreTrainedModel
 
-from .configuration_mctf import MCTFViTConfig
-from .modeling_mctf_lv_vit import MCTFLVViTForImageClassification
-from .modeling_mctf_t2t_vit import MCTFT2TViTForImageClassification
-from .modeling_mctf_vit import MCTFViTForImageClassification
+from .anatomy import AIMV2, BEIT, CLIP, DINO, INTERNVL, VIT, LayerNames, check_layer
+from .fused_encoder import FusedLayers
 
-CLASSIFIERS: dict[str, type[MCTFViTForImageClassification]] = {
-    classifier.config_class.model_type: classifier
-    for classifier in (
-        MCTFViTForImageClassification,
-        MCTFT2TViTForImageClassification,
-        MCTFLVViTForImageClassification,
-    )
+
+def _registers(config: Any) -> int:
+    return 1 + config.num_register_tokens
+
+
+def _relative_positions(config: Any) -> str | None:
+    if config.use_relative_position_bias or config.use_shared_relative_position_bias:
+        return "relative position biases belong to pairs of places, which fused tokens have not"
+    return None
+
+
+@dataclass(frozen=True)
+class Family:
+    """Encoders that are written alike.
+
+    Attributes:
+        name: as people call it.
+        owners: classes of transformers that embed images and run the layers.
+        layers: where their list of layers is.
+        names: of the parts of a layer.
+        prefix: how many tokens come before the patches, or a function of the configuration.
+        rotary: where the module is that makes rotary positions.
+        hindrance: why an encoder of some configuration cannot fuse; ``None`` if it can.
+    """
+
+    name: str
+    owners: tuple[str, ...]
+    layers: str
+    names: LayerNames
+    prefix: int | Callable[[Any], int] = 1
+    rotary: str | None = None
+    hindrance: Callable[[Any], str | None] = lambda config: None
+
+    def num_prefix_tokens(self, config: Any) -> int:
+        """How many tokens come before the patches."""
+        return self.prefix if isinstance(self.prefix, int) else self.prefix(config)
+
+
+FAMILIES = (
+    Family("DINOv2", ("Dinov2Model", "Dinov2Backbone"), "encoder.layer", DINO),
+    Family(
+        "DINOv2 with registers",
+        ("Dinov2WithRegistersModel", "Dinov2WithRegistersBackbone"),
+        "encoder.layer",
+        DINO,
+        _registers,
+    ),
+    Family("CLIP", ("CLIPVisionModel",), "encoder.layers", CLIP),
+    Family("MetaCLIP 2", ("MetaClip2VisionModel",), "encoder.layers", CLIP),
+    Family("SigLIP, SigLIP 2 of fixed size", ("SiglipVisionModel",), "encoder.layers", CLIP, 0),
+    Family(
+        "DINOv3 ViT",
+        ("DINOv3ViTModel", "DINOv3ViTBackbone"),
+        "model.layer",
+        DINO,
+        _registers,
+        rotary="rope_embeddings",
+    ),
+    Family("ViT", ("ViTModel",), "layers", VIT),
+    Family("DeiT", ("DeiTModel",), "layers", VIT, 2),
+    Family("ViT-MAE", ("ViTMAEModel",), "layers", VIT),
+    Family("I-JEPA", ("IJepaModel",), "layers", VIT, 0),
+    Family("AIMv2", ("Aimv2VisionModel",), "encoder.layers", AIMV2, 0),
+    Family(
+        "BEiT without relative positions",
+        ("BeitModel",),
+        "layers",
+        BEIT,
+        hindrance=_relative_positions,
+    ),
+    Family("Audio Spectrogram Transformer", ("ASTModel",), "layers", VIT, 2),
+    Family("InternVL", ("InternVLVisionModel",), "encoder.layer", INTERNVL),
+    Family("Idefics3", ("Idefics3VisionTransformer",), "encoder.layers", CLIP, 0),
+    Family("SmolVLM", ("SmolVLMVisionTransformer",), "encoder.layers", CLIP, 0),
+)
+
+# Encoders that are known and cannot fuse yet, and why.
+LATER = {
+    "Siglip2VisionModel": "SigLIP 2 NaFlex pads its images to one length",
+    "VideoMAEModel": "VideoMAE's tokens are of videos",
+    "VJEPA2Model": "V-JEPA 2's tokens are of videos, with positions in three axes",
+    "PixtralVisionModel": "Pixtral packs images of many sizes into one sequence",
+    "Qwen2VisionTransformerPretrainedModel": "Qwen2-VL packs images into one sequence",
+    "Qwen2_5_VisionTransformerPretrainedModel": "Qwen2.5-VL packs images, and has windows",
+    "Qwen3VLVisionModel": "Qwen3-VL packs images into one sequence",
+    "SamVisionEncoder": "SAM attends in windows",
+    "EomtForUniversalSegmentation": "EoMT adds queries to its tokens between layers",
+    "EomtDinov3ForUniversalSegmentation": "EoMT adds queries to its tokens between layers",
+    "TimmWrapperModel": "timm's layers have queries, keys and values in one projection",
+    "TimmBackbone": "timm's layers have queries, keys and values in one projection",
 }
 
 
-def classifier_of(name: str | os.PathLike) -> type[MCTFViTForImageClassification]:
-    """The class that loads a folder or Hub id: for all that is not of this library, the ViT's.
+class Encoder(NamedTuple):
+    """A vision encoder in a model.
 
-    Raises:
-        OSError: if there is no such model.
+    Attributes:
+        path: of the owner in the model, empty for the model itself.
+        owner: what embeds images and runs the layers.
+        family: how it is written.
+        layers: its list of layers.
     """
-    stored, _ = PreTrainedConfig.get_config_dict(name)
-    return CLASSIFIERS.get(str(stored.get("model_type")), MCTFViTForImageClassification)
+
+    path: str
+    owner: PreTrainedModel
+    family: Family
+    layers: nn.ModuleList
 
 
-def build(config: MCTFViTConfig) -> MCTFViTForImageClassification:
-    """A classifier of a configuration, with random weights."""
-    return CLASSIFIERS[config.model_type](config)
+def find_encoders(model: nn.Module) -> list[Encoder]:
+    """The vision encoders in a model, which may be one itself."""
+    found = []
+    for path, module in model.named_modules():
+        family = family_of(module)
+        if family is not None:
+            assert isinstance(module, PreTrainedModel)
+            layers = module.get_submodule(family.layers)
+            assert isinstance(layers, nn.ModuleList)
+            found.append(Encoder(path, module, family, layers))
+    return found
+
+
+def family_of(module: nn.Module) -> Family | None:
+    """The family that a module runs the layers of; ``None`` for any other module."""
+    names = _names(module)
+    return next((family for family in FAMILIES if names & set(family.owners)), None)
+
+
+def _names(module: nn.Module) -> set[str]:
+    """Names of a module's classes that are of transformers."""
+    classes = type(module).__mro__
+    return {one.__name__ for one in classes if one.__module__.startswith("transformers.models.")}
+
+
+def supported() -> dict[str, tuple[str, ...]]:
+    """Families whose tokens can be fused, and the classes of transformers that run their layers.
+
+    Models that contain such an encoder (``CLIPModel``, ``LlavaForConditionalGeneration``,
+    ``DepthAnythingForDepthEstimation``, …) are supported as they are.
+    """
+    return {family.name: family.owners for family in FAMILIES}
+
+
+def explain(model: nn.Module) -> str:
+    """Why no tokens of a model can be fused."""
+    name = type(model).__name__
+    for module in model.modules():
+        for known in sorted(_names(module) & set(LATER)):
+            return f"{name}: {LATER[known]} ({known}), which is not supported yet"
+    families = f"known are {', '.join(family.name for family in FAMILIES)}"
+    layers = max(_stacks(model), key=len, default=None)
+    if layers is None:
+        return f"{name} has no vision encoder: it has no list of layers at all; {families}"
+    layer, reasons = layers[0], []
+    for names in dict.fromkeys(family.names for family in FAMILIES):
+        try:
+            check_layer(layer, names)
+        except ValueError as error:
+            reasons.append(str(error).split(",")[0])
+    reason = "they are of no known encoder for images"
+    if len(reasons) == len({family.names for family in FAMILIES}):
+        # Of the vocabularies that fit least badly, what is missing.
+        reason = min(reasons, key=len)
+    return (
+        f"{name} has no vision encoder that is known, only layers of "
+        f"{type(layer).__name__}: {reason}; {families}"
+    )
+
+
+def _stacks(model: nn.Module) -> Iterator[nn.ModuleList]:
+    for module in model.modules():
+        alike = isinstance(module, nn.ModuleList) and len({type(m) for m in module.children()}) == 1
+        if alike and not isinstance(module, FusedLayers):
+            yield module

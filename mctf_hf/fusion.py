@@ -137,7 +137,7 @@ def fuse_attention(attention: Tensor, reduction: Reduction) -> Tensor:
 
     Columns of fused tokens are summed, rows are pooled like the tokens: ``R A C`` of MCTF
     (arXiv 2403.10030, section 3.3). No layer needs it to compute its output, see
-    :meth:`~.attention.FusionAttentionMixin.forward`; it serves ``output_attentions`` and maximum
+    :meth:`~.attention.FusionAttention.forward`; it serves ``output_attentions`` and maximum
     pooling.
 
     Args:

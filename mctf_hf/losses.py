@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .configuration_mctf import MCTFViTConfig
+from .modeling_mctf_vit import MCTFViTConfig
 
 
 class ConsistencyLoss(NamedTuple):

@@ -7,8 +7,10 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .configuration_mctf import FusionConfigMixin, KeepRate, MCTFViTConfig, TokensFused
+from .configuration_mctf import FusionConfigMixin
 from .cost import multiply_accumulates
+from .modeling_mctf_vit import MCTFViTConfig
+from .schedule import KeepRate, TokensFused
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 

@@ -4,17 +4,58 @@ A stem of convolutions before the patches, residual branches divided by a consta
 all tokens beside that on the class token; everything else is :mod:`modeling_mctf_vit`.
 """
 
+from dataclasses import field
 from typing import Any, ClassVar
 
+from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
-from .configuration_mctf import MCTFLVViTConfig, MCTFViTConfig, as_pair
+from .configuration_mctf import as_pair, number
 from .modeling_mctf_vit import (
+    HeadLogits,
+    MCTFViTConfig,
     MCTFViTEmbeddings,
     MCTFViTForImageClassification,
     MCTFViTModel,
     make_head,
 )
+
+
+@strict
+class MCTFLVViTConfig(MCTFViTConfig):
+    """Configuration of an LV-ViT (arXiv 2104.10858) that fuses tokens.
+
+    All fields of :class:`MCTFViTConfig`, with the defaults of LV-ViT-S, and:
+
+    Args:
+        skip_lambda: what is added to a residual stream is divided by this.
+        stem_channels: channels of the convolutions before the patches.
+        auxiliary_weight: of the auxiliary head's largest logit of each class over all tokens, which
+            is added to the class token's; 0 leaves it out.
+    """
+
+    model_type = "mctf_lv_vit"
+    auto_classes: ClassVar[dict[str, str]] = {
+        "AutoConfig": "modeling_mctf_lv_vit.MCTFLVViTConfig",
+        "AutoModel": "modeling_mctf_lv_vit.MCTFLVViTModel",
+        "AutoModelForImageClassification": "modeling_mctf_lv_vit.MCTFLVViTForImageClassification",
+    }
+    plain_types: ClassVar[dict[str, str]] = {}
+
+    hidden_size: int = 384
+    num_hidden_layers: int = 16
+    num_attention_heads: int = 6
+    intermediate_size: int = 1152
+    qkv_bias: bool = False
+    layer_norm_eps: float = 1e-5
+    skip_lambda: float | int = field(default=2.0, metadata=number("skip_lambda", 1))
+    stem_channels: int = field(default=64, metadata=number("stem_channels", 1))
+    auxiliary_weight: float | int = field(default=0.5, metadata=number("auxiliary_weight", 0))
+
+    def validate_even(self) -> None:
+        """Check that patches can be halved, as the stem does."""
+        if any(side % 2 for side in as_pair(self.patch_size)):
+            raise ValueError(f"patch_size={self.patch_size!r} is not allowed: an LV-ViT's is even")
 
 
 class LVViTPatchEmbeddings(nn.Module):
@@ -66,10 +107,11 @@ class MCTFLVViTForImageClassification(MCTFViTForImageClassification):
         super()._make_heads(config)
         self.auxiliary_classifier = make_head(config) if config.auxiliary_weight else None
 
-    def _classify(self, hidden_states: Tensor, class_token: Tensor) -> Tensor:
-        logits = super()._classify(hidden_states, class_token)
+    def _classify(self, hidden_states: Tensor, class_token: Tensor) -> HeadLogits:
+        logits, by_label, by_guide = super()._classify(hidden_states, class_token)
         if self.auxiliary_classifier is None:
-            return logits
+            return HeadLogits(logits, by_label, by_guide)
         patches = hidden_states[:, self.config.num_prefix_tokens :]
         auxiliary = self.auxiliary_classifier(patches).amax(1)  # [b, labels]
-        return logits + self.config.auxiliary_weight * auxiliary
+        auxiliary = self.config.auxiliary_weight * auxiliary
+        return HeadLogits(logits + auxiliary, by_label + auxiliary, by_guide)

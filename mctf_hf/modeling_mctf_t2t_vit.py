@@ -5,21 +5,72 @@ transformer between them; everything else is :mod:`modeling_mctf_vit`.
 """
 
 import math
+from dataclasses import field
 from typing import Any, ClassVar
 
 import torch
+from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from .configuration_mctf import MCTFT2TViTConfig
-from .modeling_mctf_vit import MCTFViTEmbeddings, MCTFViTForImageClassification, MCTFViTModel
+from .configuration_mctf import as_pair, number, one_of
+from .modeling_mctf_vit import (
+    MCTFViTConfig,
+    MCTFViTEmbeddings,
+    MCTFViTForImageClassification,
+    MCTFViTModel,
+)
 
 # What keeps performers from dividing by nothing: 1e-8 as in float32, but rounded up, for onnxscript
 # leaves out what is added if it is no more than 1e-8.
 EPSILON = 1.0000001e-8
 # Windows of the three steps: side, stride, padding.
 WINDOWS = ((7, 4, 2), (3, 2, 1), (3, 2, 1))
+
+
+@strict
+class MCTFT2TViTConfig(MCTFViTConfig):
+    """Configuration of a T2T-ViT (arXiv 2101.11986) that fuses tokens.
+
+    All fields of :class:`MCTFViTConfig`, with the defaults of T2T-ViT_t-14, and:
+
+    Args:
+        tokens_type: how the two token transformers of the front end attend: ``"transformer"``
+            (softmax, one head) or ``"performer"`` (positive random features, arXiv 2009.14794).
+        token_dim: channels of the front end.
+        attention_scale: the layers' scores are divided by the root of the channels of a head
+            (``"head_dim"``) or of all (``"hidden_size"``), as the published weights want it.
+    """
+
+    model_type = "mctf_t2t_vit"
+    auto_classes: ClassVar[dict[str, str]] = {
+        "AutoConfig": "modeling_mctf_t2t_vit.MCTFT2TViTConfig",
+        "AutoModel": "modeling_mctf_t2t_vit.MCTFT2TViTModel",
+        "AutoModelForImageClassification": (
+            "modeling_mctf_t2t_vit.MCTFT2TViTForImageClassification"
+        ),
+    }
+    plain_types: ClassVar[dict[str, str]] = {}
+
+    hidden_size: int = 384
+    num_hidden_layers: int = 14
+    num_attention_heads: int = 6
+    intermediate_size: int = 1152
+    qkv_bias: bool = False
+    layer_norm_eps: float = 1e-5
+    tokens_type: str = field(
+        default="transformer", metadata=one_of("tokens_type", "transformer", "performer")
+    )
+    token_dim: int = field(default=64, metadata=number("token_dim", 2))
+    attention_scale: str = field(
+        default="head_dim", metadata=one_of("attention_scale", "head_dim", "hidden_size")
+    )
+
+    def validate_stride(self) -> None:
+        """Check that patches have the size that the front end makes."""
+        if as_pair(self.patch_size) != (16, 16):
+            raise ValueError(f"patch_size={self.patch_size!r} is not allowed: a T2T-ViT's is 16")
 
 
 def windows(x: Tensor, side: int, stride: int, padding: int) -> Tensor:
@@ -135,6 +186,7 @@ class MCTFT2TViTModel(MCTFViTModel):
 
     config: MCTFT2TViTConfig
     config_class = MCTFT2TViTConfig
+    _no_split_modules: ClassVar = ["T2TViTEmbeddings", "MCTFViTLayer"]
 
     def _make_embeddings(self, config: Any, use_mask_token: bool) -> nn.Module:
         return T2TViTEmbeddings(config, use_mask_token)
@@ -149,6 +201,7 @@ class MCTFT2TViTForImageClassification(MCTFViTForImageClassification):
 
     config: MCTFT2TViTConfig
     config_class = MCTFT2TViTConfig
+    _no_split_modules: ClassVar = MCTFT2TViTModel._no_split_modules
     backbone_class: ClassVar[type[MCTFViTModel]] = MCTFT2TViTModel
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -1,30 +1,22 @@
 """Vision Transformers (ViT, DeiT) that fuse tokens as they go.
 
 The classes subclass those of ``transformers.models.vit``; weights and their names are the same.
-What is new is in the layer: attend, fuse if this layer fuses, MLP. Shapes: ``b`` images, ``n``
-tokens before and ``m`` after a layer's fusion, ``d`` channels, ``h`` heads.
+What is new is in the layers (:mod:`.fused_layer`, :mod:`.fused_encoder`). Shapes: ``b`` images,
+``n`` tokens before and ``m`` tokens after all fusion, ``d`` channels.
 """
 
-import json
 import math
-import os
-import sys
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
+from collections.abc import Callable
+from dataclasses import field
+from typing import Any, ClassVar, NamedTuple
 
 import torch
+from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
+from transformers import ViTConfig
 from transformers import initialization as init
-from transformers.conversion_mapping import (
-    get_checkpoint_conversion_mapping,
-    register_checkpoint_conversion_mapping,
-)
-from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.models.vit.modeling_vit import (
-    ViTAttention,
     ViTEmbeddings,
     ViTForImageClassification,
     ViTLayer,
@@ -35,74 +27,119 @@ from transformers.models.vit.modeling_vit import (
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import Attention, FusionAttentionMixin
-from .configuration_mctf import KeepRate, MCTFViTConfig, TokensFused, as_pair
-from .downloads import checked_downloads
-from .fusion import Reduction, compose, fuse, fuse_sizes, images_rows
-from .own_reducers import own_code
-from .reducers import REDUCERS, Observation, Stage, build_reducer
+from .anatomy import VIT, LayerNames
+from .configuration_mctf import EncoderConfigMixin, as_pair, number
+from .fused_encoder import fuse_layers, goes_in_slices
+from .fused_layer import FusedLayer
+from .modeling_mctf import (
+    MCTFImageClassifierOutput,
+    MCTFModelOutput,
+    MCTFPreTrainedMixin,
+    take_over_names,
+)
+from .schedule import KeepRate, TokensFused
 
-# The widest activation of the images that a CPU takes through the layers at once.
-SLICE_BYTES = 12 * 2**20
-# The same of the maps that a front end makes patches of.
+# The widest map that a front end makes patches of at once, in bytes, on a CPU.
 FRONT_END_BYTES = 8 * 2**20
 
-# Old checkpoints name their weights differently; transformers renames them by class name. The name
-# of the backbone within the classifier is not enough for a backbone's checkpoint in 5.10.
-for _class in ("MCTFViTModel", "MCTFViTForImageClassification"):
-    register_checkpoint_conversion_mapping(
-        _class, get_checkpoint_conversion_mapping("ViTModel"), overwrite=True
-    )
+# The name of the backbone within the classifier is not enough for a backbone's checkpoint in 5.10.
+take_over_names(("MCTFViTModel", "MCTFViTForImageClassification"), "ViTModel")
 
 
 # What transformers' DeiT calls what ViT has, too.
 _DEIT_NAMES = {r"^deit\.": "vit.", r"^cls_classifier\.": "classifier."}
 
 
-@dataclass
-class MCTFModelOutput(BaseModelOutputWithPooling):
-    """Output of a backbone; the last two fields are filled by ``output_fusion=True``.
+def _check_multi_scale(value: list[int] | None) -> None:
+    if value is not None and (
+        not value or len(set(value)) != len(value) or any(scale < 2 for scale in value)
+    ):
+        raise ValueError(
+            f"multi_scale={value!r} is not allowed: it lists different whole numbers of at least "
+            "2, how many patches high and wide the coarser ones are"
+        )
 
-    Attributes:
-        token_sizes: (b, m), how many of the embedded tokens each final token stands for.
-        assignment: (b, n) int64, index of the final token that each embedded token became part of,
-            -1 where it was dropped.
+
+@strict
+class MCTFViTConfig(EncoderConfigMixin, ViTConfig):
+    """Configuration of a Vision Transformer (ViT, DeiT) that fuses tokens.
+
+    All fields of :class:`transformers.ViTConfig` and of
+    :class:`~.configuration_mctf.FusionConfigMixin`, and:
+
+    Args:
+        restore: as there; here tokens are handed out as they are left, unless it is set.
+        class_token: the first token, which the head reads. Without it the head reads the mean of
+            the patch tokens, weighted by their sizes.
+        distillation_token: a second prefix token with a position of its own (DeiT, arXiv
+            2012.12877, section 5).
+        distillation_head: a second head, on that token; the two heads' logits are averaged.
+        num_register_tokens: prefix tokens without position that nothing is read from (Vision
+            Transformers Need Registers, arXiv 2309.16588).
+        drop_path_rate: probability of skipping a residual branch in training, rising linearly
+            from 0 in the first layer to this in the last (stochastic depth, arXiv 1603.09382).
+        multi_scale: embed patches that are so many times as high and wide, too, and add each to the
+            patches that it covers (arXiv 2306.04897). It changes nothing before it is trained.
     """
 
-    token_sizes: Tensor | None = None
-    assignment: Tensor | None = None
+    model_type = "mctf_vit"
+    auto_classes: ClassVar[dict[str, str]] = {
+        "AutoConfig": "modeling_mctf_vit.MCTFViTConfig",
+        "AutoModel": "modeling_mctf_vit.MCTFViTModel",
+        "AutoModelForImageClassification": "modeling_mctf_vit.MCTFViTForImageClassification",
+    }
+    plain_types: ClassVar[dict[str, str]] = {
+        "vit": "ViT, DeiT without distillation token",
+        "deit": "DeiT with distillation token",
+    }
+    further_settings: ClassVar = ("drop_path_rate", "multi_scale")
+    attention_scale: ClassVar[str] = "head_dim"
+    skip_lambda: ClassVar[float | int] = 1
 
+    restore: bool = False
+    class_token: bool = True
+    distillation_token: bool = False
+    distillation_head: bool = False
+    num_register_tokens: int = field(default=0, metadata=number("num_register_tokens", 0))
+    drop_path_rate: float | int = field(
+        default=0.0, metadata=number("drop_path_rate", 0, 1, below=True)
+    )
+    multi_scale: list[int] | None = field(default=None, metadata={"validator": _check_multi_scale})
 
-@dataclass
-class MCTFImageClassifierOutput(ImageClassifierOutput):
-    """Output of a classifier; the last three fields are filled by ``output_fusion=True``.
+    @classmethod
+    def of_plain(cls, model_type: str, settings: dict[str, Any]) -> dict[str, Any]:
+        if model_type == "deit":
+            settings["distillation_token"] = True
+            architectures = settings.get("architectures") or []
+            settings["distillation_head"] = any("WithTeacher" in name for name in architectures)
+        return settings
 
-    Attributes:
-        token_sizes: (b, m), how many of the embedded tokens each final token stands for.
-        assignment: (b, n) int64, index of the final token that each embedded token became part of,
-            -1 where it was dropped.
-        class_token: (b, d), what the head sees: the class token after the final LayerNorm, or the
-            mean of the patch tokens in a model without class token.
-    """
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Class, distillation and register tokens, which come before the patches."""
+        return self.class_token + self.distillation_token + self.num_register_tokens
 
-    token_sizes: Tensor | None = None
-    assignment: Tensor | None = None
-    class_token: Tensor | None = None
+    def validate_distillation(self) -> None:
+        """Check that a second head has its token, which comes second."""
+        if self.distillation_token and not self.class_token:
+            raise ValueError(
+                f"distillation_token={self.distillation_token!r} is not allowed without "
+                "class_token=True, which comes before it"
+            )
+        if self.distillation_head and not self.distillation_token:
+            raise ValueError(
+                f"distillation_head={self.distillation_head!r} is not allowed without "
+                "distillation_token=True, which it reads"
+            )
 
-
-class MCTFViTAttention(FusionAttentionMixin, ViTAttention):
-    """ViT's self-attention, with or without fusion."""
-
-    def __init__(self, config: MCTFViTConfig):
-        super().__init__(config)
-        if config.attention_scale == "hidden_size":
-            self.scaling = config.hidden_size**-0.5
-
-
-def goes_in_slices(x: Tensor) -> bool:
-    """Whether a batch may be taken apart: on a CPU, where no graph is recorded or traced."""
-    recorded = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return x.is_cpu and not recorded
+    def validate_patches(self) -> None:
+        """Check that the patches divide the image."""
+        sides = zip(as_pair(self.image_size), as_pair(self.patch_size), strict=True)
+        if any(image % patch for image, patch in sides):
+            raise ValueError(
+                f"image_size={self.image_size!r} is not allowed: it is no multiple of "
+                f"patch_size={self.patch_size!r}"
+            )
 
 
 def drop_path(x: Tensor, rate: float) -> Tensor:
@@ -116,215 +153,25 @@ def drop_path(x: Tensor, rate: float) -> Tensor:
     return x * keep / (1 - rate)
 
 
-class MCTFViTLayer(ViTLayer):
-    """ViT's layer: attention and MLP, with a fusion of tokens where the reducer wants it."""
+class MCTFViTLayer(FusedLayer, ViTLayer):
+    """ViT's layer with stochastic depth, and a divisor of what is added."""
 
-    attention: MCTFViTAttention
+    names: ClassVar[LayerNames] = VIT
+    runs_as_host: ClassVar[bool] = False
 
     def __init__(self, config: MCTFViTConfig, layer_idx: int = 0):
         super().__init__(config)
-        self.attention = MCTFViTAttention(config)
-        self.reducer = build_reducer(config)
-        self.num_prefix_tokens = config.num_prefix_tokens
-        self.has_class_token = config.class_token
-        self.proportional_attention = config.proportional_attention and (
-            self.reducer is None or self.reducer.biases_attention
-        )
+        if config.attention_scale == "hidden_size":
+            self.attention.scaling = config.hidden_size**-0.5
         self.skip_lambda = config.skip_lambda
         self.drop_path_rate = (
             config.drop_path_rate * layer_idx / max(1, config.num_hidden_layers - 1)
         )
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        token_sizes: Tensor | None = None,
-        r: int = 0,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Run the layer on ``hidden_states``, (b, n, d), and fuse ``r`` of its n tokens.
-
-        Args:
-            token_sizes: (b, n), how many patches each token stands for; ``None`` if one each.
-
-        Returns:
-            The hidden states (b, m, d), the sizes (b, m), still ``None`` where nothing has been
-            fused so far, and the new row of each token in the flattened (b * m, …), a tensor
-            (b * n,) with -1 for what was dropped, ``None`` where this layer fuses nothing.
-        """
-        stage = self.reducer.stage if self.reducer is not None and r else None
-        shown = self.reducer is not None and bool(kwargs.get("output_attentions"))
-        normed = self.layernorm_before(hidden_states)
-        bias = self._size_bias(token_sizes, attention_mask, normed.dtype)
-        attention = reduction = reassigned = None
-        if stage is not None or shown:
-            # Where it only ranks tokens, or belongs to all of them, no gradient flows through it.
-            with torch.set_grad_enabled(torch.is_grad_enabled() and stage is not Stage.RECOMPUTE):
-                attention = self.attention.look_ahead(
-                    normed, bias, hold_map=shown or self._holds_map(normed, stage)
-                )
-
-        if stage in (Stage.REUSE, Stage.RECOMPUTE):
-            hidden_states, token_sizes, reduction = self._reduce(
-                hidden_states, attention, token_sizes, r
-            )
-            reassigned = reduction
-            normed = self.layernorm_before(hidden_states)
-        if stage is Stage.RECOMPUTE:
-            bias = self._size_bias(token_sizes, None, normed.dtype)
-            attention = reduction = None
-            if shown:
-                attention = self.attention.look_ahead(normed, bias, hold_map=True)
-
-        output, _ = self.attention(normed, bias, attention=attention, reduction=reduction, **kwargs)
-        hidden_states = self._add(hidden_states, output)
-        if stage is Stage.AFTER_ATTENTION:
-            hidden_states, token_sizes, reassigned = self._reduce(
-                hidden_states, attention, token_sizes, r
-            )
-        hidden_states = self._add(hidden_states, self.mlp(self.layernorm_after(hidden_states)))
-        if stage is Stage.AFTER_MLP:
-            hidden_states, token_sizes, reassigned = self._reduce(
-                hidden_states, attention, token_sizes, r
-            )
-        return hidden_states, token_sizes, None if reassigned is None else reassigned.rows
-
-    def _holds_map(self, normed: Tensor, stage: Stage | None) -> bool:
-        """Whether attention's map is computed as such, once."""
-        if self.attention.config._attn_implementation == "eager":
-            return True
-        if self.reducer is None or stage is None:
-            return False
-        needs = self.reducer.needs
-        fuses_map = stage is Stage.REUSE and not self.reducer.pools_linearly
-        if fuses_map or "attention" in needs:
-            return True
-        all_rows = "attention_received" in needs or (
-            "class_attention" in needs and not self.has_class_token
-        )
-        return all_rows and self.attention.holds_map(normed)
-
-    def _add(self, residual: Tensor, branch: Tensor) -> Tensor:
+    def add(self, residual: Tensor, branch: Tensor, through: tuple[str, ...]) -> Tensor:
         if self.training:
             branch = drop_path(self.dropout(branch), self.drop_path_rate)
         return torch.add(residual, branch, alpha=1 / self.skip_lambda)
-
-    def _size_bias(
-        self, token_sizes: Tensor | None, attention_mask: Tensor | None, dtype: torch.dtype
-    ) -> Tensor | None:
-        """Proportional attention: the logarithm of each key's size, (b, 1, 1, n)."""
-        if token_sizes is None or not self.proportional_attention:
-            return attention_mask
-        return token_sizes.log().to(dtype)[:, None, None, :]
-
-    def _reduce(
-        self, hidden_states: Tensor, attention: Attention | None, token_sizes: Tensor | None, r: int
-    ) -> tuple[Tensor, Tensor, Reduction]:
-        assert attention is not None
-        reduction = self._choose(hidden_states, attention, token_sizes, r)
-        if not torch.compiler.is_compiling():
-            self._check(reduction, hidden_states.shape[1] - r)
-        if token_sizes is None:
-            precision = torch.promote_types(hidden_states.dtype, torch.float32)
-            token_sizes = hidden_states.new_ones(hidden_states.shape[:2], dtype=precision)
-        return fuse(hidden_states, reduction), fuse_sizes(token_sizes, reduction), reduction
-
-    def _check(self, reduction: Reduction, num_tokens: int) -> None:
-        """Raise ValueError for a reduction that is not what was asked for."""
-        found = reduction.kept.shape[0] // max(1, reduction.batch)
-        if found != num_tokens:
-            raise ValueError(
-                f"{type(self.reducer).__qualname__} left {found} tokens, where there are to be "
-                f"{num_tokens}"
-            )
-        linear = self.reducer is None or self.reducer.pools_linearly
-        if linear and reduction.kept_weights is None:
-            raise ValueError(
-                f"{type(self.reducer).__qualname__} returned a reduction without weights: call its "
-                "weigh(), or set pools_linearly=False for elementwise maximum"
-            )
-
-    @torch.no_grad()
-    def _choose(
-        self, hidden_states: Tensor, attention: Attention, token_sizes: Tensor | None, r: int
-    ) -> Reduction:
-        assert self.reducer is not None
-        of_class = attention.from_class if self.has_class_token else attention.received
-        observable = {
-            "keys": attention.mean_keys,
-            "attention": lambda: attention.map,
-            "attention_received": attention.received,
-            "class_attention": of_class,
-        }
-        needed = {need: observable[need]() for need in self.reducer.needs}
-        seen = Observation(hidden_states, token_sizes, self.num_prefix_tokens, **needed)
-        return self.reducer(seen, r)
-
-
-class MCTFPreTrainedMixin:
-    """What all models of this library share; goes before a model class of transformers."""
-
-    config: MCTFViTConfig
-    config_class = MCTFViTConfig
-    _no_split_modules: ClassVar = ["MCTFViTEmbeddings", "MCTFViTLayer"]
-    # Proportional attention adds a number to the scores, which these kernels cannot.
-    _supports_flash_attn = False
-    _supports_flex_attn = False
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any
-    ) -> Any:
-        """Load as every transformers model does; weights that are downloaded are checked.
-
-        Raises:
-            OSError: for weights that arrived damaged, besides what transformers raises.
-        """
-        if pretrained_model_name_or_path is None:
-            return super().from_pretrained(None, *args, **kwargs)
-        kwargs["key_mapping"] = _DEIT_NAMES | (kwargs.get("key_mapping") or {})
-        with checked_downloads(pretrained_model_name_or_path, kwargs.get("cache_dir")):
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, MCTFViTEmbeddings):
-            module.init_weights(self.config.initializer_range)
-        elif isinstance(module, ZeroLinear):
-            init.zeros_(module.weight)
-        else:
-            super()._init_weights(module)
-
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Save as every transformers model does, along with the code that a stranger needs.
-
-        ``auto_map`` names all classes of the family, so that what one of them saved loads as any
-        of them with ``trust_remote_code=True``. A reducer that somebody registered goes along.
-
-        Raises:
-            ValueError: for a reducer of one's own that cannot, see :func:`.own_reducers.own_code`.
-        """
-        classes = dict(self.config.auto_classes)
-        # Not the configuration's word for it, which may come from another copy of this library.
-        source = Path(str(sys.modules[type(self).__module__].__file__))
-        modules = {Path(str(file)).stem for file in (source, *get_relative_import_files(source))}
-        files, auto_map = own_code(REDUCERS.get(self.config.reduction), classes, modules)
-        if files and kwargs.get("push_to_hub"):
-            raise ValueError(
-                f"push_to_hub=True is not allowed with reduction={self.config.reduction!r}, which "
-                "is not of this library: save the model, then use its push_to_hub()"
-            )
-        self.config.auto_map = classes
-        # Not by the names that the weights were loaded by, which may be those of another class.
-        kwargs.setdefault("save_original_format", False)
-        super().save_pretrained(save_directory, **kwargs)
-        if files and kwargs.get("is_main_process", True):
-            for name, content in files.items():
-                Path(save_directory, name).write_text(content, encoding="utf-8")
-            config = Path(save_directory, "config.json")
-            settings = json.loads(config.read_text(encoding="utf-8"))
-            config.write_text(json.dumps({**settings, "auto_map": auto_map}, indent=2) + "\n")
 
 
 class ZeroLinear(nn.Linear):
@@ -476,7 +323,11 @@ class MCTFViTModel(MCTFPreTrainedMixin, ViTModel):
     ``output_fusion=True`` tells what has become of each token.
     """
 
+    config: MCTFViTConfig
+    config_class = MCTFViTConfig
+    renamed = _DEIT_NAMES
     _auto_class = "AutoModel"
+    _no_split_modules: ClassVar = ["MCTFViTEmbeddings", "MCTFViTLayer"]
 
     def __init__(
         self, config: MCTFViTConfig, add_pooling_layer: bool = True, use_mask_token: bool = False
@@ -488,12 +339,17 @@ class MCTFViTModel(MCTFPreTrainedMixin, ViTModel):
         self.layers = nn.ModuleList(
             [MCTFViTLayer(config, i) for i in range(config.num_hidden_layers)]
         )
+        fuse_layers(self.layers, VIT, config)
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.pooler = ViTPooler(config) if add_pooling_layer else None
         self.post_init()
 
     def _make_embeddings(self, config: MCTFViTConfig, use_mask_token: bool) -> nn.Module:
         return MCTFViTEmbeddings(config, use_mask_token=use_mask_token)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        _init_weights(self, module, super()._init_weights)
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -539,114 +395,46 @@ class MCTFViTModel(MCTFPreTrainedMixin, ViTModel):
             )
         for shown in ("output_attentions", "output_hidden_states"):  # asked for here or always
             kwargs.setdefault(shown, getattr(self.config, shown, False))
-        fused_by_layer = self.config.tokens_fused(inputs_embeds.shape[1], r, keep_rate)
-        pools_patches = self.pooler is not None and not self.config.class_token
-        hidden_states, token_sizes, assignment = self._encode(
-            inputs_embeds, attention_mask, fused_by_layer, output_fusion or pools_patches, **kwargs
-        )
-        hidden_states = self.layernorm(hidden_states)
-        pooled = None
-        if self.pooler is not None:
-            pooled = self.pooler(summary(self.config, hidden_states, token_sizes)[:, None])
-        return MCTFModelOutput(
-            last_hidden_state=hidden_states,
-            pooler_output=pooled,
-            token_sizes=token_sizes if output_fusion else None,
-            assignment=assignment if output_fusion else None,
-        )
-
-    def _encode(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None,
-        fused_by_layer: tuple[int, ...],
-        output_fusion: bool,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Run all layers: (b, n, d) -> (b, m, d), sizes and assignment if ``output_fusion``."""
-        if attention_mask is not None and any(fused_by_layer):
-            raise ValueError(
-                "attention_mask is not allowed where tokens are fused: leave it out, or set r=0 "
-                "or reduction='none'"
-            )
         mask: Any = None
         if attention_mask is not None:  # of none, an export would make one that masks nothing
             mask = create_bidirectional_mask(
-                config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
+                config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask
             )
-        if not torch.compiler.is_compiling():
-            self._check_reducers()
-        size = self._slice_size(hidden_states, mask, kwargs)
-        if size == hidden_states.shape[0]:
-            return self._run_layers(hidden_states, mask, fused_by_layer, output_fusion, **kwargs)
-        slices = [
-            self._run_layers(images, mask, fused_by_layer, output_fusion, **kwargs)
-            for images in hidden_states.split(size)
-        ]
-        hidden_states, token_sizes, assignment = (
-            None if parts[0] is None else torch.cat(parts) for parts in zip(*slices, strict=True)
+        pools_patches = self.pooler is not None and not self.config.class_token
+        tokens = self.layers.encode(
+            inputs_embeds,
+            settings=self.config,
+            r=r,
+            keep_rate=keep_rate,
+            track=output_fusion or pools_patches,
+            mask=mask,
+            **kwargs,
         )
-        return hidden_states, token_sizes, assignment
-
-    def _check_reducers(self) -> None:
-        """Raise ValueError if the configuration has changed since the layers were made."""
-        wanted, found = build_reducer(self.config), self.layers[0].reducer
-        comparable = type(wanted).__eq__ is not object.__eq__
-        if type(wanted) is not type(found) or (comparable and wanted != found):
-            raise ValueError(
-                f"the layers reduce by {found}, and the configuration now says {wanted}: set "
-                "reduction and what it is made of with from_pretrained() or a new model; only how "
-                "much is reduced (r, keep_rate, fusion_layers, …) may change later"
-            )
-
-    def _slice_size(
-        self, hidden_states: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
-    ) -> int:
-        """How many images go through all layers at once.
-
-        On a CPU, activations that outgrow its cache cost more than they save, and allocating them
-        anew in each layer costs most. So a batch goes through in slices, if nothing but the final
-        hidden states is asked for and no graph is recorded.
-        """
-        batch, num_tokens = hidden_states.shape[:2]
-        whole = (
-            not goes_in_slices(hidden_states)
-            or mask is not None
-            or any(kwargs.get(f"output_{name}") for name in ("attentions", "hidden_states"))
+        tokens = tokens._replace(hidden_states=self.layernorm(tokens.hidden_states))
+        pooled = None
+        if self.pooler is not None:
+            pooled = self.pooler(summary(self.config, *tokens[:2])[:, None])
+        return MCTFModelOutput(
+            last_hidden_state=tokens.restored() if self.config.restore else tokens.hidden_states,
+            pooler_output=pooled,
+            token_sizes=tokens.sizes if output_fusion else None,
+            assignment=tokens.assignment() if output_fusion else None,
         )
-        if whole or not batch:
-            return batch
-        widest = num_tokens * self.config.intermediate_size * hidden_states.element_size()
-        slices = math.ceil(batch * widest / SLICE_BYTES)
-        return math.ceil(batch / min(slices, batch))
-
-    def _run_layers(
-        self,
-        hidden_states: Tensor,
-        mask: Tensor | None,
-        fused_by_layer: tuple[int, ...],
-        output_fusion: bool,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        token_sizes = rows = None
-        if output_fusion:
-            batch, num_tokens = hidden_states.shape[:2]
-            rows = torch.arange(batch * num_tokens, device=hidden_states.device)
-        for layer, fused in zip(self.layers, fused_by_layer, strict=True):
-            hidden_states, token_sizes, reassigned = layer(
-                hidden_states, mask, token_sizes, fused, **kwargs
-            )
-            if rows is not None and reassigned is not None:
-                rows = compose(rows, reassigned)
-        if rows is None:
-            return hidden_states, None, None
-        assignment = images_rows(rows, *hidden_states.shape[:2])
-        if token_sizes is None:
-            token_sizes = torch.ones_like(assignment, dtype=torch.float32)
-        return hidden_states, token_sizes, assignment
 
 
-def summary(config: MCTFViTConfig, hidden_states: Tensor, token_sizes: Tensor | None) -> Tensor:
+@torch.no_grad()
+def _init_weights(model: Any, module: nn.Module, otherwise: Callable[[nn.Module], None]) -> None:
+    if isinstance(module, MCTFViTEmbeddings):
+        module.init_weights(model.config.initializer_range)
+    elif isinstance(module, ZeroLinear):
+        init.zeros_(module.weight)
+    else:
+        otherwise(module)
+
+
+def summary(
+    config: MCTFViTConfig, hidden_states: Tensor, token_sizes: Tensor | None = None
+) -> Tensor:
     """What stands for the whole image: (b, m, d), (b, m) -> (b, d).
 
     The class token; without one, the mean of the patch tokens, each counting as many times as it
@@ -654,8 +442,9 @@ def summary(config: MCTFViTConfig, hidden_states: Tensor, token_sizes: Tensor | 
     """
     if config.class_token:
         return hidden_states[:, 0]
-    assert token_sizes is not None
     first = config.num_prefix_tokens
+    if token_sizes is None:  # of each place a row
+        return hidden_states[:, first:].mean(1)
     weights = token_sizes[:, first:, None].to(hidden_states.dtype)
     return (hidden_states[:, first:] * weights).sum(1) / weights.sum(1)
 
@@ -666,10 +455,28 @@ def make_head(config: MCTFViTConfig) -> nn.Module:
     return nn.Linear(config.hidden_size, config.num_labels)
 
 
+class HeadLogits(NamedTuple):
+    """Logits (b, labels) of a classifier's heads.
+
+    Attributes:
+        logits: of all heads together.
+        label_logits: of those that learn the labels, where another one learns from a classifier.
+        distillation_logits: of that one; ``None`` where there is none.
+    """
+
+    logits: Tensor
+    label_logits: Tensor
+    distillation_logits: Tensor | None = None
+
+
 class MCTFViTForImageClassification(MCTFPreTrainedMixin, ViTForImageClassification):
     """ViT with token fusion and a linear head on the class token, or the mean of the patches."""
 
+    config: MCTFViTConfig
+    config_class = MCTFViTConfig
+    renamed = _DEIT_NAMES
     _auto_class = "AutoModelForImageClassification"
+    _no_split_modules: ClassVar = MCTFViTModel._no_split_modules
     backbone_class: ClassVar[type[MCTFViTModel]] = MCTFViTModel
 
     def __init__(self, config: MCTFViTConfig):
@@ -680,16 +487,21 @@ class MCTFViTForImageClassification(MCTFPreTrainedMixin, ViTForImageClassificati
         self._make_heads(config)
         self.post_init()
 
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        _init_weights(self, module, super()._init_weights)
+
     def _make_heads(self, config: MCTFViTConfig) -> None:
         self.classifier = make_head(config)
         self.distillation_classifier = make_head(config) if config.distillation_head else None
 
-    def _classify(self, hidden_states: Tensor, class_token: Tensor) -> Tensor:
-        """Logits (b, labels) of what the backbone returns, (b, m, d) and its summary (b, d)."""
-        logits = self.classifier(class_token)
+    def _classify(self, hidden_states: Tensor, class_token: Tensor) -> HeadLogits:
+        """What the heads make of the backbone's tokens, (b, m, d), and their summary, (b, d)."""
+        by_label = self.classifier(class_token)
         if self.distillation_classifier is None:
-            return logits
-        return (logits + self.distillation_classifier(hidden_states[:, 1])) / 2
+            return HeadLogits(by_label, by_label)
+        by_guide = self.distillation_classifier(hidden_states[:, 1])
+        return HeadLogits((by_label + by_guide) / 2, by_label, by_guide)
 
     @can_return_tuple
     def forward(
@@ -714,14 +526,16 @@ class MCTFViTForImageClassification(MCTFPreTrainedMixin, ViTForImageClassificati
             interpolate_pos_encoding=interpolate_pos_encoding,
             attention_mask=attention_mask,
             r=r,
-            output_fusion=output_fusion or not self.config.class_token,
+            output_fusion=output_fusion or not (self.config.class_token or self.config.restore),
             inputs_embeds=inputs_embeds,
             keep_rate=keep_rate,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        class_token = summary(self.config, hidden_states, outputs.token_sizes)
-        logits = self._classify(hidden_states, class_token)
+        token_sizes = None if self.config.restore else outputs.token_sizes
+        class_token = summary(self.config, hidden_states, token_sizes)
+        logits, by_label, by_guide = self._classify(hidden_states, class_token)
+        told = output_fusion and by_guide is not None
         return MCTFImageClassifierOutput(
             loss=None
             if labels is None
@@ -732,4 +546,6 @@ class MCTFViTForImageClassification(MCTFPreTrainedMixin, ViTForImageClassificati
             token_sizes=outputs.token_sizes if output_fusion else None,
             assignment=outputs.assignment if output_fusion else None,
             class_token=class_token if output_fusion else None,
+            label_logits=by_label if told else None,
+            distillation_logits=by_guide if told else None,
         )

@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from .configuration_mctf import MCTFLVViTConfig, MCTFT2TViTConfig, MCTFViTConfig
+from .modeling_mctf_lv_vit import MCTFLVViTConfig
+from .modeling_mctf_t2t_vit import MCTFT2TViTConfig
+from .modeling_mctf_vit import MCTFViTConfig
 
 # Width, heads, layers, MLP's width over the channels.
 # DeiT (arXiv 2012.12877, table 1).

@@ -65,6 +65,7 @@ class Reducer(ABC):
         settings: of the configuration that this method has for itself.
         biases_attention: whether sizes enter attention where ``proportional_attention`` is set.
         pools_linearly: whether its reductions have weights, rather than take maxima.
+        drops_tokens: whether some tokens become part of no other, so that none can be restored.
     """
 
     stage: Stage
@@ -73,6 +74,7 @@ class Reducer(ABC):
     settings: ClassVar[tuple[str, ...]] = ()
     biases_attention: ClassVar[bool] = True
     pools_linearly: bool = True
+    drops_tokens: bool = False
 
     @classmethod
     def from_config(cls, config: Any) -> "Reducer":
@@ -303,6 +305,10 @@ class EViTReducer(_KeepRateReducer):
     @classmethod
     def from_config(cls, config: Any) -> "EViTReducer":
         return cls(config.fuse_token)
+
+    @property
+    def drops_tokens(self) -> bool:
+        return not self.fuse_token
 
     @classmethod
     def tokens_added(cls, config: Any) -> int:

@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .configuration_mctf import MCTFLVViTConfig, MCTFT2TViTConfig, MCTFViTConfig
+from .modeling_mctf_lv_vit import MCTFLVViTConfig
+from .modeling_mctf_t2t_vit import MCTFT2TViTConfig
+from .modeling_mctf_vit import MCTFViTConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -13,8 +13,8 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .configuration_mctf import MCTFViTConfig, as_pair
-from .modeling_mctf_vit import MCTFViTForImageClassification, MCTFViTModel
+from .configuration_mctf import as_pair
+from .modeling_mctf_vit import MCTFViTConfig, MCTFViTForImageClassification, MCTFViTModel
 
 DISPLAY_SIZE = 448
 GAP = 8

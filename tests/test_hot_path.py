@@ -21,9 +21,11 @@ from mctf_hf import (
     matching,
     selection,
 )
-from mctf_hf.families import build
+from mctf_hf.fused_encoder import _step
+from mctf_hf.fused_layer import Tokens
 from mctf_hf.losses import TokenReductionConsistency
 from mctf_hf.presets import preset
+from mctf_hf.registry import build
 from tests.conftest import TINY, tiny_model
 
 SMALL = {name: value for name, value in TINY.items() if name != "patch_size"}
@@ -62,8 +64,9 @@ class Recorder(TorchDispatchMode):
 def record(layer: int = 3, n: int = 65, batch: int = 2, **settings: Any) -> Recorder:
     model = tiny_model(**settings)
     hidden_states, sizes = torch.randn(batch, n, 24), torch.ones(batch, n)
+    step = _step(model.config)._replace(r=8)
     with Recorder() as recorder:
-        model.vit.layers[layer](hidden_states, None, sizes, 8)
+        model.vit.layers[layer](hidden_states, tokens=Tokens(hidden_states, sizes), step=step)
     return recorder
 
 

@@ -13,9 +13,10 @@ from mctf_hf import (
     MCTFViTConfig,
     MCTFViTForImageClassification,
     MCTFViTModel,
-    modeling_mctf_vit,
+    fused_encoder,
 )
 from mctf_hf.conversion import convert_state_dict
+from mctf_hf.fused_layer import FusedLayer
 from mctf_hf.modeling_mctf_vit import drop_path
 from tests.conftest import TINY, Golden, tiny_model
 
@@ -236,7 +237,7 @@ def test_bfloat16_errs_no_more_than_without_fusion_if_the_same_tokens_fuse(
     images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen: list[Any] = []
-    choose = modeling_mctf_vit.MCTFViTLayer._choose
+    choose = FusedLayer._choose
 
     def remember(*args: Any) -> Any:
         chosen.append(choose(*args))
@@ -244,9 +245,9 @@ def test_bfloat16_errs_no_more_than_without_fusion_if_the_same_tokens_fuse(
 
     model, errors = tiny_model().to(torch.bfloat16), []
     for r in (0, 8):
-        monkeypatch.setattr(modeling_mctf_vit.MCTFViTLayer, "_choose", remember)
+        monkeypatch.setattr(FusedLayer, "_choose", remember)
         expected = model.float()(images, r=r).logits
-        monkeypatch.setattr(modeling_mctf_vit.MCTFViTLayer, "_choose", lambda *_: chosen.pop(0))
+        monkeypatch.setattr(FusedLayer, "_choose", lambda *_: chosen.pop(0))
         logits = model.to(torch.bfloat16)(images, r=r).logits
         errors.append((logits.float() - expected).abs().mean().item())
     assert 0 < errors[1] < 1.5 * errors[0]
@@ -327,7 +328,7 @@ def test_slices_of_a_batch_change_nothing(
     model, sizes = tiny_model(**settings), []
     expected = model(images.repeat(3, 1, 1, 1), output_fusion=True)
     model.vit.layers[0].register_forward_hook(lambda _, args, __: sizes.append(len(args[0])))
-    monkeypatch.setattr(modeling_mctf_vit, "SLICE_BYTES", 65 * 96 * 4 * 2)  # two images'
+    monkeypatch.setattr(fused_encoder, "SLICE_BYTES", 65 * 96 * 4 * 2)  # two images'
     output = model(images.repeat(3, 1, 1, 1), output_fusion=True)
     assert sizes == [2, 2, 2, 2, 1]
     torch.testing.assert_close(tuple(output.values()), tuple(expected.values()))

@@ -54,7 +54,7 @@ def test_it_is_a_setting_like_the_others(by_norm: type[Reducer], images: Tensor)
     output = model(images, output_fusion=True, output_hidden_states=True)
     assert output.token_sizes.shape == (3, 65 - 4 * 6)
     assert torch.equal(output.token_sizes.sum(1), torch.full((3,), 65.0))
-    lengths = torch.linalg.vector_norm(model.vit.layers[0](output.hidden_states[0])[0], dim=-1)
+    lengths = torch.linalg.vector_norm(model.vit.layers[0](output.hidden_states[0]), dim=-1)
     first = model(images, r=[6, 0, 0, 0, 0], output_fusion=True)
     merged = lengths[:, 1:].argsort(1)[:, :6] + 1
     sizes = first.token_sizes.gather(1, first.assignment.gather(1, merged))

@@ -1,0 +1,480 @@
+"""Fusion for any vision encoder of transformers: given to a loaded model, and taken away again.
+
+The model stays the object that it was, with its weights and their names. Its layers, and the
+modules between them and the model, are told to be of classes that can fuse.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers.backbone_utils import BackboneMixin
+from transformers.modeling_outputs import (
+    BackboneOutput,
+    BaseModelOutput,
+    BaseModelOutputWithPooling,
+    ImageClassifierOutput,
+)
+from transformers.utils import ModelOutput, cached_file
+
+from .anatomy import check_layer
+from .configuration_mctf import FusionConfigMixin, TokenFusion
+from .families import Encoder, explain, find_encoders, supported
+from .fused_encoder import FusedLayers, check_mask, exchange_class, fuse_layers, fused_class
+from .fused_layer import Tokens
+from .modeling_mctf_dinov3_vit import FusedRotaryEmbedding
+from .reducers import build_reducer
+from .schedule import KeepRate, TokensFused
+
+FILE = "token_fusion.json"
+# What a user sets; the rest of TokenFusion is the encoder's.
+SETTINGS = (*(field.name for field in dataclasses.fields(FusionConfigMixin)), "rope_positions")
+
+
+@dataclasses.dataclass(eq=False)
+class Call:
+    """How tokens are fused in some calls, and what became of them.
+
+    Attributes:
+        settings: of the fusion.
+        r, keep_rate: of these calls, or None.
+        tokens: of the last of these calls.
+    """
+
+    settings: TokenFusion
+    r: TokensFused | None = None
+    keep_rate: KeepRate | None = None
+    tokens: Tokens | None = None
+
+
+# By the id of the layers. What is compiled cannot look here and finds it in the layers instead.
+_CALLS: ContextVar[dict[int, Call]] = ContextVar("calls")
+
+
+class HostedLayers(FusedLayers):
+    """Layers in a model of transformers, which iterates over them and finds one that runs all."""
+
+    settings: TokenFusion
+    call: Call | None = None
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter((self,))
+
+    def active(self) -> Call:
+        """How tokens are fused here and now."""
+        call = self.call
+        if not torch.compiler.is_compiling():
+            call = _CALLS.get({}).get(id(self))
+        return Call(self.settings) if call is None else call
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run all layers: (b, n, d) -> (b, n, d), or fewer tokens where some are dropped."""
+        call = self.active()
+        settings, rotary = call.settings, kwargs.pop("position_embeddings", None)
+        counts = settings.tokens_fused(hidden_states.shape[1], call.r, call.keep_rate)
+        if not any(counts):
+            if rotary is not None:
+                kwargs["position_embeddings"] = tuple(rotary.rotation)
+            call.tokens = Tokens(hidden_states)
+            for layer in self.children():
+                hidden_states = layer(hidden_states, *args, **kwargs)
+            return hidden_states
+        if args:
+            args = (check_mask(args[0]), *args[1:])
+        elif "attention_mask" in kwargs:
+            kwargs["attention_mask"] = check_mask(kwargs["attention_mask"])
+        tokens = self.encode(
+            hidden_states,
+            *args,
+            settings=settings,
+            r=call.r,
+            keep_rate=call.keep_rate,
+            track=True,
+            rotary=rotary,
+            **kwargs,
+        )
+        call.tokens = tokens
+        reducer = build_reducer(settings)
+        drops = reducer is not None and reducer.drops_tokens
+        return tokens.hidden_states if drops else tokens.restored()
+
+
+class FusedModel:
+    """The model that fusion was given to; before its class of transformers.
+
+    Its calls take ``r``, ``keep_rate`` and ``output_fusion`` beside all else, as the models of this
+    library do. Saving writes the settings of fusion beside the checkpoint, which is unchanged.
+    """
+
+    fused_layers: list[HostedLayers]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.forward = _forward_of(cls.__dict__["host"])  # type: ignore[attr-defined]
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Save the checkpoint as transformers does, and the settings of fusion beside it.
+
+        Raises:
+            ValueError: for ``push_to_hub=True``, which would leave the settings behind.
+        """
+        if kwargs.get("push_to_hub"):
+            raise ValueError(
+                "push_to_hub=True is not allowed in save_pretrained of a model with fusion: use "
+                "its push_to_hub(), which takes the settings of fusion along"
+            )
+        super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+        if kwargs.get("is_main_process", True):
+            settings = self.fused_layers[0].settings
+            told = {name: getattr(settings, name) for name in SETTINGS}
+            draft = Path(save_directory, f".{FILE}")
+            draft.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+            os.replace(draft, Path(save_directory, FILE))
+
+
+def _forward_of(host: type[PreTrainedModel]) -> Callable[..., Any]:
+    """The forward of a class of transformers, with settings of fusion for one call."""
+
+    @functools.wraps(host.forward)
+    def forward(
+        self: FusedModel,
+        *args: Any,
+        r: TokensFused | None = None,
+        keep_rate: KeepRate | None = None,
+        output_fusion: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        calls = [layers.active() for layers in self.fused_layers]
+        fewer = not all(call.settings.restore for call in calls)
+        if r is None and keep_rate is None and not output_fusion and not fewer:
+            return host.forward(self, *args, **kwargs)
+        if r is not None or keep_rate is not None:
+            calls = [Call(call.settings, r, keep_rate) for call in calls]
+        before = _enter(self.fused_layers, calls)
+        try:
+            output = host.forward(self, *args, **kwargs)
+        finally:
+            _leave(self.fused_layers, before)
+        if len(calls) > 1 or calls[0].tokens is None:
+            return output
+        tokens = _tracked(calls[0].tokens)
+        if fewer:
+            output = _left(output, tokens)
+        if not isinstance(output, ModelOutput):
+            return output
+        more = {"token_sizes": tokens.sizes, "assignment": tokens.assignment()}
+        return _extended(type(output))(**dict(output), **more)
+
+    return forward
+
+
+def _enter(layers: Sequence[HostedLayers], calls: Sequence[Call]) -> Any:
+    """Let layers run as in some calls from here on; returns what :func:`_leave` needs."""
+    before = [one.call for one in layers]
+    for one, call in zip(layers, calls, strict=True):
+        one.call = call
+    if torch.compiler.is_compiling():
+        return before, None
+    mine = {id(one): call for one, call in zip(layers, calls, strict=True)}
+    return before, _CALLS.set({**_CALLS.get({}), **mine})
+
+
+def _leave(layers: Sequence[HostedLayers], entered: Any) -> None:
+    before, token = entered
+    for one, call in zip(layers, before, strict=True):
+        one.call = call
+    if token is not None:
+        _CALLS.reset(token)
+
+
+def _tracked(tokens: Tokens) -> Tokens:
+    """The same with sizes and rows, which layers without fusion do not make."""
+    if tokens.rows is not None:
+        return tokens
+    batch, num_tokens, _ = tokens.hidden_states.shape
+    device = tokens.hidden_states.device
+    sizes = torch.ones(batch, num_tokens, device=device)
+    return tokens._replace(sizes=sizes, rows=torch.arange(batch * num_tokens, device=device))
+
+
+def _left(output: Any, tokens: Tokens) -> Any:
+    """An output with one row for each token that is left, in place of one for each position.
+
+    Everything that reads tokens has seen each as often as it has patches by then.
+    """
+    assignment = tokens.assignment()
+    assert assignment is not None
+    batch, num_tokens = assignment.shape
+    places = torch.arange(num_tokens, device=assignment.device).expand(batch, -1)
+    first = places.new_full((batch, tokens.hidden_states.shape[1]), num_tokens)
+    first = first.scatter_reduce(1, assignment.clamp(min=0), places, "amin")  # [b, m]
+
+    def fewer(value: Any, name: str = "") -> Any:
+        if isinstance(value, ModelOutput):
+            changed = {key: fewer(one, key) for key, one in value.items()}
+            return type(value)(**changed)
+        whole = name == "last_hidden_state" and value.shape[1] == num_tokens
+        if not whole or num_tokens == first.shape[1]:
+            return value
+        return value.gather(1, first[:, :, None].expand(-1, -1, value.shape[2]))
+
+    if not isinstance(output, ModelOutput):
+        return (fewer(output[0], "last_hidden_state"), *output[1:])
+    return fewer(output)
+
+
+@functools.cache
+def _extended(output: type[Any]) -> type[Any]:
+    """A class of outputs with two more fields."""
+    if "token_sizes" in output.__dataclass_fields__:
+        return output
+    more = [(name, Tensor | None, None) for name in ("token_sizes", "assignment")]
+    return dataclasses.make_dataclass(f"Fused{output.__name__}", more, bases=(output,))
+
+
+for _output in (BaseModelOutput, BaseModelOutputWithPooling, BackboneOutput, ImageClassifierOutput):
+    _extended(_output)  # what is compiled cannot make classes
+
+
+def fuse_tokens(model: Any, **settings: Any) -> Any:
+    """Let the vision encoder of a model fuse tokens, in place.
+
+    Outputs keep their classes, fields and shapes: where the encoder ends, each original position
+    gets its token's row back. ``model(…, r=8)`` fuses another amount in one call, and
+    ``model(…, output_fusion=True)`` adds ``token_sizes`` (b, m) and ``assignment`` (b, n) to the
+    output.
+
+    Args:
+        model: of transformers: one of the encoders of :func:`supported`, or a model with one in it.
+        settings: of :class:`.configuration_mctf.FusionConfigMixin`, such as ``r`` and
+            ``reduction``, and ``rope_positions`` for encoders with rotary positions.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: for a model without a vision encoder that is supported, one that fuses already,
+            or settings that do not exist, have no effect or do not fit; nothing is changed then.
+        huggingface_hub.errors.StrictDataclassError: for a value outside of what is allowed.
+    """
+    return _fuse(model, settings, settings)
+
+
+def _fuse(model: Any, settings: dict[str, Any], given: dict[str, Any]) -> Any:
+    """See :func:`fuse_tokens`; ``given`` are those that somebody chose."""
+    name = type(model).__name__
+    if any(isinstance(module, FusedLayers) for module in model.modules()):
+        own = isinstance(getattr(model, "config", None), FusionConfigMixin)
+        advice = (
+            "change its configuration, or load it with other settings"
+            if own
+            else "call unfuse_tokens first, or use fusion_of for other settings for a while"
+        )
+        raise ValueError(f"{name} fuses tokens already: {advice}")
+    encoders = find_encoders(model)
+    if not isinstance(model, PreTrainedModel) or not encoders:
+        raise ValueError(explain(model))
+    unknown = sorted(set(settings) - set(SETTINGS))
+    if unknown:
+        raise ValueError(f"settings {unknown} are not known: they are among {', '.join(SETTINGS)}")
+    chosen = [_settings(encoder, settings, given) for encoder in encoders]
+    for encoder, own in zip(encoders, chosen, strict=True):
+        fuse_layers(encoder.layers, encoder.family.names, own, HostedLayers)
+        if encoder.family.rotary is not None:
+            rotary = encoder.owner.get_submodule(encoder.family.rotary)
+            exchange_class(rotary, fused_class(FusedRotaryEmbedding, type(rotary)))
+    exchange_class(model, fused_class(FusedModel, type(model)))
+    # Not a submodule, whose weights would have two names.
+    model.__dict__["fused_layers"] = [encoder.layers for encoder in encoders]
+    return model
+
+
+def _settings(encoder: Encoder, settings: dict[str, Any], given: dict[str, Any]) -> TokenFusion:
+    family, config = encoder.family, encoder.owner.config
+    name, reason = type(encoder.owner).__name__, family.hindrance(config)
+    if reason is not None:
+        raise ValueError(f"tokens of this {name} cannot be fused: {reason}")
+    for layer in encoder.layers.children():
+        check_layer(layer, family.names)
+    if family.rotary is not None:
+        settings = {"rope_positions": "mean", **settings}
+    elif settings.get("rope_positions") is not None:
+        raise ValueError(
+            f"rope_positions={settings['rope_positions']!r} has no effect on {name}, which has no "
+            "rotary positions"
+        )
+    prefix = family.num_prefix_tokens(config)
+    made = TokenFusion(
+        num_hidden_layers=len(encoder.layers),
+        num_prefix_tokens=prefix,
+        class_token=prefix > 0,
+        **settings,
+    )
+    made.check_effect(given)
+    if not made.restore and isinstance(encoder.owner, BackboneMixin):
+        raise ValueError(
+            f"restore={made.restore!r} is not allowed with {name}, which makes grids of its tokens"
+        )
+    return made
+
+
+def unfuse_tokens(model: Any) -> Any:
+    """Take away from a model what :func:`fuse_tokens` gave it, in place.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: for a model that was not given fusion.
+    """
+    _check_fused(model)
+    for layers in model.__dict__.pop("fused_layers"):
+        for name in ("settings", "widest", "names", "call"):
+            layers.__dict__.pop(name, None)
+        layers.__class__ = nn.ModuleList
+    for module in model.modules():
+        host = type(module).__dict__.get("host")
+        if host is not None:
+            exchange_class(module, host)
+    return model
+
+
+def _check_fused(model: Any) -> None:
+    if not isinstance(model, FusedModel):
+        raise ValueError(
+            f"{type(model).__name__} was not given fusion by fuse_tokens"
+            + (
+                ": its own configuration says how it fuses"
+                if isinstance(getattr(model, "config", None), FusionConfigMixin)
+                else ""
+            )
+        )
+
+
+class FusionRecord:
+    """What became of the tokens in the last call of a block of :func:`fusion_of`.
+
+    Attributes:
+        settings: of the fusion in the block.
+    """
+
+    def __init__(self, calls: Sequence[Call]):
+        self._calls = calls
+        self.settings = calls[0].settings
+
+    def _tokens(self) -> Tokens:
+        tokens = self._calls[0].tokens
+        if tokens is None:
+            raise ValueError("the model has not been called in this block of fusion_of")
+        return _tracked(tokens)
+
+    @property
+    def token_sizes(self) -> Tensor | None:
+        """(b, m), how many of the embedded tokens each final token stands for."""
+        return self._tokens().sizes
+
+    @property
+    def assignment(self) -> Tensor | None:
+        """(b, n) int64, index of the final token that each embedded one became part of, or -1."""
+        return self._tokens().assignment()
+
+
+@contextmanager
+def fusion_of(model: Any, **settings: Any) -> Iterator[FusionRecord]:
+    """Fuse otherwise for a while, in this thread alone.
+
+    Args:
+        model: one that :func:`fuse_tokens` was called with.
+        settings: any of those that it takes; the others stay as they are.
+
+    Yields:
+        A record of what becomes of the tokens.
+
+    Raises:
+        ValueError, huggingface_hub.errors.StrictDataclassError: as :func:`fuse_tokens`.
+    """
+    _check_fused(model)
+    unknown = sorted(set(settings) - set(SETTINGS))
+    if unknown:
+        raise ValueError(f"settings {unknown} are not known: they are among {', '.join(SETTINGS)}")
+    calls = []
+    for encoder in find_encoders(model):
+        layers = encoder.layers
+        assert isinstance(layers, HostedLayers)
+        own = {name: getattr(layers.active().settings, name) for name in SETTINGS}
+        calls.append(Call(_settings(encoder, _defined(own) | settings, settings)))
+    before = _enter(model.fused_layers, calls)
+    try:
+        yield FusionRecord(calls)
+    finally:
+        _leave(model.fused_layers, before)
+
+
+def _defined(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def from_pretrained(name: str | os.PathLike, **kwargs: Any) -> Any:
+    """Load any vision model, and let it fuse tokens as it was saved, or as is said here.
+
+    Args:
+        name: folder, or id on the Hub, of a model of transformers, with or without the settings of
+            fusion beside it, or of this library.
+        kwargs: settings of fusion, which replace those that were saved; all else goes to
+            ``from_pretrained`` of the model's class, which its configuration names.
+
+    Raises:
+        OSError: if there is no such model.
+        ValueError: for a model without a vision encoder that is supported.
+    """
+    given = {key: kwargs.pop(key) for key in SETTINGS if key in kwargs}
+    of_hub = {k: kwargs[k] for k in ("revision", "cache_dir", "token", "subfolder") if k in kwargs}
+    trust = {k: kwargs[k] for k in ("trust_remote_code",) if k in kwargs}
+    config = AutoConfig.from_pretrained(name, **of_hub, **trust)
+    if isinstance(config, FusionConfigMixin):
+        return _class_of(config).from_pretrained(name, **given, **kwargs)
+    model = _class_of(config).from_pretrained(name, **kwargs)
+    file = cached_file(
+        name,
+        FILE,
+        _raise_exceptions_for_missing_entries=False,
+        **of_hub,
+    )
+    if file is None and not given:
+        return model
+    saved = {} if file is None else _read(file)
+    return _fuse(model, _defined(saved) | given, given)
+
+
+def _class_of(config: Any) -> Any:
+    """The class of transformers, or of this library, that a configuration names."""
+    import mctf_hf
+
+    for architecture in config.architectures or ():
+        for module in (mctf_hf, transformers):
+            if hasattr(module, architecture):
+                return getattr(module, architecture)
+    return AutoModel
+
+
+def _read(file: str) -> dict[str, Any]:
+    try:
+        saved = json.loads(Path(file).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read: it holds no settings of fusion") from error
+    if not isinstance(saved, dict):
+        raise ValueError(f"{file} holds a {type(saved).__name__}, not settings by name")
+    return saved
+
+
+__all__ = ["from_pretrained", "fuse_tokens", "fusion_of", "supported", "unfuse_tokens"]

@@ -1,0 +1,279 @@
+"""From embeddings to the final norm: the layers of an encoder, fused, in one place.
+
+:func:`fuse_layers` gives the layers of any encoder that :mod:`.anatomy` has names for the algorithm
+of :mod:`.fused_layer`, by exchanging their classes. Weights, their names and the modules stay.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .anatomy import LayerNames, attention_core, attention_names, check_layer
+from .attention import FusionAttention, Rotation
+from .configuration_mctf import FusionConfigMixin
+from .fused_layer import FusedLayer, Step, Tokens
+from .reducers import build_reducer
+from .schedule import KeepRate, TokensFused
+
+# The widest activation of the images that a CPU takes through the layers at once.
+SLICE_BYTES = 12 * 2**20
+
+_FUSED_CLASSES: dict[tuple[type, type], type] = {}
+
+
+def fused_class(mixin: type, host: type, **attributes: Any) -> type:
+    """The class of ``host`` with ``mixin`` before it.
+
+    It goes by the host's own name, by which libraries tell which modules to keep together, and its
+    instances are copied and pickled by the two classes that it was made of.
+
+    Args:
+        attributes: of the class, the same for all modules of ``host``.
+    """
+    if (mixin, host) not in _FUSED_CLASSES:
+        own = {
+            "__module__": host.__module__,
+            "__qualname__": host.__qualname__,
+            "__doc__": host.__doc__,
+            "__reduce_ex__": _reduce,
+            "host": host,
+            "made_of": (mixin, host, attributes),
+            **attributes,
+        }
+        _FUSED_CLASSES[mixin, host] = type(host.__name__, (mixin, host), own)
+    return _FUSED_CLASSES[mixin, host]
+
+
+def _reduce(self: Any, protocol: int) -> tuple[Any, ...]:
+    return _new, type(self).made_of, self.__dict__
+
+
+def _new(mixin: type, host: type, attributes: dict[str, Any]) -> Any:
+    made = fused_class(mixin, host, **attributes)
+    return made.__new__(made)
+
+
+def exchange_class(module: nn.Module, new: type) -> None:
+    """Let a module be of another class, with the hooks of accelerate that it may have."""
+    module.__class__ = new
+    if "_old_forward" in module.__dict__:  # what accelerate's hook calls
+        module._old_forward = new.forward.__get__(module)  # type: ignore[attr-defined]
+
+
+class Rotary(NamedTuple):
+    """Positions of an image's patches for encoders that rotate queries and keys.
+
+    Attributes:
+        rotation: of the patches, as transformers hands it to its layers.
+        coordinates: (patches, 2), float32.
+        frequencies: (d / h / 4,), turns of the channels per unit of a coordinate.
+    """
+
+    rotation: Rotation
+    coordinates: Tensor
+    frequencies: Tensor
+
+
+class FusedLayers(nn.ModuleList):
+    """The layers of an encoder, which run as one.
+
+    Attributes:
+        settings: of the fusion.
+        widest: channels of the widest activation.
+    """
+
+    settings: FusionConfigMixin
+    widest: int
+    names: LayerNames
+
+    def encode(
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        settings: FusionConfigMixin | None = None,
+        r: TokensFused | None = None,
+        keep_rate: KeepRate | None = None,
+        track: bool = False,
+        rotary: Rotary | None = None,
+        mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tokens:
+        """Run all layers: (b, n, d) -> tokens (b, m, d) that are not restored.
+
+        Args:
+            args, kwargs: of layers that run as those of transformers.
+            settings: instead of the layers' own.
+            r, keep_rate: see :meth:`.schedule.ScheduleMixin.tokens_fused`.
+            track: fill the tokens' sizes and rows, also where nothing is fused.
+            rotary: positions of the patches of rotary encoders.
+            mask: of attention, as the layers take it; only without fusion.
+
+        Raises:
+            ValueError: for an amount that is not allowed, or a mask where tokens are fused.
+        """
+        settings = self.settings if settings is None else settings
+        counts = settings.tokens_fused(hidden_states.shape[1], r, keep_rate)
+        if any(counts):
+            mask = check_mask(mask)
+        size = self._slice_size(hidden_states, any(counts), mask, kwargs)
+        if size == hidden_states.shape[0]:
+            return self._run(hidden_states, args, kwargs, settings, counts, track, rotary, mask)
+        parts = [
+            self._run(images, args, kwargs, settings, counts, track, rotary)
+            for images in hidden_states.split(size)
+        ]
+        return _joined(parts)
+
+    def _run(
+        self,
+        hidden_states: Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        settings: FusionConfigMixin,
+        counts: Sequence[int],
+        track: bool,
+        rotary: Rotary | None,
+        mask: Tensor | None = None,
+    ) -> Tokens:
+        batch, num_tokens = hidden_states.shape[:2]
+        rows = positions = None
+        fuses = any(counts)
+        if track or (fuses and settings.restore):
+            rows = torch.arange(batch * num_tokens, device=hidden_states.device)
+        step = _step(settings)
+        host = dict(kwargs)
+        if rotary is not None:
+            host["position_embeddings"] = tuple(rotary.rotation)
+            if fuses:
+                prefix = num_tokens - rotary.coordinates.shape[0]
+                positions = nn.functional.pad(rotary.coordinates, (0, 0, prefix, 0))[None]
+                step = step._replace(frequencies=rotary.frequencies)
+        own = {"attention_mask": mask}
+        own |= {k: kwargs[k] for k in ("output_attentions",) if k in kwargs}
+        tokens = Tokens(hidden_states, None, positions, rows)
+        for layer, r in zip(self.children(), counts, strict=True):
+            if layer.runs_as_host and tokens.sizes is None and not r:
+                output = layer(tokens.hidden_states, *args, **host)
+                tokens = tokens._replace(hidden_states=output)
+            else:
+                rest = tokens._replace(hidden_states=None)
+                _, tokens = layer(tokens.hidden_states, tokens=rest, step=step._replace(r=r), **own)
+        if track and tokens.sizes is None:
+            sizes = hidden_states.new_ones(batch, num_tokens, dtype=torch.float32)
+            tokens = tokens._replace(sizes=sizes)
+        return tokens
+
+    def _slice_size(
+        self, hidden_states: Tensor, fuses: bool, mask: Tensor | None, kwargs: dict[str, Any]
+    ) -> int:
+        """How many images go through all layers at once.
+
+        On a CPU, activations that outgrow its cache cost more than they save, and allocating them
+        anew in each layer costs most. So a batch goes through in slices, if nothing but the final
+        hidden states is asked for and no graph is recorded. Layers that run as those of
+        transformers get the batch that those would get.
+        """
+        batch, num_tokens = hidden_states.shape[:2]
+        first = next(self.children())
+        whole = (
+            not goes_in_slices(hidden_states)
+            or (not fuses and first.runs_as_host)
+            or mask is not None
+            or any(kwargs.get(f"output_{name}") for name in ("attentions", "hidden_states"))
+            or (first.runs_as_host and any(layer._forward_hooks for layer in self.children()))
+        )
+        if whole or not batch:
+            return batch
+        slices = math.ceil(
+            batch * num_tokens * self.widest * hidden_states.element_size() / SLICE_BYTES
+        )
+        return math.ceil(batch / min(slices, batch))
+
+
+def goes_in_slices(x: Tensor) -> bool:
+    """Whether a batch may be taken apart: on a CPU, where no graph is recorded or traced."""
+    recorded = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return x.is_cpu and not recorded
+
+
+def _step(settings: FusionConfigMixin) -> Step:
+    reducer = build_reducer(settings)
+    return Step(
+        reducer=reducer,
+        r=0,
+        num_prefix_tokens=settings.num_prefix_tokens,
+        class_token=settings.class_token,
+        proportional_attention=settings.proportional_attention
+        and (reducer is None or reducer.biases_attention),
+        restore=settings.restore,
+        rope_positions=getattr(settings, "rope_positions", None),
+    )
+
+
+def _joined(parts: Sequence[Tokens]) -> Tokens:
+    """The tokens of slices of a batch as those of the batch."""
+    first = parts[0]
+    rows = None
+    if first.rows is not None:
+        num_tokens = first.hidden_states.shape[1]
+        before, shifted = 0, []
+        for part in parts:
+            found = part.rows
+            assert found is not None
+            shifted.append(torch.where(found < 0, found, found + before * num_tokens))
+            before += part.hidden_states.shape[0]
+        rows = torch.cat(shifted)
+    joined = [
+        None if values[0] is None else torch.cat(values)
+        for values in zip(*(part[:2] for part in parts), strict=True)
+    ]
+    return Tokens(joined[0], joined[1], None, rows)
+
+
+def check_mask(mask: Tensor | None) -> None:
+    """No mask, instead of one that masks nothing.
+
+    Raises:
+        ValueError: for a mask that masks something, or whose values cannot be looked at.
+    """
+    if mask is not None and (torch.compiler.is_compiling() or not _masks_nothing(mask)):
+        raise ValueError(
+            "attention_mask is not allowed where tokens are fused: leave it out, or set r=0 or "
+            "reduction='none'"
+        )
+
+
+def _masks_nothing(mask: Tensor) -> bool:
+    return bool(mask.all() if mask.dtype == torch.bool else (mask == 0).all())
+
+
+def fuse_layers(
+    layers: nn.ModuleList,
+    names: LayerNames,
+    settings: FusionConfigMixin,
+    kind: type[FusedLayers] = FusedLayers,
+) -> None:
+    """Let the layers of an encoder fuse tokens, in place.
+
+    Args:
+        layers: of one class.
+        names: of the parts of a layer.
+        settings: of the fusion; what they say at a call counts.
+
+    Raises:
+        ValueError: for layers that are not written as their family's; nothing is changed then.
+    """
+    for layer in layers:
+        check_layer(layer, names)
+    for layer in layers:
+        core = attention_core(getattr(layer, names.attention))
+        exchange_class(core, fused_class(FusionAttention, type(core), names=attention_names(core)))
+        if not isinstance(layer, FusedLayer):
+            exchange_class(layer, fused_class(FusedLayer, type(layer), names=names))
+    linear = (module for module in layers[0].modules() if isinstance(module, nn.Linear))
+    widest = max(module.out_features for module in linear)
+    layers.__class__ = kind
+    layers.settings, layers.widest, layers.names = settings, widest, names  # type: ignore[assignment]

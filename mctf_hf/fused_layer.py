@@ -1,0 +1,316 @@
+"""The algorithm, once: a transformer layer that attends, fuses tokens if it is to, and has an MLP.
+
+:class:`FusedLayer` goes before a layer class of transformers, whose parts it finds by their names
+(:mod:`.anatomy`). Layers hold no settings of fusion and no state: what they are to do comes with
+each call as a :class:`Step`, and what travels with the tokens as :class:`Tokens`.
+
+Shapes: ``b`` images, ``n`` tokens before and ``m`` tokens after a layer's fusion, ``d`` channels,
+``h`` heads.
+"""
+
+import math
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .anatomy import LayerNames, attention_core
+from .attention import Attention, FusionAttention, Rotation
+from .fusion import Reduction, compose, fuse, fuse_sizes, images_rows
+from .reducers import Observation, Reducer, Stage
+
+
+class Tokens(NamedTuple):
+    """Tokens, and all that travels with them from layer to layer.
+
+    Attributes:
+        hidden_states: (b, n, d).
+        sizes: (b, n), how many of the embedded tokens each one stands for; ``None`` if all stand
+            for one.
+        positions: (b or 1, n, 2), coordinates for rotary encoders, 0 for prefix tokens; or None.
+        rows: (b * embedded tokens,) int64, the row in the flattened (b * n, …) of the token that
+            each embedded one has become part of, -1 for none; ``None`` where nobody asks.
+    """
+
+    hidden_states: Tensor
+    sizes: Tensor | None = None
+    positions: Tensor | None = None
+    rows: Tensor | None = None
+
+    def reduce(self, reduction: Reduction, rope_positions: str | None) -> "Tokens":
+        """All of it after a reduction of n tokens to m."""
+        hidden_states, sizes, positions, rows = self
+        if sizes is None:
+            precision = torch.promote_types(hidden_states.dtype, torch.float32)
+            sizes = hidden_states.new_ones(hidden_states.shape[:2], dtype=precision)
+        if positions is not None:
+            positions = positions.expand(hidden_states.shape[0], -1, -1)
+            positions = _move(positions, reduction, rope_positions)
+        return Tokens(
+            hidden_states=fuse(hidden_states, reduction),
+            sizes=fuse_sizes(sizes, reduction),
+            positions=positions,
+            rows=None if rows is None else compose(rows, reduction.rows),
+        )
+
+    def restored(self) -> Tensor:
+        """The hidden states at the places of the embedded tokens: (b, embedded tokens, d)."""
+        if self.rows is None:
+            return self.hidden_states
+        batch = self.hidden_states.shape[0]
+        flat = self.hidden_states.flatten(0, 1).index_select(0, self.rows)
+        return flat.view(batch, -1, self.hidden_states.shape[2])
+
+    def assignment(self) -> Tensor | None:
+        """(b, embedded tokens) int64, index of the token that each is part of, -1 for none."""
+        if self.rows is None:
+            return None
+        return images_rows(self.rows, *self.hidden_states.shape[:2])
+
+
+def _move(positions: Tensor, reduction: Reduction, rope_positions: str | None) -> Tensor:
+    """Where new tokens lie: (b, n, 2) -> (b, m, 2)."""
+    batch, _, axes = positions.shape
+    if rope_positions == "kept":
+        return positions.flatten(0, 1).index_select(0, reduction.kept).view(batch, -1, axes)
+    counted = torch.cat([positions, torch.ones_like(positions[:, :, :1])], 2)
+    linear = reduction.kept_weights is not None
+    total = fuse(counted, reduction) if linear else fuse_sizes(counted, reduction)
+    return total[:, :, :axes] / total[:, :, axes:]
+
+
+class Step(NamedTuple):
+    """What a layer is to do with the tokens in one pass.
+
+    Attributes:
+        reducer: the method of reduction; ``None`` for none.
+        r: how many tokens fewer are to leave the layer.
+        num_prefix_tokens: tokens at the front that take no part.
+        class_token: whether the first token stands for the whole image.
+        proportional_attention: whether sizes enter attention.
+        restore: show the hidden states at the places of the embedded tokens to whoever looks.
+        rope_positions: see :class:`.configuration_mctf.RotaryConfigMixin`.
+        frequencies: (d / h / 4,), turns of the channels per unit of a coordinate; or ``None``.
+    """
+
+    reducer: Reducer | None
+    r: int
+    num_prefix_tokens: int
+    class_token: bool
+    proportional_attention: bool
+    restore: bool = False
+    rope_positions: str | None = None
+    frequencies: Tensor | None = None
+
+
+NOTHING = Step(None, 0, 0, False, False)
+
+
+def rotation_at(positions: Tensor, frequencies: Tensor) -> Rotation:
+    """The rotation of tokens at some places: (b, n, 2), (d / h / 4,) -> two of (b, 1, n, d / h)."""
+    angles = 2 * math.pi * positions[:, None, :, :, None] * frequencies  # [b, 1, n, 2, d / h / 4]
+    angles = angles.flatten(3).repeat(1, 1, 1, 2)
+    return Rotation(angles.cos(), angles.sin())
+
+
+class FusedLayer:
+    """A layer that can fuse tokens between its parts; before a layer class of transformers.
+
+    Without a step it is the layer that it was. Families differ in five hooks: ``norm_attention``,
+    ``queries_keys``, ``attend``, ``add`` and ``run_mlp``.
+
+    Attributes:
+        names: of its parts.
+        runs_as_host: whether without fusion the layer of transformers does all that it has to.
+    """
+
+    names: ClassVar[LayerNames]
+    runs_as_host: ClassVar[bool] = True
+
+    if TYPE_CHECKING:
+        training: bool
+        _forward_hooks: dict[int, Any]
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        tokens: Tokens | None = None,
+        step: Step | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the layer on ``hidden_states``, (b, n, d), and fuse as the step says.
+
+        Args:
+            args, kwargs: of the layer of transformers; with a step only ``attention_mask``, for a
+                layer that fuses nothing, and ``output_attentions``.
+            tokens: what travels with the hidden states, which are left out of it.
+            step: what to do; unset, the layer runs as that of transformers.
+
+        Returns:
+            The hidden states, as transformers does; with a step these, and the :class:`Tokens`.
+            Whoever hooks on to the layer finds the former restored, if the step says so.
+        """
+        if step is None or tokens is None:
+            if self.runs_as_host:
+                return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+            return self._run(Tokens(hidden_states), NOTHING, *args, **kwargs).hidden_states
+        tokens = self._run(tokens._replace(hidden_states=hidden_states), step, *args, **kwargs)
+        shown = step.restore and self._forward_hooks
+        return tokens.restored() if shown else tokens.hidden_states, tokens
+
+    def _run(
+        self, tokens: Tokens, step: Step, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> Tokens:
+        stage = step.reducer.stage if step.reducer is not None and step.r else None
+        shown = step.reducer is not None and bool(kwargs.get("output_attentions"))
+        normed = self.norm_attention(tokens.hidden_states)
+        bias = _size_bias(tokens.sizes, step, normed.dtype)
+        bias = attention_mask if bias is None else bias
+        attention = reduction = None
+        if stage is not None or shown or tokens.sizes is not None or tokens.positions is not None:
+            # Where it only ranks tokens, or belongs to all of them, no gradient flows through it.
+            with torch.set_grad_enabled(torch.is_grad_enabled() and stage is not Stage.RECOMPUTE):
+                attention = self._look_ahead(normed, bias, tokens, step, shown, stage)
+
+        if stage in (Stage.REUSE, Stage.RECOMPUTE):
+            reduction = self._reduction(tokens, attention, step)
+            tokens = tokens.reduce(reduction, step.rope_positions)
+            normed = self.norm_attention(tokens.hidden_states)
+        if stage is Stage.RECOMPUTE:
+            bias = _size_bias(tokens.sizes, step, normed.dtype)
+            attention = self._look_ahead(normed, bias, tokens, step, shown, None)
+            reduction = None
+
+        if attention is None:
+            output = self.attend(normed, attention_mask, **kwargs)
+        else:
+            output = self.attend(normed, attention=attention, reduction=reduction, **kwargs)
+        tokens = self._add(tokens, output, self.names.after_attention)
+        if stage is Stage.AFTER_ATTENTION:
+            reduction = self._reduction(tokens, attention, step)
+            tokens = tokens.reduce(reduction, step.rope_positions)
+        tokens = self._add(tokens, self.run_mlp(tokens.hidden_states), self.names.after_mlp)
+        if stage is Stage.AFTER_MLP:
+            reduction = self._reduction(tokens, attention, step)
+            tokens = tokens.reduce(reduction, step.rope_positions)
+        return tokens
+
+    @property
+    def core(self) -> FusionAttention:
+        """What makes queries and keys."""
+        core = attention_core(getattr(self, self.names.attention))
+        assert isinstance(core, FusionAttention)
+        return core
+
+    def norm_attention(self, hidden_states: Tensor) -> Tensor:
+        """What attention sees: (b, n, d) -> (b, n, d)."""
+        return getattr(self, self.names.norm_attention)(hidden_states)
+
+    def queries_keys(
+        self, normed: Tensor, rotation: Rotation | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Queries and keys of normalised tokens, (b, n, d): both (b, h, n, d / h)."""
+        return self.core.queries_keys(normed, rotation)
+
+    def attend(self, normed: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The output of attention, (b, m, d), of normalised tokens."""
+        output = getattr(self, self.names.attention)(normed, *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def add(self, residual: Tensor, branch: Tensor, through: tuple[str, ...]) -> Tensor:
+        """The residual stream with a branch added: two of (b, m, d) -> (b, m, d).
+
+        Args:
+            through: names of what the branch goes through before.
+        """
+        for name in through:
+            part = getattr(self, name)
+            branch = part(branch) if isinstance(part, nn.Module) else part * branch
+        return branch + residual
+
+    def run_mlp(self, hidden_states: Tensor) -> Tensor:
+        """The output of the MLP, and its norm before: (b, m, d) -> (b, m, d)."""
+        normed = getattr(self, self.names.norm_mlp)(hidden_states)
+        return getattr(self, self.names.mlp)(normed)
+
+    def _add(self, tokens: Tokens, branch: Tensor, through: tuple[str, ...]) -> Tokens:
+        return tokens._replace(hidden_states=self.add(tokens.hidden_states, branch, through))
+
+    def _look_ahead(
+        self,
+        normed: Tensor,
+        bias: Tensor | None,
+        tokens: Tokens,
+        step: Step,
+        shown: bool,
+        stage: Stage | None,
+    ) -> Attention:
+        rotation = None
+        if tokens.positions is not None and step.frequencies is not None:
+            rotation = rotation_at(tokens.positions, step.frequencies)
+        hold_map = shown or self._holds_map(normed, step, stage)
+        return self.core.look_ahead(normed, bias, hold_map=hold_map, rotation=rotation)
+
+    def _holds_map(self, normed: Tensor, step: Step, stage: Stage | None) -> bool:
+        """Whether attention's map is computed as such, once."""
+        if self.core.config._attn_implementation == "eager":
+            return True
+        reducer = step.reducer
+        if reducer is None or stage is None:
+            return False
+        fuses_map = stage is Stage.REUSE and not reducer.pools_linearly
+        if fuses_map or "attention" in reducer.needs:
+            return True
+        all_rows = "attention_received" in reducer.needs or (
+            "class_attention" in reducer.needs and not step.class_token
+        )
+        return all_rows and self.core.holds_map(normed)
+
+    def _reduction(self, tokens: Tokens, attention: Attention | None, step: Step) -> Reduction:
+        assert attention is not None
+        reduction = self._choose(tokens, attention, step)
+        if not torch.compiler.is_compiling():
+            _check(reduction, tokens, step)
+        return reduction
+
+    @torch.no_grad()
+    def _choose(self, tokens: Tokens, attention: Attention, step: Step) -> Reduction:
+        assert step.reducer is not None
+        observable = {
+            "keys": attention.mean_keys,
+            "attention": lambda: attention.map,
+            "attention_received": attention.received,
+            "class_attention": attention.from_class if step.class_token else attention.received,
+        }
+        needed = {need: observable[need]() for need in step.reducer.needs}
+        seen = Observation(tokens.hidden_states, tokens.sizes, step.num_prefix_tokens, **needed)
+        return step.reducer(seen, step.r)
+
+
+def _size_bias(sizes: Tensor | None, step: Step, dtype: torch.dtype) -> Tensor | None:
+    """Proportional attention: the logarithm of each key's size, (b, 1, 1, n)."""
+    if sizes is None or not step.proportional_attention:
+        return None
+    return sizes.log().to(dtype)[:, None, None, :]
+
+
+def _check(reduction: Reduction, tokens: Tokens, step: Step) -> None:
+    """Raise ValueError for a reduction that is not what was asked for."""
+    found, num_tokens = reduction.kept.shape[0], tokens.hidden_states.shape[1]
+    images, name = max(1, reduction.batch), type(step.reducer).__qualname__
+    if found // images != num_tokens - step.r:
+        raise ValueError(
+            f"{name} left {found // images} tokens, where there are to be {num_tokens - step.r}"
+        )
+    linear = step.reducer is None or step.reducer.pools_linearly
+    if linear and reduction.kept_weights is None:
+        raise ValueError(
+            f"{name} returned a reduction without weights: call its weigh(), or set "
+            "pools_linearly=False for elementwise maximum"
+        )
+    if step.restore and found + reduction.merged.shape[0] < reduction.rows.shape[0]:
+        raise ValueError(
+            f"restore=True is not allowed with {name}, which drops tokens: set restore to False "
+            "(and let it say drops_tokens)"
+        )

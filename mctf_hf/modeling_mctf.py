@@ -1,0 +1,134 @@
+"""What the models of all families share: their outputs, and how they are saved and loaded."""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+
+from .downloads import checked_downloads
+from .own_reducers import own_code
+from .reducers import REDUCERS
+
+
+def take_over_names(own: Sequence[str], plain: str) -> None:
+    """Let classes of this library load what a class of transformers does, under old names, too.
+
+    transformers renames the weights of old checkpoints by the names of classes.
+
+    Raises:
+        ImportError: if transformers knows no old names of that class any more.
+    """
+    mapping = get_checkpoint_conversion_mapping(plain)
+    if mapping is None:
+        raise ImportError(
+            f"this release of transformers has no conversion mapping of {plain}: old checkpoints "
+            "would load without their weights. Install one that this library supports"
+        )
+    for name in own:
+        register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
+
+
+@dataclass
+class MCTFModelOutput(BaseModelOutputWithPooling):
+    """Output of a backbone; the last two fields are filled by ``output_fusion=True``.
+
+    Attributes:
+        token_sizes: (b, m), how many of the embedded tokens each final token stands for.
+        assignment: (b, n) int64, index of the final token that each embedded token became part of,
+            -1 where it was dropped.
+    """
+
+    token_sizes: Tensor | None = None
+    assignment: Tensor | None = None
+
+
+@dataclass
+class MCTFImageClassifierOutput(ImageClassifierOutput):
+    """Output of a classifier; the last five fields are filled by ``output_fusion=True``.
+
+    Attributes:
+        token_sizes: (b, m), how many of the embedded tokens each final token stands for.
+        assignment: (b, n) int64, index of the final token that each embedded token became part of,
+            -1 where it was dropped.
+        class_token: (b, d), what the head sees: the class token after the final LayerNorm, or the
+            mean of the patch tokens in a model without class token.
+        label_logits: (b, labels), of the heads that learn the labels, in a model with another one.
+        distillation_logits: (b, labels), of the head that learns from another classifier.
+    """
+
+    token_sizes: Tensor | None = None
+    assignment: Tensor | None = None
+    class_token: Tensor | None = None
+    label_logits: Tensor | None = None
+    distillation_logits: Tensor | None = None
+
+
+class MCTFPreTrainedMixin:
+    """How all models of this library are saved and loaded; goes before one of transformers.
+
+    Attributes:
+        renamed: what else their weights are called in checkpoints, as patterns.
+    """
+
+    renamed: ClassVar[dict[str, str]] = {}
+    # Proportional attention adds a number to the scores, which these kernels cannot.
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+    config: Any
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Load as every transformers model does; weights that are downloaded are checked.
+
+        Raises:
+            OSError: for weights that arrived damaged, besides what transformers raises.
+        """
+        if pretrained_model_name_or_path is None:
+            return super().from_pretrained(None, *args, **kwargs)  # type: ignore[misc]
+        if cls.renamed:
+            kwargs["key_mapping"] = cls.renamed | (kwargs.get("key_mapping") or {})
+        with checked_downloads(pretrained_model_name_or_path, kwargs.get("cache_dir")):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Save as every transformers model does, along with the code that a stranger needs.
+
+        ``auto_map`` names all classes of the family, so that what one of them saved loads as any
+        of them with ``trust_remote_code=True``. A reducer that somebody registered goes along.
+
+        Raises:
+            ValueError: for a reducer of one's own that cannot, see :func:`.own_reducers.own_code`.
+        """
+        classes = dict(self.config.auto_classes)
+        # Not the configuration's word for it, which may come from another copy of this library.
+        source = Path(str(sys.modules[type(self).__module__].__file__))
+        modules = {Path(str(file)).stem for file in (source, *get_relative_import_files(source))}
+        files, auto_map = own_code(REDUCERS.get(self.config.reduction), classes, modules)
+        if files and kwargs.get("push_to_hub"):
+            raise ValueError(
+                f"push_to_hub=True is not allowed with reduction={self.config.reduction!r}, which "
+                "is not of this library: save the model, then use its push_to_hub()"
+            )
+        self.config.auto_map = classes
+        # Not by the names that the weights were loaded by, which may be those of another class.
+        kwargs.setdefault("save_original_format", False)
+        super().save_pretrained(save_directory, **kwargs)
+        if files and kwargs.get("is_main_process", True):
+            for name, content in files.items():
+                Path(save_directory, name).write_text(content, encoding="utf-8")
+            config = Path(save_directory, "config.json")
+            settings = json.loads(config.read_text(encoding="utf-8"))
+            config.write_text(json.dumps({**settings, "auto_map": auto_map}, indent=2) + "\n")

@@ -1,0 +1,174 @@
+"""How many tokens each layer fuses: ``r`` and ``keep_rate`` turned into counts.
+
+Everything is static: the counts follow from the settings and the number of tokens alone.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .reducers import Reducer
+
+# A count or fraction of tokens, one of these by layer, or (r, inflection).
+TokensFused = int | float | list[int | float] | tuple[int | float, int | float]
+KeepRate = int | float | list[int | float]
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_tokens_fused(value: TokensFused) -> None:
+    """Raise ValueError unless every entry of ``r`` is a whole count or a fraction in (0, 1)."""
+    if isinstance(value, tuple) and len(value) == 2:
+        value, inflection = value
+        check_inflection(inflection)
+    for entry in value if isinstance(value, list) else [value]:
+        if not is_number(entry) or entry < 0 or (entry >= 1 and entry != int(entry)):
+            raise ValueError(
+                f"r={value!r} is not allowed: r is a count of tokens (0, 1, 2, …), a fraction of "
+                "them between 0 and 1, a list with one of these for each layer, or a count and an "
+                "inflection: (r, inflection)"
+            )
+
+
+def check_inflection(value: float) -> None:
+    if not is_number(value) or not -1 <= value <= 1:
+        raise ValueError(f"inflection={value!r} is not allowed: it is a number from -1 to 1")
+
+
+def check_keep_rate(value: KeepRate) -> None:
+    for entry in value if isinstance(value, list) else [value]:
+        if not is_number(entry) or not 0 < entry <= 1:
+            raise ValueError(
+                f"keep_rate={value!r} is not allowed: it is above 0 and at most 1, or a list with "
+                "one such number for each layer"
+            )
+
+
+class ScheduleMixin:
+    """From ``r``, ``keep_rate``, ``inflection`` and ``fusion_layers`` to one count per layer."""
+
+    if TYPE_CHECKING:
+        r: Any
+        keep_rate: Any
+        inflection: float | int
+        fusion_layers: list[int] | None
+        min_tokens: int
+        num_hidden_layers: int
+        num_prefix_tokens: int
+        reducer_class: type[Reducer] | None
+
+        def check_effect(self, given: dict[str, Any]) -> None: ...
+
+    def tokens_fused(
+        self, num_tokens: int, r: TokensFused | None = None, keep_rate: KeepRate | None = None
+    ) -> tuple[int, ...]:
+        """How many tokens fewer leave each layer, by the settings and the input's length alone.
+
+        Args:
+            num_tokens: tokens that enter the first layer, prefix tokens included.
+            r: counts, of whatever method, instead of what the configuration says.
+            keep_rate: rates, of a method that keeps tokens by rate, likewise.
+
+        Returns:
+            One count per layer. A fraction takes that part of the patch tokens, rounded down; a
+            rate keeps that part, rounded up. No layer loses more than its method allows (half of
+            the patch tokens where tokens are matched) or leaves fewer than ``min_tokens``.
+
+        Raises:
+            ValueError: if ``r`` or ``keep_rate`` is not allowed, both are given, or one has no
+                effect on the method.
+        """
+        reducer = self.reducer_class
+        if r is not None and keep_rate is not None:
+            raise ValueError(f"r={r!r} and keep_rate={keep_rate!r}: give one of them")
+        by_rate = reducer is not None and reducer.amount == "keep_rate"
+        self.check_effect({"keep_rate": keep_rate})
+        if reducer is None:
+            if r is not None:
+                check_tokens_fused(r)
+            if r and r != [0] * self.num_hidden_layers:
+                self.check_effect({"r": r})
+            return (0,) * self.num_hidden_layers
+        if by_rate and r is None:
+            rates = self.kept_by_layer(keep_rate)
+            added = reducer.tokens_added(self)
+            fewer = [partial(_fewer_by_rate, rate=rate, added=added) for rate in rates]
+        else:
+            wanted = self._wanted_by_layer(self.r if r is None else r)
+            fewer = [partial(_fewer_by_count, want=want) for want in wanted]
+        counts = []
+        for count_of in fewer:
+            patches = num_tokens - self.num_prefix_tokens
+            most = min(reducer.most(patches), num_tokens - self.min_tokens)
+            counts.append(max(0, min(count_of(patches), most)))
+            num_tokens -= counts[-1]
+        return tuple(counts)
+
+    def _wanted_by_layer(self, r: TokensFused) -> Sequence[int | float]:
+        """What each layer is to fuse."""
+        check_tokens_fused(r)
+        r, inflection = r if isinstance(r, tuple) else (r, self.inflection)
+        if inflection and not isinstance(r, list):
+            if 0 < r < 1:
+                raise ValueError(
+                    f"inflection={inflection!r} is not allowed with r={r!r}: it takes a count"
+                )
+            first, steps = int(r * (1 - inflection)), max(1, self.num_hidden_layers - 1)
+            rise = 2 * (r - first) / steps
+            rising = [int(first + rise * layer) for layer in range(self.num_hidden_layers)]
+            return self._in_fusing_layers(rising, 0)
+        return self._by_layer("r", r, 0)
+
+    def kept_by_layer(self, keep_rate: KeepRate | None = None) -> Sequence[int | float]:
+        """What part of its patch tokens each layer is to keep, by the configuration unless given.
+
+        Raises:
+            ValueError: for rates that are not allowed.
+        """
+        keep_rate = self.keep_rate if keep_rate is None else keep_rate
+        check_keep_rate(keep_rate)
+        return self._by_layer("keep_rate", keep_rate, 1)
+
+    def _in_fusing_layers(
+        self, amounts: Sequence[int | float], nothing: int
+    ) -> Sequence[int | float]:
+        """These in the layers that fuse, and ``nothing`` in the others."""
+        layers = range(self.num_hidden_layers)
+        fusing = self.fusion_layers
+        if fusing is None and self.reducer_class is not None:
+            fusing = list(self.reducer_class.default_layers(len(layers)))
+        return [amounts[layer] if layer in (fusing or ()) else nothing for layer in layers]
+
+    def _by_layer(
+        self, name: str, amount: int | float | list[int | float], nothing: int
+    ) -> Sequence[int | float]:
+        """One amount per layer; ``nothing`` is the one that leaves the tokens as they are."""
+        layers = range(self.num_hidden_layers)
+        if not isinstance(amount, list):
+            return self._in_fusing_layers([amount] * len(layers), nothing)
+        if len(amount) != len(layers):
+            raise ValueError(
+                f"{name}={amount!r} has {len(amount)} entries: a list has one for each of the "
+                f"{len(layers)} layers"
+            )
+        allowed = layers if self.fusion_layers is None else self.fusion_layers
+        outside = [i for i in layers if amount[i] != nothing and i not in allowed]
+        if outside:
+            raise ValueError(
+                f"{name}={amount!r} fuses in layers {outside}, which fusion_layers="
+                f"{self.fusion_layers!r} leaves out: leave fusion_layers unset or let the list be "
+                f"{nothing} there"
+            )
+        return amount
+
+
+def _fewer_by_count(patches: int, want: int | float) -> int:
+    return int(patches * want) if 0 < want < 1 else int(want)
+
+
+def _fewer_by_rate(patches: int, rate: int | float, added: int) -> int:
+    return patches - math.ceil(patches * rate - 1e-9) - added  # 0.55 * 100 is a little above 55
