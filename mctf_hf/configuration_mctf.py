@@ -232,8 +232,11 @@ _NOT_FIELDS = {
     "auto_map",
     "model_type",
     "num_labels",
+    "out_features",
+    "out_indices",
     "output_attentions",
     "quantization_config",
+    "stage_names",
     "torch_dtype",
     "use_cache",
 }

@@ -11,10 +11,34 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from .configuration_mctf import EncoderConfigMixin, FusionConfigMixin
+from .modeling_mctf_clip import (
+    MCTFCLIPVisionConfig,
+    MCTFCLIPVisionForImageClassification,
+    MCTFCLIPVisionModel,
+    MCTFCLIPVisionModelWithProjection,
+)
+from .modeling_mctf_dinov2 import (
+    MCTFDinov2Config,
+    MCTFDinov2ForImageClassification,
+    MCTFDinov2Model,
+    MCTFDinov2WithRegistersConfig,
+    MCTFDinov2WithRegistersForImageClassification,
+    MCTFDinov2WithRegistersModel,
+)
+from .modeling_mctf_dinov3_vit import (
+    MCTFDINOv3ViTConfig,
+    MCTFDINOv3ViTForImageClassification,
+    MCTFDINOv3ViTModel,
+)
 from .modeling_mctf_lv_vit import (
     MCTFLVViTConfig,
     MCTFLVViTForImageClassification,
     MCTFLVViTModel,
+)
+from .modeling_mctf_siglip import (
+    MCTFSiglipVisionConfig,
+    MCTFSiglipVisionForImageClassification,
+    MCTFSiglipVisionModel,
 )
 from .modeling_mctf_t2t_vit import (
     MCTFT2TViTConfig,
@@ -59,6 +83,24 @@ BACKBONES: dict[str, Backbone] = {
             MCTFLVViTForImageClassification,
             read_per_token=_auxiliary_head,
         ),
+        Backbone(MCTFDinov2Config, MCTFDinov2Model, MCTFDinov2ForImageClassification),
+        Backbone(
+            MCTFDinov2WithRegistersConfig,
+            MCTFDinov2WithRegistersModel,
+            MCTFDinov2WithRegistersForImageClassification,
+        ),
+        Backbone(
+            MCTFCLIPVisionConfig,
+            MCTFCLIPVisionModel,
+            MCTFCLIPVisionForImageClassification,
+            (MCTFCLIPVisionModelWithProjection,),
+        ),
+        Backbone(
+            MCTFSiglipVisionConfig,
+            MCTFSiglipVisionModel,
+            MCTFSiglipVisionForImageClassification,
+        ),
+        Backbone(MCTFDINOv3ViTConfig, MCTFDINOv3ViTModel, MCTFDINOv3ViTForImageClassification),
     )
 }
 

@@ -362,7 +362,7 @@ def test_finetuning_ends_above_its_start(kind: str, tmp_path: Path) -> None:
 @torch.no_grad()
 def test_an_exported_file_computes_what_its_model_does(kind: str, suffix: str) -> None:
     # With weights so wide that fusion shows, and that a performer's features underflow.
-    model = small(kind, num_hidden_layers=2, fusion_layers=[0, 1], initializer_range=0.35)
+    model = small(kind, num_hidden_layers=2, fusion_layers=[0, 1], initializer_range=0.3, r=6)
     assert (model(pictures()).logits - model(pictures(), r=0).logits).abs().max() > 0.1
     file = WRITE[suffix](model, f"model.{suffix}")
     found = check(model, file, [pictures(1), pictures(3)])

@@ -34,7 +34,12 @@ REPO = "org/deit-s-mctf"
 CODE = {
     "attention.py",
     "configuration_mctf.py",
+    "anatomy.py",
     "downloads.py",
+    "fused_encoder.py",
+    "fused_layer.py",
+    "modeling_mctf.py",
+    "schedule.py",
     "fusion.py",
     "matching.py",
     "modeling_mctf_vit.py",
