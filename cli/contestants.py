@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageClassification, ViTForImageClassification
+from transformers import AutoConfig
 
-from cli.models import FUSION, parse, resolve
-from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
+from cli.models import parse, resolve
+from lightning_modules.processors import settle_size
 from mctf_hf.configuration_mctf import as_pair
 from mctf_hf.cost import multiply_accumulates
-from mctf_hf.hub import HUB_ID
-from mctf_hf.presets import PRESETS, preset
-from mctf_hf.registry import BACKBONES, backbone_of
+from mctf_hf.hub import HUB_ID, load_image_processor
+from mctf_hf.presets import PRESETS, preset, preset_class
+from mctf_hf.registry import BACKBONES, class_of, plain_class, plain_config
 
 SETTINGS = ("attn_implementation", "compile", "slice")
 
@@ -25,7 +25,7 @@ class Contestant:
 
     Attributes:
         name: the words that it was made from.
-        model: classifies (b, channels, height, width).
+        model: takes (b, channels, height, width); a classifier gives logits.
         multiply_accumulates: of one image.
         image_size: height and width of the images that it was made for.
         folder: or id on the Hub that the weights are from; ``None`` for random ones.
@@ -44,7 +44,7 @@ def make(words: str, image_size: int | None, dtype: torch.dtype, device: str) ->
     """Make a model from ``NAME[,setting=value…]``.
 
     Args:
-        words: NAME is a preset, a local folder or an id on the Hub. A preset, or a plain ViT's
+        words: NAME is a preset, a local folder or an id on the Hub. A preset, or a plain model's
             checkpoint, with no setting of fusion is the plain model of transformers; with one, or
             saved by this library, it is this library's. ``compile`` compiles it, ``slice=16`` feeds
             it 16 images at a time.
@@ -65,56 +65,84 @@ def make(words: str, image_size: int | None, dtype: torch.dtype, device: str) ->
     torch.manual_seed(0)
     missing: tuple[str, ...] = ()
     if name in PRESETS:
-        sizes = {} if image_size is None else {"image_size": image_size}
-        settings = resolve(preset(name, **sizes), settings, image_size)
-        config = preset(name, **sizes, **settings)
-        if settings or config.model_type != MCTFViTConfig.model_type or config.distillation_token:
-            if not settings:
-                config.reduction = "none"
-            model = BACKBONES[config.model_type].classifier._from_config(config, **attention)
-        else:
-            plain = {k: v for k, v in config.to_dict().items() if k not in (*FUSION, "model_type")}
-            plain_config = ViTForImageClassification.config_class(**plain)
-            model = ViTForImageClassification._from_config(plain_config, **attention)
+        model, config, cost = _from_preset(name, settings, attention, image_size)
     elif Path(name).is_dir() or HUB_ID.fullmatch(name):
-        plain_type = AutoConfig.from_pretrained(name).model_type
-        classifier = backbone_of(name).classifier
-        config = classifier.config_class.from_pretrained(name)
-        if settings or plain_type in BACKBONES:
-            settings = resolve(config, settings, image_size)
-            model, report = classifier.from_pretrained(
-                name, **settings, **attention, output_loading_info=True
-            )
-            config = model.config
-        else:
-            model, report = AutoModelForImageClassification.from_pretrained(
-                name, **attention, output_loading_info=True
-            )
-        missing = tuple(sorted(report["missing_keys"]))
+        model, config, cost, missing = _from_checkpoint(name, settings, attention, image_size)
     else:
         raise ValueError(
             f"model {name!r} is not known: it is a preset ({', '.join(PRESETS)}), a folder, or an "
             "id on the Hub such as org/name"
         )
-    r = None if isinstance(model, MCTFViTForImageClassification) else 0
-    cost = multiply_accumulates(config, r=r, image_size=image_size)
-    config.check_effect(settings)
-    height, width = as_pair(config.image_size)
+    height, width = config.usual_size
     if height != width or config.num_channels != 3:
         raise ValueError(
             f"{name} is made for {config.num_channels} x {height} x {width} pixels: only square "
             "images of 3 channels are measured"
         )
-    other_size = image_size not in (None, height)
-    model = Classifier(model.eval().to(device, dtype), other_size, slice_size)
+    size = image_size or height
+    interpolates = not config.any_size and (size, size) != as_pair(config.image_size)
+    model = Classifier(model.eval().to(device, dtype), interpolates, slice_size)
     if compiled:
         model.model = torch.compile(model.model, fullgraph=True, mode=_mode(compiled))
     folder = None if name in PRESETS else name
-    return Contestant(words, model, cost, image_size or height, folder, missing)
+    return Contestant(words, model, cost, size, folder, missing)
+
+
+def _from_preset(
+    name: str, settings: dict[str, Any], attention: dict[str, Any], image_size: int | None
+) -> tuple[nn.Module, Any, int]:
+    """A model with random weights, its configuration, and what it costs."""
+    sizes = {} if image_size is None else {"image_size": image_size}
+    settings = resolve(preset(name, **sizes), settings, image_size)
+    config = preset(name, **sizes, **settings)
+    config.check_effect(settings)
+    own = preset_class(name)
+    special = getattr(config, "distillation_token", False)
+    if settings or plain_class(own) is None or special:
+        if not settings:
+            config.reduction = "none"
+        model = own._from_config(config, **attention)
+        return model, config, multiply_accumulates(model, image_size=image_size)
+    plain = plain_class(own)._from_config(plain_config(own, config), **attention)
+    return plain, config, _plain_cost(own, config, image_size)
+
+
+def _from_checkpoint(
+    name: str, settings: dict[str, Any], attention: dict[str, Any], image_size: int | None
+) -> tuple[nn.Module, Any, int, tuple[str, ...]]:
+    """The same of a folder or Hub id, and names of weights that were not there."""
+    own = class_of(name)
+    config = own.config_class.from_pretrained(name)
+    size: dict[str, Any] = {}
+    if config.any_size and image_size is None:
+        size = settle_size(config, load_image_processor(name))
+    plain = plain_class(own)
+    stored = AutoConfig.from_pretrained(name).model_type
+    if settings or plain is None or stored in BACKBONES:
+        settings = resolve(config, settings, image_size)
+        model, report = own.from_pretrained(
+            name, **settings, **size, **attention, output_loading_info=True
+        )
+        model.config.check_effect(settings)
+        config, cost = model.config, multiply_accumulates(model, image_size=image_size)
+    else:
+        model, report = plain.from_pretrained(name, **attention, output_loading_info=True)
+        cost = _plain_cost(own, config, image_size)
+    return model, config, cost, tuple(sorted(report["missing_keys"]))
+
+
+def _plain_cost(own: type[Any], config: Any, image_size: int | None) -> int:
+    """What the plain model of a class of this library costs."""
+    with torch.device("meta"):
+        model = own(config)
+    return multiply_accumulates(model.eval(), r=0, image_size=image_size)
 
 
 class Classifier(nn.Module):
-    """A model that is handed images, whole batches or slices of them, and gives logits."""
+    """A model that is handed images, whole batches or slices of them, and gives its first output.
+
+    A classifier's are logits.
+    """
 
     def __init__(self, model: nn.Module, interpolate: bool, slice_size: int | None):
         super().__init__()
@@ -124,8 +152,8 @@ class Classifier(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         parts = pixel_values.split(self.slice_size or len(pixel_values))
-        logits = [self.model(part, **self.options).logits for part in parts]
-        return torch.cat(logits) if len(logits) > 1 else logits[0]
+        found = [self.model(part, **self.options)[0] for part in parts]
+        return torch.cat(found) if len(found) > 1 else found[0]
 
 
 def _mode(compiled: Any) -> str | None:

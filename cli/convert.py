@@ -12,13 +12,14 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from cli.models import parse, resolve
 from lightning_modules.evaluation import told
+from lightning_modules.processors import settle_size
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
 from mctf_hf.checkpoints import SUFFIXES, read_checkpoint
 from mctf_hf.configuration_mctf import as_pair
 from mctf_hf.conversion import build_model, infer_config, load_pretrained
-from mctf_hf.cost import multiply_accumulates
+from mctf_hf.cost import describe
 from mctf_hf.hub import HUB_ID, check_folder, load_image_processor, save
-from mctf_hf.registry import backbone_of
+from mctf_hf.registry import backbone_of, output_of
 from mctf_hf.sources import SOURCES, detect_source
 
 BICUBIC = 3
@@ -77,7 +78,7 @@ def convert(
         for option, value in {"num_heads": num_heads, "entry": entry}.items():
             if value is not None:
                 raise ValueError(f"{option}={value!r} is for files of weights, and {name} is none")
-        model, lines = _from_folder(name, settings)
+        model, lines = _from_folder(name, settings, processor)
     else:
         model, lines = _from_file(name, source, num_heads, entry, settings)
     config = model.config
@@ -89,7 +90,7 @@ def convert(
     origin = processor or (name if source == "hf" else None)
     image_processor = evaluation_processor(config) if origin is None else _taken(origin, config)
     folder = save(model, image_processor, output)
-    lines |= _summary(config, origin or "DeiT's evaluation on ImageNet, for no other was named")
+    lines |= _summary(model, origin or "DeiT's evaluation on ImageNet, for no other was named")
     for heading, text in {**lines, "written": folder}.items():
         print(f"{heading:<18}{text}")
 
@@ -108,11 +109,11 @@ def _source(name: str, source: str | None) -> str | None:
     return source
 
 
-def _from_folder(
-    name: str, settings: dict[str, Any]
-) -> tuple[MCTFViTForImageClassification, Lines]:
-    settings = resolve(backbone_of(name).config.from_pretrained(name), settings)
-    model = load_pretrained(name, **settings)
+def _from_folder(name: str, settings: dict[str, Any], processor: str | None) -> tuple[Any, Lines]:
+    config = backbone_of(name).config.from_pretrained(name)
+    size = settle_size(config, load_image_processor(processor or name))
+    settings = resolve(config, settings)
+    model = load_pretrained(name, **settings, **size)
     return model, {"read": f"{len(model.state_dict())} weights of {name}"}
 
 
@@ -176,7 +177,7 @@ def _taken(origin: str, config: MCTFViTConfig) -> Any:
             f"{origin} has no image processor that could be read: set processor to a folder "
             "or Hub id that has one"
         ) from error
-    height, width = as_pair(config.image_size)
+    height, width = config.usual_size
     image = np.zeros((config.num_channels, 2 * height, 3 * width), np.uint8)
     options = {"input_data_format": "channels_first", "return_tensors": "np"}
     made = processor(image, **options)["pixel_values"].shape[1:]
@@ -213,14 +214,16 @@ def evaluation_processor(config: MCTFViTConfig) -> ViTImageProcessorPil:
     )
 
 
-def _summary(config: MCTFViTConfig, processor: str) -> Lines:
-    height, width = as_pair(config.image_size)
+def _summary(model: Any, processor: str) -> Lines:
+    config, described = model.config, describe(model)
+    height, width = config.usual_size
     fused, own = config.tokens_fused(config.num_tokens()), config.own_amount()
-    plain, cost = (multiply_accumulates(config, r=r) for r in (0, None))
+    plain, cost = (described.of(config, r=r) for r in (0, None))
+    read = output_of(model)
     return {
         "architecture": f"{config.hidden_size} wide, {config.num_hidden_layers} layers, "
-        f"{config.num_attention_heads} heads, MLP {config.intermediate_size}, "
-        f"{config.num_labels} labels",
+        f"{config.num_attention_heads} heads, MLP {described.layer.mlp_width}, "
+        + (f"{config.num_labels} labels" if read == "logits" else read),
         "images": f"{_by((config.num_channels, height, width))}, patches of "
         f"{_by(as_pair(config.patch_size))}",
         "fusion": f"{config.reduction}, {told(own)}: {config.num_tokens()} tokens become "

@@ -8,31 +8,35 @@ import torch
 import transformers
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import ViTForImageClassification
 
 from cli.measuring import images_per_second, machine_name
-from cli.models import FUSION
 from lightning_modules.data import HFImageDataModule, LabelledImages, Process
 from lightning_modules.evaluation import NOTHING, Amount, count_right, sweep, told
 from lightning_modules.finetuning import check_order
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
-from mctf_hf.configuration_mctf import as_pair
-from mctf_hf.cost import multiply_accumulates
+from mctf_hf.cost import describe
 from mctf_hf.model_card import Evaluation, Measurement
+from mctf_hf.registry import plain_class, plain_config
 
 
 def open_labelled(
     data: HFImageDataModule,
     split: str,
     max_images: int | None,
-    model: MCTFViTForImageClassification,
+    model: Any,
     processor: Any,
 ) -> LabelledImages:
     """A split of a dataset, or evenly spaced rows of it, as the model wants its images.
 
     Raises:
-        ValueError: for a split or columns that are missing, or labels that are not the model's.
+        ValueError: for a split or columns that are missing, labels that are not the model's, or a
+            model without a head for them.
     """
+    if not hasattr(model, "classifier"):
+        raise ValueError(
+            f"accuracy on {data.dataset} is not allowed with {type(model).__name__}, which has no "
+            "head for classes: finetune it with num_labels first"
+        )
     rows = data.rows(split)
     rows.check_labels(model.num_labels)
     if rows.label_names is not None and len(rows.label_names) == model.num_labels:
@@ -58,7 +62,7 @@ def evaluate(
         rounds: timings of each setting, whose median counts.
     """
     config = model.config
-    settings = _named_sweep(config)
+    settings, described = _named_sweep(config), describe(model)
     pixel_values = _pixel_values(config, images, batch_size)
     plain = plain_model(model)
     runs: list[Callable[[], object]] = [lambda: plain(pixel_values)]
@@ -68,12 +72,12 @@ def evaluate(
     speeds = images_per_second(runs, len(pixel_values), rounds=rounds)
     accuracies = [None] * len(runs) if images is None else _accuracies(model, images, settings)
 
-    named = {"no fusion" if plain is None else "no fusion (plain ViT)": NOTHING, **settings}
+    named = {"no fusion" if plain is None else "no fusion (plain model)": NOTHING, **settings}
     measured = [
         Measurement(
             name=name,
             **amount,
-            gmacs=multiply_accumulates(config, **amount) / 1e9,
+            gmacs=described.of(config, **amount) / 1e9,
             images_per_second=speed,
             ratio=speed / speeds[0],
             accuracy=accuracy,
@@ -92,20 +96,17 @@ def evaluate(
     )
 
 
-def plain_model(model: MCTFViTForImageClassification) -> ViTForImageClassification | None:
-    """The ViT of transformers with the same weights, without fusion; None where it has none."""
-    config = model.config
-    special = not config.class_token or config.num_prefix_tokens != 1 or config.multi_scale
-    if config.model_type != MCTFViTConfig.model_type or special:
+def plain_model(model: Any) -> Any:
+    """The model of transformers with the same weights, without fusion; None where it has none."""
+    config, plain = model.config, plain_class(type(model))
+    special = isinstance(config, MCTFViTConfig) and (
+        not config.class_token or config.num_prefix_tokens != 1 or config.multi_scale
+    )
+    if plain is None or special:
         return None
-    known = {
-        name: value
-        for name, value in config.to_dict().items()
-        if name not in (*FUSION, "model_type", "auto_map", "architectures")
-    }
-    plain = ViTForImageClassification(ViTForImageClassification.config_class(**known))
-    plain.load_state_dict(model.state_dict())
-    return plain.to(model.dtype).eval()
+    made = plain(plain_config(type(model), config))
+    made.load_state_dict(model.state_dict())
+    return made.to(model.dtype).eval()
 
 
 def _named_sweep(config: MCTFViTConfig) -> dict[str, Amount]:
@@ -116,7 +117,7 @@ def _named_sweep(config: MCTFViTConfig) -> dict[str, Amount]:
 
 def _pixel_values(config: MCTFViTConfig, images: LabelledImages | None, batch_size: int) -> Tensor:
     if images is None:
-        height, width = as_pair(config.image_size)
+        height, width = config.usual_size
         return torch.randn(batch_size, config.num_channels, height, width)
     count = min(batch_size, len(images))
     return torch.stack([images[i]["pixel_values"] for i in range(count)])

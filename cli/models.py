@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
+from lightning_modules.processors import settle_size
+from mctf_hf.configuration_mctf import EncoderConfigMixin
 from mctf_hf.conversion import load_pretrained
 from mctf_hf.cost import resolve_budget
 from mctf_hf.hub import load_image_processor
@@ -41,7 +42,7 @@ def parse(words: str, more: Sequence[str] = ()) -> tuple[str, dict[str, Any]]:
 
 
 def resolve(
-    config: MCTFViTConfig, settings: dict[str, Any], image_size: int | None = None
+    config: EncoderConfigMixin, settings: dict[str, Any], image_size: int | None = None
 ) -> dict[str, Any]:
     """The settings, with an r or a keep rate that is given as a budget worked out."""
     budgets = {
@@ -62,11 +63,11 @@ def resolve(
     return settings | resolved
 
 
-def load(words: str) -> tuple[MCTFViTForImageClassification, Any]:
+def load(words: str) -> tuple[Any, Any]:
     """A model for inference and its image processor, from ``NAME[,setting=value…]``.
 
     Args:
-        words: NAME is a local folder or an id on the Hub, of this library's models or plain ViTs.
+        words: NAME is a local folder or an id on the Hub, of this library's models or plain ones.
 
     Raises:
         ValueError: for an unknown setting, a value that is not allowed, or weights that are not
@@ -74,7 +75,10 @@ def load(words: str) -> tuple[MCTFViTForImageClassification, Any]:
         OSError: if there is no such model, or no image processor.
     """
     name, settings = parse(words)
-    settings = resolve(backbone_of(name).config.from_pretrained(name), settings)
-    model = load_pretrained(name, **settings)
+    config = backbone_of(name).config.from_pretrained(name)
+    processor = load_image_processor(name)
+    size = settle_size(config, processor)
+    settings = resolve(config, settings)
+    model = load_pretrained(name, **settings, **size)
     model.config.check_effect(settings)
-    return model, load_image_processor(name)
+    return model, processor

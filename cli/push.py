@@ -151,6 +151,7 @@ def push_model(
             datasets=[found] if (found := _hub_id(training.get("dataset"))) else None,
             training=training,
             picture=None if picture is None else PICTURE,
+            model=loaded,
         )
     )
     if training:

@@ -47,15 +47,16 @@ class Pass(NamedTuple):
 
 
 class MCTFFinetuner(L.LightningModule):
-    """Any ViT or DeiT of the Hugging Face Hub, finetuned with token fusion.
+    """A Vision Transformer of the Hugging Face Hub, finetuned with token fusion.
 
     Each step runs the same weights twice, as student with the full ``r`` and as teacher with one
     drawn from {0, …, r_max - 1}, and draws the student's class token to the teacher's (MCTF, arXiv
     2403.10030, section 3.4). Randomness of a step is a function of the seed and the step alone.
 
     Args:
-        pretrained: id of a model on the Hugging Face Hub or a local folder: a ViT, a DeiT or a
-            model of this library. Unset: train from scratch with ``config``.
+        pretrained: id of a model on the Hugging Face Hub or a local folder: a ViT, DeiT, DINOv2,
+            DINOv3, CLIP or SigLIP, or a model of this library. Unset: train from scratch with
+            ``config``.
         config: settings of ``MCTFViTConfig`` for training from scratch.
         num_labels: give the model a new head with so many classes. Unset: keep its own.
         reduction: method of token reduction, ``mctf``, ``tome``, ``evit``, ``token_mergence`` or
@@ -215,7 +216,7 @@ class MCTFFinetuner(L.LightningModule):
                 "use --trainer.strategy ddp, or leave it out"
             )
         mesh = self.device_mesh["data_parallel"]
-        for layer in self.model.base_model.layers.children():
+        for layer in self.model.base_model.fused_layers.children():
             fully_shard(layer, mesh=mesh)
         fully_shard(self, mesh=mesh)
         for step in ("training_step", "validation_step", "test_step", "predict_step"):
@@ -279,7 +280,7 @@ class MCTFFinetuner(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, labels = batch["pixel_values"], batch["labels"]
-        embedded = self.model.base_model.embeddings(images)  # for both passes
+        embedded = self.model.embed(images)  # for both passes
         guide_logits = None if self._guide is None else self._guide(images)
         student = self._training_pass(embedded, labels, guide_logits)
         logged = {"loss": student.loss}
@@ -330,10 +331,14 @@ class MCTFFinetuner(L.LightningModule):
         return teacher_amount(self.model.config, self.r_max, self.hparams["seed"], self._step())
 
     def _pass(
-        self, embedded: Tensor, labels: Tensor, guide_logits: Tensor | None, **options: Any
+        self,
+        embedded: dict[str, Any],
+        labels: Tensor,
+        guide_logits: Tensor | None,
+        **options: Any,
     ) -> Pass:
-        """Classify embedded images, (b, n, d), and compare with labels and guide."""
-        output = self(inputs_embeds=embedded, **options)
+        """Classify embedded images, arguments of the model, and compare with labels and guide."""
+        output = self(**embedded, **options)
         logits, token = output.logits, output.class_token
         by_label = by_guide = logits
         if guide_logits is not None and output.distillation_logits is not None:

@@ -1,13 +1,13 @@
 """The model to finetune and its image processor, from a checkpoint or from scratch."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import Any
 
 from transformers import ViTImageProcessorPil
 
-from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
-from mctf_hf.configuration_mctf import as_pair
+from lightning_modules.processors import settle_size
+from mctf_hf import MCTFViTConfig
 from mctf_hf.hub import load_image_processor
 from mctf_hf.registry import BACKBONES, FUSION_SETTINGS, backbone_of, build
 
@@ -17,7 +17,7 @@ def load_or_make(
     config: dict[str, Any] | None,
     num_labels: int | None,
     fusion: dict[str, Any],
-) -> tuple[MCTFViTForImageClassification, Any]:
+) -> tuple[Any, Any]:
     """A classifier with the given settings of fusion, and its image processor.
 
     Args:
@@ -49,17 +49,28 @@ def load_or_make(
         names = [field.name for field in dataclasses.fields(config_class)]
         _check_names("config", config, (*names, "num_labels"))
         model_config = config_class(**{**config, **labels, **fusion})
-        height, width = as_pair(model_config.image_size)
+        height, width = model_config.usual_size
         processor = ViTImageProcessorPil(size={"height": height, "width": width})
         return build(model_config), processor
 
     processor = load_image_processor(pretrained)
-    model, report = backbone_of(pretrained).classifier.from_pretrained(
-        pretrained, **labels, **fusion, ignore_mismatched_sizes=True, output_loading_info=True
+    backbone = backbone_of(pretrained)
+    known = {field.name for field in dataclasses.fields(backbone.config)}
+    if "drop_path_rate" not in known and not fusion.get("drop_path_rate"):
+        fusion = {name: value for name, value in fusion.items() if name != "drop_path_rate"}
+    _check_names(f"fusion with {pretrained}", fusion, known)
+    size = settle_size(backbone.config.from_pretrained(pretrained), processor)
+    model, report = backbone.classifier.from_pretrained(
+        pretrained,
+        **labels,
+        **fusion,
+        **size,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
     )
     mismatched = {key[0] if isinstance(key, tuple) else key for key in report["mismatched_keys"]}
-    stored = model.config_class.from_pretrained(pretrained).multi_scale or []
-    wanted = model.config.multi_scale or []
+    stored = getattr(model.config_class.from_pretrained(pretrained), "multi_scale", None) or []
+    wanted = getattr(model.config, "multi_scale", None) or []
     if wanted[: len(stored)] != stored:
         raise ValueError(
             f"multi_scale={model.config.multi_scale!r} is not allowed: {pretrained} has the scales "
@@ -86,7 +97,7 @@ def load_or_make(
     return model, processor
 
 
-def _check_names(setting: str, given: dict[str, Any], known: Sequence[str]) -> None:
+def _check_names(setting: str, given: dict[str, Any], known: Collection[str]) -> None:
     unknown = sorted(set(given) - set(known))
     if unknown:
         raise ValueError(f"{setting}={given!r} is not allowed: there are no settings {unknown}")

@@ -13,6 +13,18 @@ def output_size(processor: Any) -> tuple[int, int]:
     return (edge, edge) if edge else (size["height"], size["width"])
 
 
+def settle_size(config: Any, processor: Any) -> dict[str, Any]:
+    """Settings of a model that takes images of any size, for those that a processor makes.
+
+    Args:
+        config: of a model of this library, which is told, too.
+    """
+    if not config.any_size or config.input_size is not None:
+        return {}
+    config.input_size = output_size(processor)
+    return {"input_size": config.input_size}
+
+
 def scaling(processor: Any) -> tuple[Tensor, Tensor]:
     """What is subtracted from pixels, and what they are divided by: each (channels, 1, 1)."""
     unit = 1 / processor.rescale_factor if processor.do_rescale else 1.0

@@ -26,7 +26,7 @@ def parameter_groups(
         layer_decay: factor of the learning rate from each layer to the one before it (BEiT, arXiv
             2106.08254, appendix H); the embeddings come before the first layer.
     """
-    added = ("_token", "_tokens", "position_embeddings")
+    added = ("_token", "_tokens", "_embedding", "position_embeddings", "position_embedding.weight")
     layers = model.config.num_hidden_layers
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
@@ -43,7 +43,7 @@ def parameter_groups(
 
 def _depth(name: str, layers: int) -> int:
     """0 for the embeddings, i + 1 for layer i, and one more for what comes after the last."""
-    found = re.match(r"\w+\.(?:(embeddings)|layers\.(\d+))\.", name)
+    found = re.match(r"\w+\.(?:(embeddings|pre_layrnorm)|(?:\w+\.)?layers?\.(\d+))\.", name)
     if found is None:
         return layers + 1
     return 0 if found[1] else int(found[2]) + 1

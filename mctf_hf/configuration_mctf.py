@@ -250,12 +250,14 @@ class EncoderConfigMixin(FusionConfigMixin):
         plain_types: types of plain models whose checkpoints this one loads, and their names.
         plain_parts: types of plain models that contain such a one, and where its configuration is.
         further_settings: fields of the configuration that can be set like those of fusion.
+        any_size: whether the model takes images of any size as it is.
     """
 
     auto_classes: ClassVar[dict[str, str]]
     plain_types: ClassVar[dict[str, str]] = {}
     plain_parts: ClassVar[dict[str, str]] = {}
     further_settings: ClassVar[tuple[str, ...]] = ()
+    any_size: ClassVar[bool] = False
     _auto_class = "AutoConfig"
 
     if TYPE_CHECKING:
@@ -302,16 +304,34 @@ class EncoderConfigMixin(FusionConfigMixin):
         """The settings of a plain model, as this configuration has them."""
         return settings
 
+    @property
+    def usual_size(self) -> tuple[int, int]:
+        """Height and width of the images that the model is used with, in pixels."""
+        return as_pair(getattr(self, "input_size", None) or self.image_size)
+
     def num_tokens(self, image_size: int | tuple[int, int] | None = None) -> int:
-        """Tokens of an image, prefix tokens included; of the configured size unless given."""
+        """Tokens of an image, prefix tokens included; of the usual size unless given."""
         rows, columns = self.grid(image_size)
         return rows * columns + self.num_prefix_tokens
 
     def grid(self, image_size: int | tuple[int, int] | None = None) -> tuple[int, int]:
-        """Rows and columns of patches of an image; of the configured size unless given."""
-        height, width = as_pair(self.image_size if image_size is None else image_size)
+        """Rows and columns of patches of an image; of the usual size unless given."""
+        height, width = self.usual_size if image_size is None else as_pair(image_size)
         patch_height, patch_width = as_pair(self.patch_size)
         return height // patch_height, width // patch_width
+
+
+@dataclass(kw_only=True)
+class AnySizeConfigMixin:
+    """Settings of encoders that take images of any size.
+
+    Args:
+        input_size: height and width, in pixels, of the images that the model is used with, if it
+            is not ``image_size``; costs and budgets are those of such images.
+    """
+
+    any_size: ClassVar[bool] = True
+    input_size: int | list[int] | tuple[int, int] | None = None
 
 
 @dataclass(kw_only=True)

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from .checkpoints import UNREADABLE, reading
 from .modeling_mctf_vit import MCTFViTConfig, MCTFViTForImageClassification
-from .registry import backbone_of, build
+from .registry import build, class_of
 from .sources import EMBEDDINGS, ours, refuse, table_of, theirs
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -206,13 +206,13 @@ def load_pretrained(name: str, **settings: Any) -> MCTFViTForImageClassification
             f"{name} holds no model of transformers, for its config.json has no model_type: if it "
             "is timm's, convert the model.safetensors that lies there"
         )
-    classifier = backbone_of(name).classifier
-    classifier.config_class.from_pretrained(name, **settings)  # says what it has to of another
+    model_class = class_of(name)
+    model_class.config_class.from_pretrained(name, **settings)  # says what it has to of another
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # all that loading reports is reported below
     try:
         with reading(name, UNREADABLE):
-            model, report = classifier.from_pretrained(
+            model, report = model_class.from_pretrained(
                 name, **settings, ignore_mismatched_sizes=True, output_loading_info=True
             )
     finally:

@@ -40,6 +40,7 @@ class LayerCost:
         values_output: the two projections.
         norms: the norm before attention, and that before the MLP.
         mlp: its linear layers.
+        mlp_width: channels within the MLP.
     """
 
     width: int
@@ -48,6 +49,7 @@ class LayerCost:
     values_output: int
     norms: tuple[int, int]
     mlp: int
+    mlp_width: int
 
     @classmethod
     def of(cls, layers: FusedLayers) -> "LayerCost":
@@ -58,6 +60,7 @@ class LayerCost:
         parts = attention_names(core)
         query, key = getattr(core, parts.query), getattr(core, parts.key)
         queries_keys = _linear(query) + _linear(key)
+        mlp = getattr(layer, names.mlp)
         return cls(
             width=query.out_features,
             heads=getattr(core, parts.heads),
@@ -67,7 +70,8 @@ class LayerCost:
                 _norm(getattr(layer, names.norm_attention)),
                 _norm(getattr(layer, names.norm_mlp)),
             ),
-            mlp=_linear(getattr(layer, names.mlp)),
+            mlp=_linear(mlp),
+            mlp_width=max(m.out_features for m in mlp.modules() if isinstance(m, nn.Linear)),
         )
 
 
@@ -138,7 +142,7 @@ def settings_of(model: Any) -> FusionConfigMixin:
 def describe(model: Any, image_size: int | tuple[int, int] | None = None) -> Description:
     """What a model costs, without fusion and by layer; see :func:`multiply_accumulates`."""
     config = settings_of(model)
-    size = as_pair(config.image_size if image_size is None else image_size)
+    size = config.usual_size if image_size is None else as_pair(image_size)
     if model is config:
         fusion = FusionConfigMixin.__dataclass_fields__
         architecture = {
@@ -162,7 +166,9 @@ def _described(
 def _count(model: nn.Module, config: Any, size: tuple[int, int]) -> Description:
     layers = next(m for m in model.modules() if isinstance(m, FusedLayers))
     channels = config.num_channels
-    options = {} if size == as_pair(config.image_size) else {"interpolate_pos_encoding": True}
+    options: dict[str, Any] = {}
+    if size != as_pair(config.image_size):
+        options["interpolate_pos_encoding"] = True
     layer, num_tokens, num_layers = LayerCost.of(layers), config.num_tokens(size), len(layers)
     total = counted(model, torch.empty(1, channels, *size), r=0, **options)
     in_layers = sum(_layer(layer, config, num_tokens, 0) for _ in range(num_layers))

@@ -20,11 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from .configuration_mctf import as_pair
-from .modeling_mctf_vit import MCTFViTForImageClassification, MCTFViTModel
+from .registry import output_of
 from .schedule import KeepRate, TokensFused
 
-Model = MCTFViTForImageClassification | MCTFViTModel
+Model = Any  # one of this library
 
 # Rounding alone stays far below this; beyond it, some token has been chosen differently.
 TOLERANCE = 1e-4
@@ -61,7 +60,9 @@ def to_onnx(
     r: TokensFused | None = None,
     keep_rate: KeepRate | None = None,
 ) -> Path:
-    """Write a model as ONNX, from ``pixel_values`` to ``logits`` or ``last_hidden_state``.
+    """Write a model as ONNX, from ``pixel_values`` to what it is used for.
+
+    That is ``logits``, ``image_embeds`` or ``last_hidden_state``.
 
     Weights are part of the file; above 1.5 GiB they lie beside it, in ``<file>.data``. Nothing
     appears before all of it is written.
@@ -84,7 +85,7 @@ def to_onnx(
         raise ValueError(f"a model of {model.dtype} is not written as ONNX: call model.float()")
     amount = {"r": r, "keep_rate": keep_rate}
     file = _checked(model, file, ".onnx", amount)
-    output = "last_hidden_state" if isinstance(model, MCTFViTModel) else "logits"
+    output = output_of(model)
     # ONNX holds every attention map in any case: in eager attention each is computed but once.
     with draft(file) as whole, _quiet(), _attention(model, "eager"), torch.no_grad():
         program = torch.onnx.export(
@@ -205,7 +206,7 @@ def _compare(
         batch_sizes=tuple(batch_sizes),
         max_difference=difference.max().item(),
         differing=1 - alike.mean().item(),
-        top1=None if isinstance(model, MCTFViTModel) else torch.cat(same).double().mean().item(),
+        top1=torch.cat(same).double().mean().item() if output_of(model) == "logits" else None,
     )
 
 
@@ -253,7 +254,7 @@ class _Function(nn.Module):
 
 def _example(model: Model) -> Tensor:
     """Two images, for of one torch would conclude that there is never more than one."""
-    shape = (2, model.config.num_channels, *as_pair(model.config.image_size))
+    shape = (2, model.config.num_channels, *model.config.usual_size)
     return torch.zeros(shape, dtype=model.dtype, device=model.device)
 
 
@@ -271,13 +272,13 @@ def _metadata(model: Model, image_processor: Any, amount: dict[str, Any]) -> dic
     config = model.config
     given = {name: value for name, value in amount.items() if value is not None}
     told: dict[str, Any] = {
-        "image_size": as_pair(config.image_size),
+        "image_size": config.usual_size,
         "reduction": config.reduction,
         **(given or config.own_amount()),
     }
     if config.inflection and "r" in told and not isinstance(told["r"], list):
         told["inflection"] = config.inflection
-    if not isinstance(model, MCTFViTModel):
+    if output_of(model) == "logits":
         told["id2label"] = config.id2label
     if image_processor is not None:
         told["image_processor"] = json.loads(image_processor.to_json_string())

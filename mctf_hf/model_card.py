@@ -7,11 +7,16 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .configuration_mctf import FusionConfigMixin
-from .cost import multiply_accumulates
-from .modeling_mctf_vit import MCTFViTConfig
+from .configuration_mctf import EncoderConfigMixin, FusionConfigMixin
+from .cost import describe
+from .registry import output_of
 from .schedule import KeepRate, TokensFused
 
+_TASKS = {
+    "logits": "image-classification",
+    "image_embeds": "image-feature-extraction",
+    "last_hidden_state": "image-feature-extraction",
+}
 TEMPLATE = Path(__file__).with_name("model_card.md")
 
 
@@ -130,7 +135,7 @@ class Evaluation:
 
 def make_card(
     repo_id: str,
-    config: MCTFViTConfig,
+    config: EncoderConfigMixin,
     *,
     license: str,
     evaluation: Evaluation | None = None,
@@ -138,6 +143,7 @@ def make_card(
     datasets: list[str] | None = None,
     training: dict[str, Any] | None = None,
     picture: str | None = None,
+    model: Any = None,
 ) -> ModelCard:
     """Write a model's card.
 
@@ -149,14 +155,17 @@ def make_card(
         datasets: ids of the datasets on the Hub that it was trained on.
         training: settings of its training by name.
         picture: file beside the card that shows fused tokens.
+        model: that the card is of; unset, the configuration's classifier.
     """
-    results = None if evaluation is None else _results(evaluation)
+    output = "logits" if model is None else output_of(model)
+    described = describe(config if model is None else model)
+    results = None if evaluation is None else _results(evaluation, output)
     data = ModelCardData(
         license=license,
         base_model=base_model,
         datasets=datasets or None,
         library_name="transformers",
-        pipeline_tag="image-classification",
+        pipeline_tag=_TASKS[output],
         tags=["vision", "vit", "token-fusion", "token-merging", "mctf", "custom_code"],
         model_name=repo_id.split("/")[-1] if results else None,
         eval_results=results,
@@ -170,8 +179,9 @@ def make_card(
         amount=None if config.reducer_class is None else config.reducer_class.amount,
         settings={field.name: getattr(config, field.name) for field in fields(FusionConfigMixin)},
         tokens=_tokens_by_layer(config),
-        base_gmacs=multiply_accumulates(config, r=0) / 1e9,
-        gmacs=multiply_accumulates(config) / 1e9,
+        base_gmacs=described.of(config, r=0) / 1e9,
+        gmacs=described.of(config) / 1e9,
+        output=output,
         evaluation=evaluation,
         base_model=base_model,
         training=training,
@@ -179,7 +189,7 @@ def make_card(
     )
 
 
-def _tokens_by_layer(config: MCTFViTConfig) -> list[int]:
+def _tokens_by_layer(config: EncoderConfigMixin) -> list[int]:
     """Tokens that enter the first layer, and that leave each layer."""
     tokens = [config.num_tokens()]
     for fused in config.tokens_fused(tokens[0]):
@@ -187,8 +197,9 @@ def _tokens_by_layer(config: MCTFViTConfig) -> list[int]:
     return tokens
 
 
-def _results(evaluation: Evaluation) -> list[EvalResult]:
+def _results(evaluation: Evaluation, output: str) -> list[EvalResult]:
     """The own setting's figures, as the Hub's ``model-index`` wants them."""
+    task = _TASKS[output]
     own = evaluation.own
     measured = [
         ("accuracy", "Top-1 accuracy", own.accuracy),
@@ -198,8 +209,8 @@ def _results(evaluation: Evaluation) -> list[EvalResult]:
     ]
     return [
         EvalResult(
-            task_type="image-classification",
-            task_name="Image classification",
+            task_type=task,
+            task_name=task.replace("-", " ").capitalize(),
             dataset_type=evaluation.dataset or "random-images",
             dataset_name=evaluation.dataset or "Random images",
             dataset_split=evaluation.split,

@@ -17,7 +17,7 @@ from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers im
 )
 
 from .anatomy import DINO
-from .configuration_mctf import EncoderConfigMixin
+from .configuration_mctf import AnySizeConfigMixin, EncoderConfigMixin
 from .modeling_mctf import take_over_names
 from .modeling_mctf_encoder import MCTFEncoderClassifierMixin, MCTFEncoderMixin
 
@@ -31,7 +31,7 @@ if not hasattr(modeling_dinov2, "Dinov2SelfAttention"):
 
 
 @strict
-class MCTFDinov2Config(EncoderConfigMixin, Dinov2Config):
+class MCTFDinov2Config(AnySizeConfigMixin, EncoderConfigMixin, Dinov2Config):
     """Configuration of a DINOv2 that fuses tokens.
 
     All fields of :class:`transformers.Dinov2Config` and of
@@ -54,7 +54,9 @@ class MCTFDinov2Config(EncoderConfigMixin, Dinov2Config):
 
 
 @strict
-class MCTFDinov2WithRegistersConfig(EncoderConfigMixin, Dinov2WithRegistersConfig):
+class MCTFDinov2WithRegistersConfig(
+    AnySizeConfigMixin, EncoderConfigMixin, Dinov2WithRegistersConfig
+):
     """Configuration of a DINOv2 with registers that fuses tokens.
 
     All fields of :class:`transformers.Dinov2WithRegistersConfig` and of

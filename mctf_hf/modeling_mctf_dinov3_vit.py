@@ -15,7 +15,12 @@ from transformers.models.dinov3_vit.modeling_dinov3_vit import (
 
 from .anatomy import DINO
 from .attention import Rotation
-from .configuration_mctf import EncoderConfigMixin, RotaryConfigMixin, as_pair
+from .configuration_mctf import (
+    AnySizeConfigMixin,
+    EncoderConfigMixin,
+    RotaryConfigMixin,
+    as_pair,
+)
 from .fused_encoder import Rotary, exchange_class, fused_class
 from .fused_layer import rotation_at
 from .modeling_mctf import take_over_names
@@ -55,7 +60,9 @@ class FusedRotaryEmbedding:
 
 
 @strict
-class MCTFDINOv3ViTConfig(EncoderConfigMixin, RotaryConfigMixin, DINOv3ViTConfig):
+class MCTFDINOv3ViTConfig(
+    AnySizeConfigMixin, EncoderConfigMixin, RotaryConfigMixin, DINOv3ViTConfig
+):
     """Configuration of a DINOv3 that fuses tokens.
 
     All fields of :class:`transformers.DINOv3ViTConfig`, of

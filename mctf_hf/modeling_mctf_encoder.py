@@ -88,7 +88,7 @@ class MCTFEncoderMixin(MCTFPreTrainedMixin):
             bool_masked_pos: (b, patches), patches to replace by the mask token, where the family
                 has one.
             interpolate_pos_encoding: allow images of another size than the configuration's, in
-                families that refuse them otherwise.
+                families that refuse them otherwise; the others always do.
 
         Returns:
             Hidden states after the last norm, at all n places or, with ``restore=False``, of the m
@@ -104,10 +104,9 @@ class MCTFEncoderMixin(MCTFPreTrainedMixin):
         config = self.config
         if inputs_embeds is None:
             assert pixel_values is not None
-            options = {
-                "bool_masked_pos": bool_masked_pos,
-                "interpolate_pos_encoding": interpolate_pos_encoding,
-            }
+            options: dict[str, Any] = {"bool_masked_pos": bool_masked_pos}
+            if not config.any_size:
+                options["interpolate_pos_encoding"] = interpolate_pos_encoding
             given = {name: value for name, value in options.items() if value is not None}
             embedded = self.embed(pixel_values, **given)
             inputs_embeds, rotary = embedded["inputs_embeds"], embedded.get("rotary")

@@ -29,7 +29,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .anatomy import VIT, LayerNames
 from .configuration_mctf import EncoderConfigMixin, as_pair, number
-from .fused_encoder import fuse_layers, goes_in_slices
+from .fused_encoder import FusedLayers, fuse_layers, goes_in_slices
 from .fused_layer import FusedLayer
 from .modeling_mctf import (
     MCTFImageClassifierOutput,
@@ -344,6 +344,18 @@ class MCTFViTModel(MCTFPreTrainedMixin, ViTModel):
         self.pooler = ViTPooler(config) if add_pooling_layer else None
         self.post_init()
 
+    @property
+    def fused_layers(self) -> FusedLayers:
+        """The list of layers."""
+        return self.layers  # type: ignore[return-value]
+
+    def embed(self, pixel_values: Tensor, **options: Any) -> dict[str, Any]:
+        """What images are to the layers, as arguments of a call instead of ``pixel_values``.
+
+        Several passes over the same images can share them.
+        """
+        return {"inputs_embeds": self.embeddings(pixel_values.to(self.dtype), **options)}
+
     def _make_embeddings(self, config: MCTFViTConfig, use_mask_token: bool) -> nn.Module:
         return MCTFViTEmbeddings(config, use_mask_token=use_mask_token)
 
@@ -388,11 +400,11 @@ class MCTFViTModel(MCTFPreTrainedMixin, ViTModel):
             raise ValueError("give either pixel_values or inputs_embeds")
         if inputs_embeds is None:
             assert pixel_values is not None
-            inputs_embeds = self.embeddings(
-                pixel_values.to(self.dtype),
+            inputs_embeds = self.embed(
+                pixel_values,
                 bool_masked_pos=bool_masked_pos,
                 interpolate_pos_encoding=interpolate_pos_encoding,
-            )
+            )["inputs_embeds"]
         for shown in ("output_attentions", "output_hidden_states"):  # asked for here or always
             kwargs.setdefault(shown, getattr(self.config, shown, False))
         mask: Any = None
@@ -490,6 +502,10 @@ class MCTFViTForImageClassification(MCTFPreTrainedMixin, ViTForImageClassificati
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         _init_weights(self, module, super()._init_weights)
+
+    def embed(self, pixel_values: Tensor, **options: Any) -> dict[str, Any]:
+        """See :meth:`MCTFViTModel.embed`."""
+        return self.vit.embed(pixel_values, **options)
 
     def _make_heads(self, config: MCTFViTConfig) -> None:
         self.classifier = make_head(config)

@@ -4,11 +4,23 @@ Loading, conversion, costs, presets, saving and the command line find a backbone
 """
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import (
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
+    Dinov2ForImageClassification,
+    Dinov2Model,
+    Dinov2WithRegistersForImageClassification,
+    Dinov2WithRegistersModel,
+    DINOv3ViTModel,
+    PreTrainedConfig,
+    SiglipVisionModel,
+    ViTForImageClassification,
+    ViTModel,
+)
 
 from .configuration_mctf import EncoderConfigMixin, FusionConfigMixin
 from .modeling_mctf_clip import (
@@ -56,7 +68,8 @@ class Backbone:
         config: its configuration.
         model: the encoder alone.
         classifier: the encoder with a head for image classification.
-        further: other classes of its own.
+        further: other classes of its own; the first embeds images where a plain model does.
+        plain: classes of transformers that load the same checkpoints, by those of this library.
         read_per_token: multiply-accumulates of the heads per token that is left, where a
             configuration does not restore tokens.
     """
@@ -65,7 +78,13 @@ class Backbone:
     model: type[Any]
     classifier: type[Any]
     further: tuple[type[Any], ...] = ()
+    plain: Mapping[type[Any], type[Any]] = field(default_factory=dict)
     read_per_token: Callable[[Any], int] = lambda config: 0
+
+    @property
+    def classifies(self) -> bool:
+        """Whether its models are classifiers first of all, and encoders second."""
+        return issubclass(self.config, MCTFViTConfig)
 
 
 def _auxiliary_head(config: MCTFLVViTConfig) -> int:
@@ -75,7 +94,15 @@ def _auxiliary_head(config: MCTFLVViTConfig) -> int:
 BACKBONES: dict[str, Backbone] = {
     entry.config.model_type: entry
     for entry in (
-        Backbone(MCTFViTConfig, MCTFViTModel, MCTFViTForImageClassification),
+        Backbone(
+            MCTFViTConfig,
+            MCTFViTModel,
+            MCTFViTForImageClassification,
+            plain={
+                MCTFViTModel: ViTModel,
+                MCTFViTForImageClassification: ViTForImageClassification,
+            },
+        ),
         Backbone(MCTFT2TViTConfig, MCTFT2TViTModel, MCTFT2TViTForImageClassification),
         Backbone(
             MCTFLVViTConfig,
@@ -83,24 +110,48 @@ BACKBONES: dict[str, Backbone] = {
             MCTFLVViTForImageClassification,
             read_per_token=_auxiliary_head,
         ),
-        Backbone(MCTFDinov2Config, MCTFDinov2Model, MCTFDinov2ForImageClassification),
+        Backbone(
+            MCTFDinov2Config,
+            MCTFDinov2Model,
+            MCTFDinov2ForImageClassification,
+            plain={
+                MCTFDinov2Model: Dinov2Model,
+                MCTFDinov2ForImageClassification: Dinov2ForImageClassification,
+            },
+        ),
         Backbone(
             MCTFDinov2WithRegistersConfig,
             MCTFDinov2WithRegistersModel,
             MCTFDinov2WithRegistersForImageClassification,
+            plain={
+                MCTFDinov2WithRegistersModel: Dinov2WithRegistersModel,
+                MCTFDinov2WithRegistersForImageClassification: (
+                    Dinov2WithRegistersForImageClassification
+                ),
+            },
         ),
         Backbone(
             MCTFCLIPVisionConfig,
             MCTFCLIPVisionModel,
             MCTFCLIPVisionForImageClassification,
             (MCTFCLIPVisionModelWithProjection,),
+            {
+                MCTFCLIPVisionModel: CLIPVisionModel,
+                MCTFCLIPVisionModelWithProjection: CLIPVisionModelWithProjection,
+            },
         ),
         Backbone(
             MCTFSiglipVisionConfig,
             MCTFSiglipVisionModel,
             MCTFSiglipVisionForImageClassification,
+            plain={MCTFSiglipVisionModel: SiglipVisionModel},
         ),
-        Backbone(MCTFDINOv3ViTConfig, MCTFDINOv3ViTModel, MCTFDINOv3ViTForImageClassification),
+        Backbone(
+            MCTFDINOv3ViTConfig,
+            MCTFDINOv3ViTModel,
+            MCTFDINOv3ViTForImageClassification,
+            plain={MCTFDINOv3ViTModel: DINOv3ViTModel},
+        ),
     )
 }
 
@@ -130,6 +181,46 @@ def backbone_of_type(model_type: str) -> Backbone | None:
         if model_type in (config.model_type, *config.plain_types, *config.plain_parts):
             return entry
     return None
+
+
+def class_of(name: str | os.PathLike) -> type[Any]:
+    """The class of this library that loads a folder or Hub id, by the class that it was saved as.
+
+    A checkpoint without a head is an encoder's; that of a whole CLIP, an encoder with projection.
+
+    Raises:
+        OSError: if there is no such model.
+    """
+    stored, _ = PreTrainedConfig.get_config_dict(name)
+    model_type = str(stored.get("model_type"))
+    entry = backbone_of_type(model_type) or BACKBONES[MCTFViTConfig.model_type]
+    saved_as = next(iter(stored.get("architectures") or ()), "")
+    if "Classification" in saved_as or entry.classifies:
+        return entry.classifier
+    embeds = "WithProjection" in saved_as or model_type in entry.config.plain_parts
+    return entry.further[0] if entry.further and embeds else entry.model
+
+
+def plain_class(own: type[Any]) -> type[Any] | None:
+    """The class of transformers that a class of this library has the weights of."""
+    return next((entry.plain[own] for entry in BACKBONES.values() if own in entry.plain), None)
+
+
+def plain_config(own: type[Any], config: Any) -> Any:
+    """The configuration of a class's plain model, from that of one of this library."""
+    plain = plain_class(own)
+    assert plain is not None
+    known = {one.name for one in fields(plain.config_class)}
+    kept = {name: value for name, value in config.to_dict().items() if name in known}
+    return plain.config_class(**kept)
+
+
+def output_of(model: Any) -> str:
+    """What a model is used for: the name of the first field of its output."""
+    entry = BACKBONES[model.config.model_type]
+    if isinstance(model, entry.classifier):
+        return "logits"
+    return "image_embeds" if isinstance(model, entry.further) else "last_hidden_state"
 
 
 def build(config: EncoderConfigMixin) -> Any:

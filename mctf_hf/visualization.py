@@ -14,7 +14,6 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .configuration_mctf import as_pair
-from .modeling_mctf_vit import MCTFViTConfig, MCTFViTForImageClassification, MCTFViTModel
 
 DISPLAY_SIZE = 448
 GAP = 8
@@ -61,7 +60,7 @@ class FusedTokens:
 
 @torch.inference_mode()
 def fused_tokens(
-    model: MCTFViTForImageClassification | MCTFViTModel,
+    model: Any,
     image_processor: Any,
     images: Iterable[Image.Image],
     layer: int | None = None,
@@ -72,7 +71,7 @@ def fused_tokens(
     interpolated position embeddings; what lies beyond the last whole patch is not seen.
 
     Args:
-        model: in evaluation mode.
+        model: of this library, in evaluation mode.
         image_processor: the model's own.
         images: of any size and mode.
         layer: zero-based layer after which to look; unset, the last.
@@ -94,13 +93,13 @@ def fused_tokens(
 
 
 def _look(
-    model: MCTFViTForImageClassification | MCTFViTModel,
+    model: Any,
     image_processor: Any,
     pixel_values: Tensor,
     until: int,
 ) -> FusedTokens:
     """Fuse the tokens of one image, (1, channels, height, width), in the first layers only."""
-    config: MCTFViTConfig = model.config
+    config = model.config
     height, width = pixel_values.shape[-2:]
     fused = config.tokens_fused(config.num_tokens((height, width)))
     output = model(

@@ -170,7 +170,7 @@ def test_a_card_with_other_keep_rates(reduction: str) -> None:
     model = tiny_model(reduction=reduction, keep_rate=0.7, min_tokens=1)
     evaluation = evaluate(model, None, batch_size=2, rounds=1)
     assert evaluation.own.keep_rate == 0.7 and evaluation.own.r is None
-    assert evaluation.plain.r == 0 and evaluation.plain.name == "no fusion (plain ViT)"
+    assert evaluation.plain.r == 0 and evaluation.plain.name == "no fusion (plain model)"
     assert len(evaluation.others) >= 2
     for row in evaluation.others:
         assert row.gmacs * 1e9 == multiply_accumulates(model.config, keep_rate=row.keep_rate)
