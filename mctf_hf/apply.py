@@ -18,7 +18,6 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
-from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_outputs import (
     BackboneOutput,
     BaseModelOutput,
@@ -28,7 +27,7 @@ from transformers.modeling_outputs import (
 from transformers.utils import ModelOutput, cached_file
 
 from .anatomy import check_layer
-from .configuration_mctf import FusionConfigMixin, TokenFusion
+from .configuration_mctf import ROPE_POSITIONS, FusionConfigMixin, TokenFusion
 from .families import Encoder, explain, find_encoders, supported
 from .fused_encoder import FusedLayers, check_mask, exchange_class, fuse_layers, fused_class
 from .fused_layer import Tokens
@@ -48,12 +47,15 @@ class Call:
     Attributes:
         settings: of the fusion.
         r, keep_rate: of these calls, or None.
+        unmasked: nobody gave a mask, so that what transformers makes of none for a program that is
+            exported masks nothing.
         tokens: of the last of these calls.
     """
 
     settings: TokenFusion
     r: TokensFused | None = None
     keep_rate: KeepRate | None = None
+    unmasked: bool = False
     tokens: Tokens | None = None
 
 
@@ -61,14 +63,29 @@ class Call:
 _CALLS: ContextVar[dict[int, Call]] = ContextVar("calls")
 
 
+# The ids of layers that a module of transformers runs here and now.
+_RUNNING: ContextVar[frozenset[int]] = ContextVar("running", default=frozenset())
+
+
 class HostedLayers(FusedLayers):
-    """Layers in a model of transformers, which iterates over them and finds one that runs all."""
+    """Layers in a model of transformers, which iterates over them to run them one by one.
+
+    While it runs, it finds a single one that runs all; whoever else looks finds each.
+    """
 
     settings: TokenFusion
     call: Call | None = None
+    running: bool = False
+    __repr__ = nn.Module.__repr__  # that of lists does not say how tokens are fused
 
     def __iter__(self) -> Iterator[nn.Module]:
-        return iter((self,))
+        runs = self.running
+        if not torch.compiler.is_compiling():
+            runs = id(self) in _RUNNING.get()
+        return iter((self,)) if runs else super().__iter__()
+
+    def extra_repr(self) -> str:
+        return f"fusion: {self.settings.reduction}, {self.settings.own_amount()}"
 
     def active(self) -> Call:
         """How tokens are fused here and now."""
@@ -89,10 +106,13 @@ class HostedLayers(FusedLayers):
             for layer in self.children():
                 hidden_states = layer(hidden_states, *args, **kwargs)
             return hidden_states
+        reducer = build_reducer(settings)
+        drops = reducer is not None and reducer.drops_tokens
         if args:
-            args = (check_mask(args[0]), *args[1:])
+            args = (None if call.unmasked else check_mask(args[0]), *args[1:])
         elif "attention_mask" in kwargs:
-            kwargs["attention_mask"] = check_mask(kwargs["attention_mask"])
+            mask = kwargs["attention_mask"]
+            kwargs["attention_mask"] = None if call.unmasked else check_mask(mask)
         tokens = self.encode(
             hidden_states,
             *args,
@@ -101,12 +121,46 @@ class HostedLayers(FusedLayers):
             keep_rate=call.keep_rate,
             track=True,
             rotary=rotary,
+            whole=not drops,
             **kwargs,
         )
         call.tokens = tokens
-        reducer = build_reducer(settings)
-        drops = reducer is not None and reducer.drops_tokens
         return tokens.hidden_states if drops else tokens.restored()
+
+
+class FusedRunner:
+    """What runs layers with fusion; before its class, of transformers or torch."""
+
+    hosted_layers: HostedLayers
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        host = cls.__dict__["host"]
+
+        @functools.wraps(host.forward)
+        def forward(self: FusedRunner, *args: Any, **kwargs: Any) -> Any:
+            return _run([self.hosted_layers], host.forward, self, *args, **kwargs)
+
+        cls.forward = forward  # type: ignore[attr-defined]
+
+
+def _run(
+    layers: Sequence[HostedLayers], forward: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Call a forward that iterates over layers to run them."""
+    if torch.compiler.is_compiling():
+        for one in layers:
+            one.running = True
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            for one in layers:
+                one.running = False
+    token = _RUNNING.set(_RUNNING.get() | {id(one) for one in layers})
+    try:
+        return forward(*args, **kwargs)
+    finally:
+        _RUNNING.reset(token)
 
 
 class FusedModel:
@@ -156,26 +210,42 @@ def _forward_of(host: type[PreTrainedModel]) -> Callable[..., Any]:
     ) -> Any:
         calls = [layers.active() for layers in self.fused_layers]
         fewer = not all(call.settings.restore for call in calls)
-        if r is None and keep_rate is None and not output_fusion and not fewer:
-            return host.forward(self, *args, **kwargs)
-        if r is not None or keep_rate is not None:
+        exported = torch.compiler.is_exporting()
+        if (r, keep_rate) == (None, None) and not (output_fusion or fewer or exported):
+            return _run(self.fused_layers, host.forward, self, *args, **kwargs)
+        if (r, keep_rate) != (None, None):
             calls = [Call(call.settings, r, keep_rate) for call in calls]
+        if exported:
+            masks = [value for name, value in kwargs.items() if "attention_mask" in name]
+            unmasked = all(mask is None for mask in masks)
+            calls = [dataclasses.replace(call, unmasked=unmasked) for call in calls]
+        as_tuple = kwargs.get("return_dict") is False or (
+            kwargs.get("return_dict") is None and not self.config.return_dict
+        )
+        named = {**kwargs, "return_dict": True} if as_tuple else kwargs
         before = _enter(self.fused_layers, calls)
         try:
-            output = host.forward(self, *args, **kwargs)
+            output = _run(self.fused_layers, host.forward, self, *args, **named)
         finally:
             _leave(self.fused_layers, before)
-        if len(calls) > 1 or calls[0].tokens is None:
-            return output
-        tokens = _tracked(calls[0].tokens)
-        if fewer:
-            output = _left(output, tokens)
-        if not isinstance(output, ModelOutput):
-            return output
-        more = {"token_sizes": tokens.sizes, "assignment": tokens.assignment()}
-        return _extended(type(output))(**dict(output), **more)
+        told = output_fusion or (fewer and not as_tuple)
+        output = _told(output, calls, told, fewer)
+        return output.to_tuple() if as_tuple else output
 
     return forward
+
+
+def _told(output: Any, calls: Sequence[Call], told: bool, fewer: bool) -> Any:
+    """An output with what became of the tokens, if that was asked for."""
+    if len(calls) > 1 or calls[0].tokens is None or not (told or fewer):
+        return output
+    tokens = _tracked(calls[0].tokens)
+    if fewer:
+        output = _left(output, tokens)
+    if not told:
+        return output
+    more = {"token_sizes": tokens.sizes, "assignment": tokens.assignment()}
+    return _extended(type(output))(**dict(output), **more)
 
 
 def _enter(layers: Sequence[HostedLayers], calls: Sequence[Call]) -> Any:
@@ -219,29 +289,32 @@ def _left(output: Any, tokens: Tokens) -> Any:
     first = places.new_full((batch, tokens.hidden_states.shape[1]), num_tokens)
     first = first.scatter_reduce(1, assignment.clamp(min=0), places, "amin")  # [b, m]
 
-    def fewer(value: Any, name: str = "") -> Any:
-        if isinstance(value, ModelOutput):
-            changed = {key: fewer(one, key) for key, one in value.items()}
-            return type(value)(**changed)
-        whole = name == "last_hidden_state" and value.shape[1] == num_tokens
-        if not whole or num_tokens == first.shape[1]:
+    def fewer(value: Any) -> Any:
+        if num_tokens == first.shape[1]:
             return value
         return value.gather(1, first[:, :, None].expand(-1, -1, value.shape[2]))
 
-    if not isinstance(output, ModelOutput):
-        return (fewer(output[0], "last_hidden_state"), *output[1:])
-    return fewer(output)
+    changed = dict(output)
+    whole = changed.get("last_hidden_state")
+    if whole is not None and whole.shape[1] == num_tokens:
+        changed["last_hidden_state"] = fewer(whole)
+    if isinstance(changed.get("vision_model_output"), ModelOutput):
+        changed["vision_model_output"] = _left(changed["vision_model_output"], tokens)
+    return type(output)(**changed)
 
 
-@functools.cache
 def _extended(output: type[Any]) -> type[Any]:
     """A class of outputs with two more fields."""
     if "token_sizes" in output.__dataclass_fields__:
         return output
-    more = [(name, Tensor | None, None) for name in ("token_sizes", "assignment")]
-    return dataclasses.make_dataclass(f"Fused{output.__name__}", more, bases=(output,))
+    if output not in _EXTENDED:
+        more = [(name, Tensor | None, None) for name in ("token_sizes", "assignment")]
+        name = f"Fused{output.__name__}"
+        _EXTENDED[output] = dataclasses.make_dataclass(name, more, bases=(output,))
+    return _EXTENDED[output]
 
 
+_EXTENDED: dict[type[Any], type[Any]] = {}
 for _output in (BaseModelOutput, BaseModelOutputWithPooling, BackboneOutput, ImageClassifierOutput):
     _extended(_output)  # what is compiled cannot make classes
 
@@ -273,6 +346,14 @@ def fuse_tokens(model: Any, **settings: Any) -> Any:
 def _fuse(model: Any, settings: dict[str, Any], given: dict[str, Any]) -> Any:
     """See :func:`fuse_tokens`; ``given`` are those that somebody chose."""
     name = type(model).__name__
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{model!r} is no model, whose tokens could be fused")
+    inside = [path for path, module in model.named_modules() if isinstance(module, FusedModel)]
+    if inside and inside != [""]:
+        raise ValueError(
+            f"{name} contains a model that fuses tokens already, {inside[0]!r}: call unfuse_tokens "
+            "with that first"
+        )
     if any(isinstance(module, FusedLayers) for module in model.modules()):
         own = isinstance(getattr(model, "config", None), FusionConfigMixin)
         advice = (
@@ -288,11 +369,19 @@ def _fuse(model: Any, settings: dict[str, Any], given: dict[str, Any]) -> Any:
     if unknown:
         raise ValueError(f"settings {unknown} are not known: they are among {', '.join(SETTINGS)}")
     chosen = [_settings(encoder, settings, given) for encoder in encoders]
+    if not chosen[0].restore and (model.can_generate() or hasattr(model, "language_model")):
+        raise ValueError(
+            f"restore={chosen[0].restore!r} is not allowed with {name}, whose language model has a "
+            "place for each token"
+        )
     for encoder, own in zip(encoders, chosen, strict=True):
         fuse_layers(encoder.layers, encoder.family.names, own, HostedLayers)
         if encoder.family.rotary is not None:
             rotary = encoder.owner.get_submodule(encoder.family.rotary)
             exchange_class(rotary, fused_class(FusedRotaryEmbedding, type(rotary)))
+        if encoder.runner is not model:
+            exchange_class(encoder.runner, fused_class(FusedRunner, type(encoder.runner)))
+            encoder.runner.__dict__["hosted_layers"] = encoder.layers
     exchange_class(model, fused_class(FusedModel, type(model)))
     # Not a submodule, whose weights would have two names.
     model.__dict__["fused_layers"] = [encoder.layers for encoder in encoders]
@@ -307,7 +396,7 @@ def _settings(encoder: Encoder, settings: dict[str, Any], given: dict[str, Any])
     for layer in encoder.layers.children():
         check_layer(layer, family.names)
     if family.rotary is not None:
-        settings = {"rope_positions": "mean", **settings}
+        settings = {"rope_positions": ROPE_POSITIONS, **settings}
     elif settings.get("rope_positions") is not None:
         raise ValueError(
             f"rope_positions={settings['rope_positions']!r} has no effect on {name}, which has no "
@@ -321,9 +410,10 @@ def _settings(encoder: Encoder, settings: dict[str, Any], given: dict[str, Any])
         **settings,
     )
     made.check_effect(given)
-    if not made.restore and isinstance(encoder.owner, BackboneMixin):
+    if not made.restore and encoder.backbone is not None:
         raise ValueError(
-            f"restore={made.restore!r} is not allowed with {name}, which makes grids of its tokens"
+            f"restore={made.restore!r} is not allowed with {encoder.backbone}, which makes grids "
+            "of its tokens"
         )
     return made
 
@@ -339,12 +429,13 @@ def unfuse_tokens(model: Any) -> Any:
     """
     _check_fused(model)
     for layers in model.__dict__.pop("fused_layers"):
-        for name in ("settings", "widest", "names", "call"):
+        for name in ("settings", "widest", "names", "call", "running"):
             layers.__dict__.pop(name, None)
         layers.__class__ = nn.ModuleList
     for module in model.modules():
         host = type(module).__dict__.get("host")
         if host is not None:
+            module.__dict__.pop("hosted_layers", None)
             exchange_class(module, host)
     return model
 

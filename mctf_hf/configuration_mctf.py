@@ -20,6 +20,9 @@ from .schedule import (
 
 logger = logging.get_logger(__name__)
 
+# The better of the two for the class token with the default method, by docs/encoders.md.
+ROPE_POSITIONS = "kept"
+
 
 def _check_reduction(value: str) -> None:
     if value != "none" and value not in REDUCERS:
@@ -344,4 +347,6 @@ class RotaryConfigMixin:
             pooling), or where the token was that it started from (``"kept"``).
     """
 
-    rope_positions: str = field(default="mean", metadata=one_of("rope_positions", "mean", "kept"))
+    rope_positions: str = field(
+        default=ROPE_POSITIONS, metadata=one_of("rope_positions", "mean", "kept")
+    )

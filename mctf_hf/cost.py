@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .anatomy import attention_core, attention_names
+from .apply import FusedModel, HostedLayers, fusion_of
 from .configuration_mctf import FusionConfigMixin, as_pair
+from .families import find_encoders
 from .fused_encoder import FusedLayers
 from .reducers import Stage, build_reducer
 from .registry import BACKBONES
@@ -92,7 +94,7 @@ class Description:
         num_layers: of the encoder.
         layer: one of them.
         around: multiply-accumulates outside of the layers, without fusion.
-        per_token: of these, so many for each token that is not restored.
+        per_token: of these, so many for each token that is left.
     """
 
     num_tokens: int
@@ -124,7 +126,8 @@ def multiply_accumulates(
     """Multiply-accumulates of one forward pass on one image.
 
     Args:
-        model: a configuration of this library, for its classifier; or a model of this library.
+        model: a configuration of this library, for its classifier; a model of this library; or one
+            that :func:`.apply.fuse_tokens` was called with, whose vision encoder is counted.
         r, keep_rate: one of them may be used instead of the configuration's own.
         image_size: height and width in pixels, instead of the configuration's own.
 
@@ -135,12 +138,16 @@ def multiply_accumulates(
 
 
 def settings_of(model: Any) -> FusionConfigMixin:
-    """The settings of fusion of a model or a configuration."""
+    """The settings of fusion of a model or a configuration, as they are here and now."""
+    if isinstance(model, FusedModel):
+        return model.fused_layers[0].active().settings
     return getattr(model, "config", model)
 
 
 def describe(model: Any, image_size: int | tuple[int, int] | None = None) -> Description:
     """What a model costs, without fusion and by layer; see :func:`multiply_accumulates`."""
+    if isinstance(model, FusedModel):
+        return _count_hosted(model, image_size)
     config = settings_of(model)
     size = config.usual_size if image_size is None else as_pair(image_size)
     if model is config:
@@ -172,11 +179,28 @@ def _count(model: nn.Module, config: Any, size: tuple[int, int]) -> Description:
     layer, num_tokens, num_layers = LayerCost.of(layers), config.num_tokens(size), len(layers)
     total = counted(model, torch.empty(1, channels, *size), r=0, **options)
     in_layers = sum(_layer(layer, config, num_tokens, 0) for _ in range(num_layers))
-    per_token = 0
+    entry = BACKBONES[config.model_type]
+    per_token = _LAYERNORM * config.hidden_size if entry.norms_all_tokens else 0
     if not config.restore:
-        entry = BACKBONES[config.model_type]
-        per_token = _LAYERNORM * config.hidden_size + entry.read_per_token(config)
+        per_token += entry.read_per_token(config)
     return Description(num_tokens, num_layers, layer, total - in_layers, per_token)
+
+
+def _count_hosted(model: Any, image_size: int | tuple[int, int] | None) -> Description:
+    """The vision encoder in a model of transformers."""
+    encoder = find_encoders(model)[0]
+    inputs, options = encoder.family.example(encoder.owner, image_size)
+    layers, seen = encoder.layers, []
+    assert isinstance(layers, HostedLayers)
+    hook = layers.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    try:
+        with fusion_of(model, reduction="none"):
+            total = counted(encoder.owner, inputs, **options)
+    finally:
+        hook.remove()
+    layer, settings = LayerCost.of(layers), layers.settings
+    in_layers = len(layers) * _layer(layer, settings, seen[0], 0)
+    return Description(seen[0], len(layers), layer, total - in_layers, 0)
 
 
 @torch.no_grad()

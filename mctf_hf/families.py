@@ -1,13 +1,17 @@
 """The vision encoders of transformers whose tokens can be fused, and where they are in a model."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.backbone_utils import BackboneMixin
 
 from .anatomy import AIMV2, BEIT, CLIP, DINO, INTERNVL, VIT, LayerNames, check_layer
+from .configuration_mctf import as_pair
 from .fused_encoder import FusedLayers
 
 
@@ -32,6 +36,7 @@ class Family:
         names: of the parts of a layer.
         prefix: how many tokens come before the patches, or a function of the configuration.
         rotary: where the module is that makes rotary positions.
+        spectrogram: whether it takes spectrograms, not images.
         hindrance: why an encoder of some configuration cannot fuse; ``None`` if it can.
     """
 
@@ -41,7 +46,31 @@ class Family:
     names: LayerNames
     prefix: int | Callable[[Any], int] = 1
     rotary: str | None = None
+    spectrogram: bool = False
     hindrance: Callable[[Any], str | None] = lambda config: None
+
+    def example(
+        self, owner: nn.Module, image_size: int | tuple[int, int] | None = None
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """What an owner takes, without values, and options of the call.
+
+        Args:
+            image_size: height and width in pixels, instead of the configuration's own.
+
+        Raises:
+            ValueError: for an ``image_size`` of an encoder that takes no images.
+        """
+        config: Any = owner.config
+        if self.spectrogram:
+            if image_size is not None:
+                raise ValueError(f"image_size={image_size!r} is not allowed with {self.name}")
+            return torch.empty(1, config.max_length, config.num_mel_bins), {}
+        size = as_pair(config.image_size if image_size is None else image_size)
+        options = {}
+        known = inspect.signature(owner.forward).parameters
+        if size != as_pair(config.image_size) and "interpolate_pos_encoding" in known:
+            options["interpolate_pos_encoding"] = True
+        return torch.empty(1, config.num_channels, *size), options
 
     def num_prefix_tokens(self, config: Any) -> int:
         """How many tokens come before the patches."""
@@ -80,7 +109,7 @@ FAMILIES = (
         BEIT,
         hindrance=_relative_positions,
     ),
-    Family("Audio Spectrogram Transformer", ("ASTModel",), "layers", VIT, 2),
+    Family("Audio Spectrogram Transformer", ("ASTModel",), "layers", VIT, 2, spectrogram=True),
     Family("InternVL", ("InternVLVisionModel",), "encoder.layer", INTERNVL),
     Family("Idefics3", ("Idefics3VisionTransformer",), "encoder.layers", CLIP, 0),
     Family("SmolVLM", ("SmolVLMVisionTransformer",), "encoder.layers", CLIP, 0),
@@ -111,12 +140,16 @@ class Encoder(NamedTuple):
         owner: what embeds images and runs the layers.
         family: how it is written.
         layers: its list of layers.
+        runner: the module that iterates over them.
+        backbone: class of the backbone that it is or is in, which makes grids; or ``None``.
     """
 
     path: str
     owner: PreTrainedModel
     family: Family
     layers: nn.ModuleList
+    runner: nn.Module
+    backbone: str | None
 
 
 def find_encoders(model: nn.Module) -> list[Encoder]:
@@ -128,8 +161,17 @@ def find_encoders(model: nn.Module) -> list[Encoder]:
             assert isinstance(module, PreTrainedModel)
             layers = module.get_submodule(family.layers)
             assert isinstance(layers, nn.ModuleList)
-            found.append(Encoder(path, module, family, layers))
+            runner = module.get_submodule(family.layers.rpartition(".")[0])
+            backbone = _backbone(model, path)
+            found.append(Encoder(path, module, family, layers, runner, backbone))
     return found
+
+
+def _backbone(model: nn.Module, path: str) -> str | None:
+    """The class of the first backbone on the way to a module."""
+    parts = path.split(".") if path else []
+    way = [model.get_submodule(".".join(parts[:i])) for i in range(len(parts) + 1)]
+    return next((type(one).__name__ for one in way if isinstance(one, BackboneMixin)), None)
 
 
 def family_of(module: nn.Module) -> Family | None:
@@ -156,6 +198,11 @@ def supported() -> dict[str, tuple[str, ...]]:
 def explain(model: nn.Module) -> str:
     """Why no tokens of a model can be fused."""
     name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        inside = [f"{type(one.owner).__name__} at {one.path!r}" for one in find_encoders(model)]
+        return f"{name} is no model of transformers" + (
+            f": fuse the tokens of the {' and the '.join(inside)} in it" if inside else ""
+        )
     for module in model.modules():
         for known in sorted(_names(module) & set(LATER)):
             return f"{name}: {LATER[known]} ({known}), which is not supported yet"

@@ -4,6 +4,7 @@
 of :mod:`.fused_layer`, by exchanging their classes. Weights, their names and the modules stay.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -99,6 +100,7 @@ class FusedLayers(nn.ModuleList):
         track: bool = False,
         rotary: Rotary | None = None,
         mask: Tensor | None = None,
+        whole: bool = False,
         **kwargs: Any,
     ) -> Tokens:
         """Run all layers: (b, n, d) -> tokens (b, m, d) that are not restored.
@@ -110,6 +112,7 @@ class FusedLayers(nn.ModuleList):
             track: fill the tokens' sizes and rows, also where nothing is fused.
             rotary: positions of the patches of rotary encoders.
             mask: of attention, as the layers take it; only without fusion.
+            whole: the tokens are going to be restored.
 
         Raises:
             ValueError: for an amount that is not allowed, or a mask where tokens are fused.
@@ -118,32 +121,38 @@ class FusedLayers(nn.ModuleList):
         counts = settings.tokens_fused(hidden_states.shape[1], r, keep_rate)
         if any(counts):
             mask = check_mask(mask)
+        track = track or (whole and any(counts))
+        run = functools.partial(
+            self._run,
+            args=args,
+            kwargs=kwargs,
+            step=_step(settings, whole),
+            counts=counts,
+            track=track,
+            rotary=rotary,
+        )
         size = self._slice_size(hidden_states, any(counts), mask, kwargs)
         if size == hidden_states.shape[0]:
-            return self._run(hidden_states, args, kwargs, settings, counts, track, rotary, mask)
-        parts = [
-            self._run(images, args, kwargs, settings, counts, track, rotary)
-            for images in hidden_states.split(size)
-        ]
-        return _joined(parts)
+            return run(hidden_states, mask)
+        return _joined([run(images, None) for images in hidden_states.split(size)])
 
     def _run(
         self,
         hidden_states: Tensor,
+        mask: Tensor | None,
+        *,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        settings: FusionConfigMixin,
+        step: Step,
         counts: Sequence[int],
         track: bool,
         rotary: Rotary | None,
-        mask: Tensor | None = None,
     ) -> Tokens:
         batch, num_tokens = hidden_states.shape[:2]
         rows = positions = None
         fuses = any(counts)
-        if track or (fuses and settings.restore):
+        if track:
             rows = torch.arange(batch * num_tokens, device=hidden_states.device)
-        step = _step(settings)
         host = dict(kwargs)
         if rotary is not None:
             host["position_embeddings"] = tuple(rotary.rotation)
@@ -199,7 +208,7 @@ def goes_in_slices(x: Tensor) -> bool:
     return x.is_cpu and not recorded
 
 
-def _step(settings: FusionConfigMixin) -> Step:
+def _step(settings: FusionConfigMixin, whole: bool = False) -> Step:
     reducer = build_reducer(settings)
     return Step(
         reducer=reducer,
@@ -209,6 +218,7 @@ def _step(settings: FusionConfigMixin) -> Step:
         proportional_attention=settings.proportional_attention
         and (reducer is None or reducer.biases_attention),
         restore=settings.restore,
+        whole=whole,
         rope_positions=getattr(settings, "rope_positions", None),
     )
 

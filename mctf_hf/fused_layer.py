@@ -89,6 +89,7 @@ class Step(NamedTuple):
         class_token: whether the first token stands for the whole image.
         proportional_attention: whether sizes enter attention.
         restore: show the hidden states at the places of the embedded tokens to whoever looks.
+        whole: whether the tokens will be restored, so that none may be dropped.
         rope_positions: see :class:`.configuration_mctf.RotaryConfigMixin`.
         frequencies: (d / h / 4,), turns of the channels per unit of a coordinate; or ``None``.
     """
@@ -99,6 +100,7 @@ class Step(NamedTuple):
     class_token: bool
     proportional_attention: bool
     restore: bool = False
+    whole: bool = False
     rope_positions: str | None = None
     frequencies: Tensor | None = None
 
@@ -309,8 +311,8 @@ def _check(reduction: Reduction, tokens: Tokens, step: Step) -> None:
             f"{name} returned a reduction without weights: call its weigh(), or set "
             "pools_linearly=False for elementwise maximum"
         )
-    if step.restore and found + reduction.merged.shape[0] < reduction.rows.shape[0]:
+    if step.whole and found + reduction.merged.shape[0] < reduction.rows.shape[0]:
         raise ValueError(
-            f"restore=True is not allowed with {name}, which drops tokens: set restore to False "
-            "(and let it say drops_tokens)"
+            f"{name} drops tokens, which cannot be restored: let it say drops_tokens=True, and set "
+            "restore to False"
         )

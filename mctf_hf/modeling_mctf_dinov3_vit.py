@@ -95,6 +95,7 @@ class MCTFDINOv3ViTModel(MCTFEncoderMixin, DINOv3ViTModel):
     config_class = MCTFDINOv3ViTConfig
     names = DINO
     layers_path = "model.layer"
+    base_model_prefix = "dinov3_vit"  # not "model", where the layers are
 
     def __init__(self, config: MCTFDINOv3ViTConfig):
         super().__init__(config)

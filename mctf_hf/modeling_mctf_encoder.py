@@ -113,19 +113,20 @@ class MCTFEncoderMixin(MCTFPreTrainedMixin):
         if kwargs.pop("attention_mask", None) is not None:
             raise ValueError(f"attention_mask is not allowed in {type(self).__name__}")
         assert inputs_embeds is not None
+        reducer = build_reducer(config)
+        drops = reducer is not None and reducer.drops_tokens
         tokens = self.fused_layers.encode(
             inputs_embeds,
             *self.layer_arguments,
             settings=config,
             r=r,
             keep_rate=keep_rate,
-            track=True,
+            track=output_fusion or drops,
             rotary=rotary,
+            whole=not drops,
             **kwargs,
         )
         tokens = tokens._replace(hidden_states=self.final_norm(tokens.hidden_states))
-        reducer = build_reducer(config)
-        drops = reducer is not None and reducer.drops_tokens
         whole = tokens.hidden_states if drops else tokens.restored()
         return MCTFModelOutput(
             last_hidden_state=whole if config.restore else tokens.hidden_states,

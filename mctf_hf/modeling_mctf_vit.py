@@ -420,6 +420,7 @@ class MCTFViTModel(MCTFPreTrainedMixin, ViTModel):
             keep_rate=keep_rate,
             track=output_fusion or pools_patches,
             mask=mask,
+            whole=self.config.restore,
             **kwargs,
         )
         tokens = tokens._replace(hidden_states=self.layernorm(tokens.hidden_states))

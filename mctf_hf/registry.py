@@ -70,6 +70,7 @@ class Backbone:
         classifier: the encoder with a head for image classification.
         further: other classes of its own; the first embeds images where a plain model does.
         plain: classes of transformers that load the same checkpoints, by those of this library.
+        norms_all_tokens: whether the last norm is of all tokens that are left.
         read_per_token: multiply-accumulates of the heads per token that is left, where a
             configuration does not restore tokens.
     """
@@ -79,6 +80,7 @@ class Backbone:
     classifier: type[Any]
     further: tuple[type[Any], ...] = ()
     plain: Mapping[type[Any], type[Any]] = field(default_factory=dict)
+    norms_all_tokens: bool = True
     read_per_token: Callable[[Any], int] = lambda config: 0
 
     @property
@@ -139,6 +141,7 @@ BACKBONES: dict[str, Backbone] = {
                 MCTFCLIPVisionModel: CLIPVisionModel,
                 MCTFCLIPVisionModelWithProjection: CLIPVisionModelWithProjection,
             },
+            norms_all_tokens=False,
         ),
         Backbone(
             MCTFSiglipVisionConfig,
