@@ -5,7 +5,7 @@ differs is what the parts are called, and what a branch goes through before it i
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -81,7 +81,7 @@ def attention_names(attention: nn.Module) -> AttentionNames:
     Raises:
         ValueError: for the first part that is not found; the message says which.
     """
-    found = {}
+    found: dict[str, Any] = {}
     for part, spellings in _SPELLINGS.items():
         name = next((name for name in spellings if hasattr(attention, name)), None)
         if name is None and part not in AttentionNames._field_defaults:

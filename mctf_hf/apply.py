@@ -109,10 +109,12 @@ class HostedLayers(FusedLayers):
         reducer = build_reducer(settings)
         drops = reducer is not None and reducer.drops_tokens
         if args:
-            args = (None if call.unmasked else check_mask(args[0]), *args[1:])
-        elif "attention_mask" in kwargs:
-            mask = kwargs["attention_mask"]
-            kwargs["attention_mask"] = None if call.unmasked else check_mask(mask)
+            mask, args = args[0], (None, *args[1:])
+        else:
+            mask = kwargs.get("attention_mask")
+            kwargs |= {"attention_mask": None} if mask is not None else {}
+        if not call.unmasked:
+            check_mask(mask)
         tokens = self.encode(
             hidden_states,
             *args,
@@ -171,6 +173,7 @@ class FusedModel:
     """
 
     fused_layers: list[HostedLayers]
+    config: Any
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -187,7 +190,7 @@ class FusedModel:
                 "push_to_hub=True is not allowed in save_pretrained of a model with fusion: use "
                 "its push_to_hub(), which takes the settings of fusion along"
             )
-        super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+        super().save_pretrained(save_directory, **kwargs)
         if kwargs.get("is_main_process", True):
             settings = self.fused_layers[0].settings
             told = {name: getattr(settings, name) for name in SETTINGS}
@@ -213,6 +216,7 @@ def _forward_of(host: type[PreTrainedModel]) -> Callable[..., Any]:
         exported = torch.compiler.is_exporting()
         if (r, keep_rate) == (None, None) and not (output_fusion or fewer or exported):
             return _run(self.fused_layers, host.forward, self, *args, **kwargs)
+        active = calls
         if (r, keep_rate) != (None, None):
             calls = [Call(call.settings, r, keep_rate) for call in calls]
         if exported:
@@ -228,6 +232,8 @@ def _forward_of(host: type[PreTrainedModel]) -> Callable[..., Any]:
             output = _run(self.fused_layers, host.forward, self, *args, **named)
         finally:
             _leave(self.fused_layers, before)
+        for one, call in zip(active, calls, strict=True):
+            one.tokens = call.tokens
         told = output_fusion or (fewer and not as_tuple)
         output = _told(output, calls, told, fewer)
         return output.to_tuple() if as_tuple else output
@@ -374,8 +380,8 @@ def _fuse(model: Any, settings: dict[str, Any], given: dict[str, Any]) -> Any:
             f"restore={chosen[0].restore!r} is not allowed with {name}, whose language model has a "
             "place for each token"
         )
-    for encoder, own in zip(encoders, chosen, strict=True):
-        fuse_layers(encoder.layers, encoder.family.names, own, HostedLayers)
+    for encoder, its in zip(encoders, chosen, strict=True):
+        fuse_layers(encoder.layers, encoder.family.names, its, HostedLayers)
         if encoder.family.rotary is not None:
             rotary = encoder.owner.get_submodule(encoder.family.rotary)
             exchange_class(rotary, fused_class(FusedRotaryEmbedding, type(rotary)))

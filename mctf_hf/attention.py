@@ -184,7 +184,7 @@ class FusionAttention:
             ``output_attentions``.
         """
         if attention is None:
-            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+            return super().forward(hidden_states, *args, **kwargs)
         value = self._part(self.names.value)(hidden_states)  # [b, m, d]
         shown = attention.map
         if reduction is None:

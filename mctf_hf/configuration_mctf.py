@@ -277,7 +277,7 @@ class EncoderConfigMixin(FusionConfigMixin):
         Raises:
             ValueError: for the checkpoint of another architecture.
         """
-        settings, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
+        settings, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         model_type = settings.get("model_type", next(iter(cls.plain_types), None))
         if model_type not in (*cls.plain_types, *cls.plain_parts, cls.model_type):
             plain = "".join(f"{name!r} ({meaning}), " for name, meaning in cls.plain_types.items())

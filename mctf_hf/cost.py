@@ -148,7 +148,7 @@ def describe(model: Any, image_size: int | tuple[int, int] | None = None) -> Des
     """What a model costs, without fusion and by layer; see :func:`multiply_accumulates`."""
     if isinstance(model, FusedModel):
         return _count_hosted(model, image_size)
-    config = settings_of(model)
+    config: Any = settings_of(model)
     size = config.usual_size if image_size is None else as_pair(image_size)
     if model is config:
         fusion = FusionConfigMixin.__dataclass_fields__
@@ -156,13 +156,14 @@ def describe(model: Any, image_size: int | tuple[int, int] | None = None) -> Des
             name: value for name, value in config.to_dict().items() if name not in fusion
         }
         text = json.dumps(architecture, sort_keys=True, default=str)
-        return _described(type(config), text, config.restore, size)
+        own: Any = type(config)
+        return _described(own, text, config.restore, size)
     return _count(model, config, size)
 
 
 @functools.lru_cache(maxsize=64)
 def _described(
-    config_class: type, architecture: str, restore: bool, size: tuple[int, int]
+    config_class: Any, architecture: str, restore: bool, size: tuple[int, int]
 ) -> Description:
     config = config_class.from_dict({**json.loads(architecture), "restore": restore})
     with torch.device("meta"):

@@ -228,6 +228,7 @@ def explain(model: nn.Module) -> str:
 
 def _stacks(model: nn.Module) -> Iterator[nn.ModuleList]:
     for module in model.modules():
-        alike = isinstance(module, nn.ModuleList) and len({type(m) for m in module.children()}) == 1
-        if alike and not isinstance(module, FusedLayers):
+        if not isinstance(module, nn.ModuleList) or isinstance(module, FusedLayers):
+            continue
+        if len({type(layer) for layer in module.children()}) == 1:
             yield module

@@ -53,7 +53,7 @@ def _reduce(self: Any, protocol: int) -> tuple[Any, ...]:
 
 
 def _new(mixin: type, host: type, attributes: dict[str, Any]) -> Any:
-    made = fused_class(mixin, host, **attributes)
+    made: Any = fused_class(mixin, host, **attributes)
     return made.__new__(made)
 
 
@@ -120,7 +120,8 @@ class FusedLayers(nn.ModuleList):
         settings = self.settings if settings is None else settings
         counts = settings.tokens_fused(hidden_states.shape[1], r, keep_rate)
         if any(counts):
-            mask = check_mask(mask)
+            check_mask(mask)
+            mask = None
         track = track or (whole and any(counts))
         run = functools.partial(
             self._run,
@@ -168,7 +169,8 @@ class FusedLayers(nn.ModuleList):
                 output = layer(tokens.hidden_states, *args, **host)
                 tokens = tokens._replace(hidden_states=output)
             else:
-                rest = tokens._replace(hidden_states=None)
+                # Hidden states go by themselves, as reentrant checkpoints want them.
+                rest = tokens._replace(hidden_states=None)  # type: ignore[arg-type]
                 _, tokens = layer(tokens.hidden_states, tokens=rest, step=step._replace(r=r), **own)
         if track and tokens.sizes is None:
             sizes = hidden_states.new_ones(batch, num_tokens, dtype=torch.float32)
@@ -236,19 +238,13 @@ def _joined(parts: Sequence[Tokens]) -> Tokens:
             shifted.append(torch.where(found < 0, found, found + before * num_tokens))
             before += part.hidden_states.shape[0]
         rows = torch.cat(shifted)
-    joined = [
-        None if values[0] is None else torch.cat(values)
-        for values in zip(*(part[:2] for part in parts), strict=True)
-    ]
-    return Tokens(joined[0], joined[1], None, rows)
+    sizes = [part.sizes for part in parts if part.sizes is not None]
+    hidden_states = torch.cat([part.hidden_states for part in parts])
+    return Tokens(hidden_states, torch.cat(sizes) if sizes else None, None, rows)
 
 
 def check_mask(mask: Tensor | None) -> None:
-    """No mask, instead of one that masks nothing.
-
-    Raises:
-        ValueError: for a mask that masks something, or whose values cannot be looked at.
-    """
+    """Raise ValueError for a mask that masks something, or whose values cannot be looked at."""
     if mask is not None and (torch.compiler.is_compiling() or not _masks_nothing(mask)):
         raise ValueError(
             "attention_mask is not allowed where tokens are fused: leave it out, or set r=0 or "
@@ -286,4 +282,4 @@ def fuse_layers(
     linear = (module for module in layers[0].modules() if isinstance(module, nn.Linear))
     widest = max(module.out_features for module in linear)
     layers.__class__ = kind
-    layers.settings, layers.widest, layers.names = settings, widest, names  # type: ignore[assignment]
+    layers.settings, layers.widest, layers.names = settings, widest, names

@@ -125,7 +125,7 @@ class MCTFPreTrainedMixin:
         self.config.auto_map = classes
         # Not by the names that the weights were loaded by, which may be those of another class.
         kwargs.setdefault("save_original_format", False)
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
         if files and kwargs.get("is_main_process", True):
             for name, content in files.items():
                 Path(save_directory, name).write_text(content, encoding="utf-8")

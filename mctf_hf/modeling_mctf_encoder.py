@@ -34,7 +34,7 @@ class MCTFEncoderMixin(MCTFPreTrainedMixin):
 
     def __init__(self, config: Any):
         config.validate()  # from_pretrained sets what it was given one by one, unaware of the rest
-        super().__init__(config)
+        super().__init__(config)  # type: ignore[call-arg]
         fuse_layers(self.fused_layers, self.names, config)
 
     @property

@@ -413,7 +413,7 @@ class MCTFViTModel(MCTFPreTrainedMixin, ViTModel):
                 config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask
             )
         pools_patches = self.pooler is not None and not self.config.class_token
-        tokens = self.layers.encode(
+        tokens = self.fused_layers.encode(
             inputs_embeds,
             settings=self.config,
             r=r,
@@ -506,7 +506,7 @@ class MCTFViTForImageClassification(MCTFPreTrainedMixin, ViTForImageClassificati
 
     def embed(self, pixel_values: Tensor, **options: Any) -> dict[str, Any]:
         """See :meth:`MCTFViTModel.embed`."""
-        return self.vit.embed(pixel_values, **options)
+        return self.vit.embed(pixel_values, **options)  # type: ignore[operator]
 
     def _make_heads(self, config: MCTFViTConfig) -> None:
         self.classifier = make_head(config)

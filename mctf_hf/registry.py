@@ -90,7 +90,7 @@ class Backbone:
 
 
 def _auxiliary_head(config: MCTFLVViTConfig) -> int:
-    return config.hidden_size * config.num_labels if config.auxiliary_weight else 0
+    return config.hidden_size * int(config.num_labels or 0) if config.auxiliary_weight else 0
 
 
 BACKBONES: dict[str, Backbone] = {

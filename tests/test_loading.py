@@ -23,7 +23,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification, MCTFViTModel
 from mctf_hf.hub import load_image_processor, save
-from tests.conftest import TINY, environment_of_a_stranger, tiny_model
+from tests.conftest import REPOSITORY, TINY, environment_of_a_stranger, tiny_model
 
 # What a stranger runs: this library can't be imported there.
 BLOCKED = """
@@ -109,6 +109,27 @@ def test_a_stranger_loads_what_was_saved(tmp_path: Path, images: Tensor) -> None
     weights = strangers[0]["weights"]
     assert all(torch.equal(weights[name], weight) for name, weight in model.state_dict().items())
     assert torch.equal(strangers[0]["logits"], model(images).logits)
+
+
+PUSHED_BEFORE = REPOSITORY / "tests" / "golden" / "pushed_before"
+
+
+@torch.no_grad()
+def test_a_folder_of_the_version_before_loads(tmp_path: Path) -> None:
+    """With its own code and with ours; as it was pushed, with the logits that it gave."""
+    known = load_file(PUSHED_BEFORE / "expected.safetensors")
+    images, logits = known["pixel_values"], known["logits"]
+    folder = tmp_path / "pushed"
+    shutil.copytree(PUSHED_BEFORE, folder)
+    (found,), _ = load_as_stranger([folder], images, tmp_path)
+    torch.testing.assert_close(found["logits"], logits, atol=1e-6, rtol=0)
+    for load in (AutoModelForImageClassification, MCTFViTForImageClassification):
+        model = load.from_pretrained(folder).eval()
+        assert type(model) is MCTFViTForImageClassification and model.config.r == 7
+        torch.testing.assert_close(model(images).logits, logits, atol=1e-6, rtol=0)
+    save(model, ViTImageProcessorPil(), folder)
+    again = AutoModelForImageClassification.from_pretrained(folder).eval()
+    torch.testing.assert_close(again(images).logits, logits, atol=1e-6, rtol=0)
 
 
 @torch.no_grad()

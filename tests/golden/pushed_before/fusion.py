@@ -1,0 +1,158 @@
+"""A token reduction as data: which token goes where, and with which weight.
+
+Every method of this library ends in the same small value, a :class:`Reduction`. Each new token
+starts from one old token that is kept; every other one is merged into a new one, or dropped. So
+fusing is a gather of what is kept and a weighted scatter of the few that are merged, broadcasting
+back is a gather, and two reductions compose by gathering one assignment with the other.
+
+Shapes: ``b`` images, ``n`` tokens before and ``m`` tokens after the reduction, ``d`` channels.
+Tokens are addressed by their row in the flattened (b * n, …) and (b * m, …) tensors.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(eq=False)
+class Reduction:
+    """How ``n`` tokens become ``m``.
+
+    Attributes:
+        batch: how many images.
+        rows: (b * n,) int64, the new row that each old row becomes part of, -1 for none.
+        kept: (b * m,) int64, the old row that each new row starts from.
+        merged: (b * k,) int64, the old rows that are merged; without drops, k is n - m.
+        destination: (b * k,) int64, the new rows that these are merged into.
+        kept_weights: (b * m, 1), the coefficients of the rows that are kept, in their new row;
+            ``None`` stands for elementwise maximum. See :meth:`weigh`.
+        merged_weights: (b * k, 1), those of the rows that are merged.
+    """
+
+    batch: int
+    rows: Tensor
+    kept: Tensor
+    merged: Tensor
+    destination: Tensor
+    kept_weights: Tensor | None = None
+    merged_weights: Tensor | None = None
+
+    @classmethod
+    def from_positions(
+        cls, kept: Tensor, merged: Tensor, destination: Tensor, num_tokens: int
+    ) -> "Reduction":
+        """Reduction of ``num_tokens`` tokens from positions within each image.
+
+        Args:
+            kept: (b, m), the old positions that the new tokens start from, in their new order.
+            merged: (b, k), the old positions that are merged; those in neither are dropped.
+            destination: (b, k), the new positions that these are merged into.
+        """
+        batch, num_new = kept.shape
+        image = torch.arange(batch, device=kept.device)[:, None]
+        old, new = image * num_tokens, image * num_new
+        rows = kept.new_full((batch, num_tokens), -1)
+        rows = rows.scatter(1, kept, torch.arange(num_new, device=kept.device) + new)
+        rows = rows.scatter(1, merged, destination + new)
+        parts = (rows, kept + old, merged + old, destination + new)
+        return cls(batch, *(part.flatten() for part in parts))
+
+    @classmethod
+    def from_assignment(
+        cls, assignment: Tensor, num_tokens: int, num_dropped: int = 0
+    ) -> "Reduction":
+        """Reduction of (b, n) tokens to ``num_tokens``, each of which some token is assigned to.
+
+        In each image ``num_dropped`` tokens are assigned to -1.
+        """
+        batch, num_old = assignment.shape
+        positions = torch.arange(num_old, device=assignment.device).expand(batch, -1)
+        dropped = assignment < 0
+        slots = assignment.masked_fill(dropped, num_tokens)
+        kept = positions.new_full((batch, num_tokens + 1), num_old)
+        kept = kept.scatter_reduce(1, slots, positions, "amin")[:, :num_tokens]
+        rank = dropped.long().scatter(1, kept, 2)  # merged, dropped, kept
+        merged = rank.argsort(dim=1, stable=True)[:, : num_old - num_tokens - num_dropped]
+        return cls.from_positions(kept, merged, assignment.gather(1, merged), num_old)
+
+    @property
+    def assignment(self) -> Tensor:
+        """(b, n) int64, the index in [0, m) of the new token that each token joins, -1 for none."""
+        return images_rows(self.rows, self.batch, self.kept.shape[0] // self.batch)
+
+    def weigh(self, weights: Tensor) -> None:
+        """Let fusing be the mean with these weights, (b, n), positive."""
+        flat = weights.view(-1, 1)
+        kept, merged = flat.index_select(0, self.kept), flat.index_select(0, self.merged)
+        total = kept.index_add(0, self.destination, merged)
+        self.kept_weights = kept / total
+        self.merged_weights = merged / total.index_select(0, self.destination)
+
+
+def images_rows(rows: Tensor, batch: int, num_tokens: int) -> Tensor:
+    """Row in its own image of each row of the flattened (b * num_tokens, …): (b * n,) -> (b, n).
+
+    Rows of -1, for tokens that were dropped, stay.
+    """
+    first = torch.arange(0, batch * num_tokens, num_tokens, device=rows.device)
+    own = rows.view(batch, -1)
+    return torch.where(own < 0, own, own - first[:, None])
+
+
+def fuse_sizes(x: Tensor, reduction: Reduction) -> Tensor:
+    """Sizes, or whatever else adds up: (b, n, …) -> (b, m, …)."""
+    flat = x.flatten(0, 1)
+    total = flat.index_select(0, reduction.kept)
+    total = total.index_add_(0, reduction.destination, flat.index_select(0, reduction.merged))
+    return total.view(x.shape[0], -1, *x.shape[2:])
+
+
+def fuse(x: Tensor, reduction: Reduction) -> Tensor:
+    """Pool the members of each new token: (b, n, d) -> (b, m, d)."""
+    flat = x.flatten(0, 1)
+    kept = flat.index_select(0, reduction.kept)
+    merged = flat.index_select(0, reduction.merged)
+    if reduction.kept_weights is None or reduction.merged_weights is None:
+        into = reduction.destination[:, None].expand_as(merged)
+        fused = kept.scatter_reduce(0, into, merged, "amax")
+    else:
+        fused = kept.mul_(reduction.kept_weights.to(x.dtype))
+        merged.mul_(reduction.merged_weights.to(x.dtype))
+        fused.index_add_(0, reduction.destination, merged)
+    return fused.view(x.shape[0], -1, x.shape[2])
+
+
+def unfuse(x: Tensor, reduction: Reduction) -> Tensor:
+    """Give every old position, of which none was dropped, its new token's row.
+
+    (b, m, …) -> (b, n, …).
+    """
+    rows = x.flatten(0, 1).index_select(0, reduction.rows)
+    return rows.view(x.shape[0], -1, *x.shape[2:])
+
+
+def fuse_attention(attention: Tensor, reduction: Reduction) -> Tensor:
+    """Attention map of the fused tokens, approximated from the map of the old ones.
+
+    Columns of fused tokens are summed, rows are pooled like the tokens: ``R A C`` of MCTF
+    (arXiv 2403.10030, section 3.3). No layer needs it to compute its output, see
+    :meth:`~.attention.FusionAttentionMixin.forward`; it serves ``output_attentions`` and maximum
+    pooling.
+
+    Args:
+        attention: (b, h, n, n).
+
+    Returns:
+        (b, h, m, m).
+    """
+    rows_last = attention.permute(0, 3, 1, 2).contiguous()  # [b, n keys, h, n queries]
+    columns = fuse_sizes(rows_last, reduction)  # [b, m, h, n]
+    by_query = columns.permute(0, 3, 2, 1).flatten(2)  # [b, n, h * m]
+    fused = fuse(by_query, reduction)  # [b, m, h * m]
+    return fused.unflatten(2, (attention.shape[1], -1)).transpose(1, 2)
+
+
+def compose(first: Tensor, then: Tensor) -> Tensor:
+    """New rows of two reductions in a row: (b * n,) and (b * m,) -> (b * n,)."""
+    return torch.where(first < 0, first, then.index_select(0, first.clamp(min=0)))

@@ -1,0 +1,156 @@
+"""Which tokens attract each other, and bipartite soft matching of those that attract most.
+
+Multi-criteria Token Fusion (MCTF, CVPR 2024, arXiv 2403.10030), sections 3.1 and 3.2. The
+patch tokens are split by the parity of their position into alpha (even) and beta (odd); prefix
+tokens (class, distillation, registers) take no part.
+
+Shapes: ``b`` images, ``n`` tokens of which the first ``p`` are prefix tokens, ``d`` channels,
+``n_alpha`` and ``n_beta`` patch tokens on the two sides.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from .fusion import Reduction
+
+
+def bipartition(num_prefix_tokens: int) -> tuple[slice, slice]:
+    """Positions of the alpha and of the beta tokens: the even and the odd ones after the prefix."""
+    odd = num_prefix_tokens % 2
+    return slice(num_prefix_tokens + odd, None, 2), slice(num_prefix_tokens + 1 - odd, None, 2)
+
+
+def similarity(tokens: Tensor, num_prefix_tokens: int) -> Tensor:
+    """Cosine similarity of alpha to beta tokens, in [0, 1]: (b, n, d) -> (b, n_alpha, n_beta).
+
+    At least in float32, also under autocast: half precision could not tell similar tokens apart.
+    """
+    alpha, beta = bipartition(num_prefix_tokens)
+    unit = unit_vectors(tokens)
+    half = unit.new_full((1, 1, 1), 0.5)
+    with full_precision(unit):
+        return torch.baddbmm(half, unit[:, alpha], unit[:, beta].mT, alpha=0.5)
+
+
+def unit_vectors(tokens: Tensor) -> Tensor:
+    """Tokens of length 1, in float32 or more: (b, n, d) -> (b, n, d)."""
+    tokens = tokens.to(_precision(tokens))
+    return tokens / torch.linalg.vector_norm(tokens, dim=-1, keepdim=True).clamp_(min=1e-12)
+
+
+def full_precision(x: Tensor) -> AbstractContextManager:
+    """Keep autocast off matrix products."""
+    if x.is_cpu and not torch.is_autocast_enabled("cpu"):
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def attraction(
+    tokens: Tensor,
+    informativeness: Tensor,
+    sizes: Tensor | None,
+    *,
+    num_prefix_tokens: int,
+    tau_sim: float,
+    tau_info: float,
+    tau_size: float,
+) -> Tensor:
+    """Product of the three criteria of MCTF (equations 4 to 7), each to the power 1 / tau.
+
+    Similar tokens attract, so do uninformative ones and small ones. A temperature of 0 switches a
+    criterion off. Informativeness and size enter as one factor per token, so no pairwise map of
+    them is built; informativeness is relative to the image's least informative token.
+
+    Args:
+        tokens: (b, n, d), the layer's input.
+        informativeness: (b, n), positive; how much attention each token receives.
+        sizes: (b, n), how many patches each token stands for, at least 1; ``None`` if all stand
+            for one.
+
+    Returns:
+        (b, n_alpha, n_beta), in float32 or the tokens' own precision where that is higher.
+    """
+    alpha, beta = bipartition(num_prefix_tokens)
+    if tau_sim:
+        scores = similarity(tokens, num_prefix_tokens)
+        if tau_sim != 1:
+            scores = scores.clamp_(min=0).pow_(1 / tau_sim)
+    else:
+        sides = tokens[:, alpha].shape[1], tokens[:, beta].shape[1]
+        scores = tokens.new_ones(tokens.shape[0], *sides, dtype=_precision(tokens))
+    factor = None
+    if tau_info:
+        relative = informativeness / informativeness.amin(1, keepdim=True)
+        factor = relative.pow(-1 / tau_info)
+    if tau_size and sizes is not None:
+        small = sizes.pow(-1 / tau_size)
+        factor = small if factor is None else factor * small
+    if factor is not None:
+        factor = factor.to(scores.dtype)
+        scores = scores.mul_(factor[:, alpha, None]).mul_(factor[:, None, beta])
+    return scores
+
+
+def _precision(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def bipartite_soft_matching(
+    scores: Tensor, r: int, *, num_prefix_tokens: int, bidirectional: bool = True
+) -> Reduction:
+    """Let the ``r`` most attracted tokens join the token they are attracted to most.
+
+    Forward, ``r // 2`` alpha tokens join their best beta token. Backward, the remaining beta
+    tokens join their best alpha token among those still there, together with all that they have
+    received (MCTF, section 3.2). One-directional matching, as in ToMe (arXiv 2210.09461), fuses
+    all ``r`` forward.
+
+    The new order is: prefix tokens, the alpha tokens left by position (without prefix tokens: by
+    descending score), the beta tokens left by descending score of the backward step (by position
+    if there is none). It is part of the method, for the next layer splits by position.
+
+    Args:
+        scores: (b, n_alpha, n_beta), from :func:`attraction`. They are overwritten.
+        r: how many tokens to fuse, at most half of the ``n_alpha + n_beta`` patch tokens.
+
+    Returns:
+        The reduction, without weights.
+    """
+    batch, num_alpha, num_beta = scores.shape
+    num_tokens = num_prefix_tokens + num_alpha + num_beta
+    forward, backward = (r // 2, r - r // 2) if bidirectional else (r, 0)
+    first = torch.arange(0, batch * num_tokens, num_tokens, device=scores.device)[:, None]
+    alpha, beta = (first + side.start for side in bipartition(num_prefix_tokens))
+
+    def rows(side: Tensor, index: Tensor) -> Tensor:
+        return torch.add(side, index, alpha=2)
+
+    best, partner_of_alpha = scores.max(2)  # [b, n_alpha]
+    order = best.argsort(1, descending=True)
+    leaving, alphas = order[:, :forward], rows(alpha, order)
+    staying = alphas[:, forward:]
+    if num_prefix_tokens:
+        staying = staying.sort(1).values
+    merged = [alphas[:, :forward]]
+    partner = [rows(beta, partner_of_alpha.gather(1, leaving))]
+    if backward:
+        gone = leaving[:, :, None].expand(-1, -1, num_beta)
+        best, partner_of_beta = scores.scatter_(1, gone, -torch.inf).max(1)  # [b, n_beta]
+        order = best.argsort(1, descending=True)
+        betas = rows(beta, order)
+        merged.append(betas[:, :backward])
+        partner.append(rows(alpha, partner_of_beta.gather(1, order[:, :backward])))
+    else:
+        betas = rows(beta, torch.arange(num_beta, device=scores.device))
+    prefix = [first + i if i else first for i in range(num_prefix_tokens)]
+    kept = torch.cat([*prefix, staying, betas[:, backward:]], 1).flatten()
+    all_merged, all_partners = torch.cat(merged, 1).flatten(), torch.cat(partner, 1).flatten()
+
+    new = kept.new_zeros(batch * num_tokens)
+    new.scatter_(0, kept, torch.arange(kept.shape[0], device=scores.device))
+    for _ in range(1 + bidirectional):  # an alpha's partner may have joined another alpha
+        destination = new.index_select(0, all_partners)
+        new.scatter_(0, all_merged, destination)
+    return Reduction(batch, new, kept, all_merged, destination)

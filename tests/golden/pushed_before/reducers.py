@@ -1,0 +1,339 @@
+"""From what a layer knows of its tokens to a reduction.
+
+A reducer is a small immutable value made from a model's configuration. It says by which setting it
+goes, at which point of a layer it acts, and what it needs to see there; called with that, it
+returns a :class:`~.fusion.Reduction`. It holds no state, so one layer may run in many threads at
+once. A new method is one subclass of :class:`Reducer` under :func:`register`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from .fusion import Reduction
+from .matching import attraction, bipartite_soft_matching, similarity
+from .selection import keep_most_important, merge_into_most_important
+
+
+class Stage(Enum):
+    """The point of a layer at which its tokens are reduced, and what its attention does then."""
+
+    REUSE = "before attention, whose map is fused along with the tokens"
+    RECOMPUTE = "before attention, which is then computed among the tokens left"
+    AFTER_ATTENTION = "between attention and MLP"
+    AFTER_MLP = "after the layer has run in full"
+
+
+class Observation(NamedTuple):
+    """What a layer shows its reducer; of the last four, those that the reducer needs.
+
+    Attributes:
+        tokens: (b, n, d), before any normalisation.
+        sizes: (b, n), how many patches each token stands for; ``None`` if all stand for one.
+        num_prefix_tokens: how many tokens at the front are to take no part.
+        keys: (b, n, d / h), mean over heads.
+        attention: (b, h, n, n), the whole map, every row summing to 1.
+        attention_received: (b, n), attention that each token receives, mean over heads and queries.
+        class_attention: (b, n), what of it comes from the class token, mean over heads; the
+            attention received in a model without class token.
+    """
+
+    tokens: Tensor
+    sizes: Tensor | None
+    num_prefix_tokens: int
+    keys: Tensor | None = None
+    attention: Tensor | None = None
+    attention_received: Tensor | None = None
+    class_attention: Tensor | None = None
+
+
+_OBSERVABLE = Observation._fields[3:]
+
+
+class Reducer(ABC):
+    """A method of token reduction.
+
+    Attributes:
+        stage: when it acts.
+        needs: names of the fields of :class:`Observation` to be filled, besides the first three.
+        amount: the setting that says how many tokens a layer loses, ``"r"`` or ``"keep_rate"``.
+        settings: of the configuration that this method has for itself.
+        biases_attention: whether sizes enter attention where ``proportional_attention`` is set.
+        pools_linearly: whether its reductions have weights, rather than take maxima.
+    """
+
+    stage: Stage
+    needs: ClassVar[tuple[str, ...]] = ()
+    amount: ClassVar[str] = "r"
+    settings: ClassVar[tuple[str, ...]] = ()
+    biases_attention: ClassVar[bool] = True
+    pools_linearly: bool = True
+
+    @classmethod
+    def from_config(cls, config: Any) -> "Reducer":
+        """The reducer that a configuration of this library asks for."""
+        return cls()
+
+    @classmethod
+    def default_layers(cls, num_layers: int) -> Sequence[int]:
+        """Zero-based layers that reduce where ``fusion_layers`` names none."""
+        return range(1, num_layers)
+
+    @classmethod
+    def most(cls, num_patches: int) -> int:
+        """How many of a layer's patch tokens it can take away at most."""
+        return num_patches // 2 if cls.amount == "r" else num_patches - 1
+
+    @classmethod
+    def tokens_added(cls, config: Any) -> int:
+        """How many tokens come to those that ``keep_rate`` keeps."""
+        return 0
+
+    @abstractmethod
+    def __call__(self, seen: Observation, r: int) -> Reduction:
+        """Choose what becomes of the tokens.
+
+        Args:
+            seen: the layer's tokens and what this reducer needs.
+            r: how many tokens fewer there are to be, in every image.
+        """
+
+    def multiply_accumulates(self, num_patches: int, r: int, width: int, heads: int) -> int:
+        """Of the matrix products that choosing takes, for one image."""
+        return 0
+
+
+REDUCERS: dict[str, type[Reducer]] = {}
+_Class = TypeVar("_Class", bound=type[Reducer])
+
+
+def register(name: str) -> Callable[[_Class], _Class]:
+    """Make a subclass of :class:`Reducer` known as a value of the setting ``reduction``.
+
+    Raises:
+        ValueError: for a name that another class has, a class that does not say when it acts, or
+            needs that no layer can fill.
+    """
+
+    def add(reducer: _Class) -> _Class:
+        known = REDUCERS.get(name)
+        same = known is not None and (known.__module__, known.__qualname__) == (
+            reducer.__module__,
+            reducer.__qualname__,
+        )
+        if name == "none" or (known is not None and not same):
+            owner = "no reduction" if known is None else f"{known.__module__}.{known.__qualname__}"
+            raise ValueError(f"reduction {name!r} cannot be registered: it is that of {owner}")
+        if not hasattr(reducer, "stage") and "stage" not in reducer.__annotations__:
+            raise ValueError(
+                f"{reducer.__qualname__} has no stage: it is one of "
+                f"{', '.join(f'Stage.{stage.name}' for stage in Stage)}"
+            )
+        unknown = [need for need in reducer.needs if need not in _OBSERVABLE]
+        if unknown or reducer.amount not in ("r", "keep_rate"):
+            raise ValueError(
+                f"{reducer.__qualname__}: needs={reducer.needs!r}, amount={reducer.amount!r} are "
+                f"not allowed: needs are among {', '.join(_OBSERVABLE)}, the amount is r or "
+                "keep_rate"
+            )
+        REDUCERS[name] = reducer
+        return reducer
+
+    return add
+
+
+def build_reducer(config: Any) -> Reducer | None:
+    """The reducer that a configuration asks for; ``None`` for ``reduction="none"``."""
+    return None if config.reduction == "none" else REDUCERS[config.reduction].from_config(config)
+
+
+def _given(seen: Tensor | None) -> Tensor:
+    assert seen is not None
+    return seen
+
+
+@register("mctf")
+@dataclass(frozen=True)
+class MCTFReducer(Reducer):
+    """Multi-criteria Token Fusion (CVPR 2024, arXiv 2403.10030, section 3).
+
+    ``stage`` is the paper's choice of attention that informs the fusion: the layer's own, one step
+    ahead, reused for the fused tokens (``approximate``) or only to rank them (``precise``), or the
+    attention of the layer already done (``past``).
+    """
+
+    needs: ClassVar = ("attention_received",)
+    settings: ClassVar = (
+        "tau_sim",
+        "tau_info",
+        "tau_size",
+        "bidirectional",
+        "one_step_ahead",
+        "pooling",
+    )
+
+    stage: Stage
+    tau_sim: float
+    tau_info: float
+    tau_size: float
+    bidirectional: bool
+    pooling: str
+
+    @classmethod
+    def from_config(cls, config: Any) -> "MCTFReducer":
+        stages = {
+            "approximate": Stage.REUSE,
+            "precise": Stage.RECOMPUTE,
+            "past": Stage.AFTER_MLP,
+        }
+        return cls(
+            stage=stages[config.one_step_ahead],
+            tau_sim=config.tau_sim,
+            tau_info=config.tau_info,
+            tau_size=config.tau_size,
+            bidirectional=config.bidirectional,
+            pooling=config.pooling,
+        )
+
+    @property
+    def pools_linearly(self) -> bool:
+        return self.pooling != "max"
+
+    def __call__(self, seen: Observation, r: int) -> Reduction:
+        received = _given(seen.attention_received)
+        informativeness = received.clamp(min=torch.finfo(received.dtype).tiny)  # a divisor
+        scores = attraction(
+            seen.tokens,
+            informativeness,
+            seen.sizes,
+            num_prefix_tokens=seen.num_prefix_tokens,
+            tau_sim=self.tau_sim,
+            tau_info=self.tau_info,
+            tau_size=self.tau_size,
+        )
+        reduction = bipartite_soft_matching(
+            scores, r, num_prefix_tokens=seen.num_prefix_tokens, bidirectional=self.bidirectional
+        )
+        if self.pools_linearly:
+            reduction.weigh(self._pooling_weights(informativeness, seen.sizes))
+        return reduction
+
+    def _pooling_weights(self, informativeness: Tensor, sizes: Tensor | None) -> Tensor:
+        """How much each token counts in its pool, before normalisation: (b, n)."""
+        if self.pooling == "attention_size":
+            return informativeness if sizes is None else informativeness * sizes
+        if self.pooling == "size" and sizes is not None:
+            return sizes
+        return torch.ones_like(informativeness)
+
+    def multiply_accumulates(self, num_patches: int, r: int, width: int, heads: int) -> int:
+        return _bipartite(num_patches) * width if self.tau_sim else 0
+
+
+@register("tome")
+@dataclass(frozen=True)
+class ToMeReducer(Reducer):
+    """Token Merging (ToMe, ICLR 2023, arXiv 2210.09461, section 3).
+
+    After attention, the tokens whose keys are most similar are merged, one-directionally, into the
+    mean weighted by their sizes.
+    """
+
+    stage: ClassVar = Stage.AFTER_ATTENTION
+    needs: ClassVar = ("keys",)
+
+    @classmethod
+    def default_layers(cls, num_layers: int) -> Sequence[int]:
+        return range(num_layers)
+
+    def __call__(self, seen: Observation, r: int) -> Reduction:
+        keys, sizes = _given(seen.keys), seen.sizes
+        reduction = bipartite_soft_matching(
+            similarity(keys, seen.num_prefix_tokens),
+            r,
+            num_prefix_tokens=seen.num_prefix_tokens,
+            bidirectional=False,
+        )
+        weights = torch.ones_like(keys[:, :, 0], dtype=torch.float32) if sizes is None else sizes
+        reduction.weigh(weights)
+        return reduction
+
+    def multiply_accumulates(self, num_patches: int, r: int, width: int, heads: int) -> int:
+        return _bipartite(num_patches) * width // heads
+
+
+def _bipartite(num_patches: int) -> int:
+    """Pairs of alpha and beta tokens."""
+    return num_patches // 2 * (num_patches - num_patches // 2)
+
+
+class _KeepRateReducer(Reducer):
+    """What the methods share that keep the patches which the class token attends to most."""
+
+    stage: ClassVar = Stage.AFTER_ATTENTION
+    needs: ClassVar = ("class_attention",)
+    amount: ClassVar = "keep_rate"
+
+    @classmethod
+    def default_layers(cls, num_layers: int) -> Sequence[int]:
+        """Those that begin the last three quarters: the 4th, 7th and 10th of 12."""
+        return sorted({num_layers * quarter // 4 for quarter in (1, 2, 3)})
+
+
+@register("evit")
+@dataclass(frozen=True)
+class EViTReducer(_KeepRateReducer):
+    """Token reorganization (EViT, ICLR 2022, arXiv 2202.07800, section 3).
+
+    After attention, the tokens that receive most attention from the class token are kept, in
+    descending order; the others are summed, weighted by that attention, into one more token, or
+    dropped. Sizes do not enter attention. No gradient flows through the weights.
+    """
+
+    settings: ClassVar = ("fuse_token",)
+    biases_attention: ClassVar = False
+
+    fuse_token: bool
+
+    @classmethod
+    def from_config(cls, config: Any) -> "EViTReducer":
+        return cls(config.fuse_token)
+
+    @classmethod
+    def tokens_added(cls, config: Any) -> int:
+        return int(config.fuse_token)
+
+    def __call__(self, seen: Observation, r: int) -> Reduction:
+        return keep_most_important(
+            _given(seen.class_attention),
+            r,
+            num_prefix_tokens=seen.num_prefix_tokens,
+            fuse_token=self.fuse_token,
+        )
+
+
+@register("token_mergence")
+@dataclass(frozen=True)
+class TokenMergenceReducer(_KeepRateReducer):
+    """Token mergence (arXiv 2306.04897).
+
+    After attention, the tokens that receive most attention from the class token are crucial; each
+    other one is merged into the crucial token that it is most similar to, all weighted by that
+    attention. Nothing is discarded, and crucial tokens keep their order.
+    """
+
+    def __call__(self, seen: Observation, r: int) -> Reduction:
+        return merge_into_most_important(
+            seen.tokens,
+            _given(seen.class_attention),
+            r,
+            num_prefix_tokens=seen.num_prefix_tokens,
+        )
+
+    def multiply_accumulates(self, num_patches: int, r: int, width: int, heads: int) -> int:
+        return r * (num_patches - r) * width
