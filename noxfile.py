@@ -10,9 +10,12 @@ import nox
 # What transformers can break: loading, the model, training, the Hub.
 TESTS = (
     "tests/test_configuration.py",
+    "tests/test_encoders.py",
     "tests/test_ecosystem.py",
     "tests/test_export.py",
+    "tests/test_families.py",
     "tests/test_finetuning.py",
+    "tests/test_fused_models.py",
     "tests/test_loading.py",
     "tests/test_losses.py",
     "tests/test_modeling_mctf_vit.py",

@@ -1,13 +1,13 @@
 """The README's code runs as it stands, but for the model that it downloads."""
 
 import re
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import yaml
-from transformers import ViTConfig
+from transformers import Dinov2Config, Dinov2Model
 
-from mctf_hf import MCTFLVViTConfig, MCTFT2TViTConfig, MCTFViTConfig
+from mctf_hf.registry import BACKBONES
 from tests.conftest import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text()
@@ -15,10 +15,15 @@ README = (REPOSITORY / "README.md").read_text()
 
 def test_the_code_runs_and_its_comments_are_true(tiny_folder: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
+    dino = Dinov2Config(
+        hidden_size=24, num_attention_heads=2, num_hidden_layers=2, image_size=32, patch_size=4
+    )
+    Dinov2Model(dino).save_pretrained("dinov2")
     names: dict[str, object] = {}
     for block in blocks:
         code = block.replace("facebook/deit-small-patch16-224", str(tiny_folder))
+        code = code.replace("facebook/dinov2-small", "./dinov2")
         exec(compile(code, "README.md", "exec"), names)
     stated = re.findall(r"^(\S.*?)\s+# (\(.*\)|[\d.]+)$", blocks[-1], re.MULTILINE)
     assert len(stated) == 3
@@ -33,11 +38,16 @@ def test_every_setting_is_told_with_its_default() -> None:
     for settings, defaults in re.findall(r"^\| (`.*?`) \| (.*?) \|", section, re.MULTILINE):
         names, values = re.findall(r"`(\w+)`", settings), defaults.replace("`", "").split(", ")
         told |= zip(names, values if len(values) > 1 else values * len(names), strict=True)
-    of_transformers = {field.name for field in fields(ViTConfig)}
-    for config_class in (MCTFViTConfig, MCTFT2TViTConfig, MCTFLVViTConfig):
-        for name in {field.name for field in fields(config_class)} - of_transformers:
-            default = getattr(config_class(), name)
-            if default is None:  # told in words
+    for entry in BACKBONES.values():
+        of_transformers = {
+            field.name
+            for base in entry.config.__mro__
+            if base.__module__.startswith("transformers.") and is_dataclass(base)
+            for field in fields(base)
+        }
+        for name in {field.name for field in fields(entry.config)} - of_transformers:
+            default = getattr(entry.config(), name)
+            if default is None or (name == "restore" and not entry.classifies):  # told in words
                 assert name in told
             else:
                 assert yaml.safe_load(told[name]) == default, name
