@@ -111,16 +111,13 @@ def test_a_stranger_loads_what_was_saved(tmp_path: Path, images: Tensor) -> None
     assert torch.equal(strangers[0]["logits"], model(images).logits)
 
 
-PUSHED_BEFORE = REPOSITORY / "tests" / "golden" / "pushed_before"
-
-
 @torch.no_grad()
 def test_a_folder_of_the_version_before_loads(tmp_path: Path) -> None:
     """With its own code and with ours; as it was pushed, with the logits that it gave."""
-    known = load_file(PUSHED_BEFORE / "expected.safetensors")
-    images, logits = known["pixel_values"], known["logits"]
     folder = tmp_path / "pushed"
-    shutil.copytree(PUSHED_BEFORE, folder)
+    shutil.unpack_archive(REPOSITORY / "tests" / "golden" / "pushed_before.zip", folder)
+    known = load_file(folder / "expected.safetensors")
+    images, logits = known["pixel_values"], known["logits"]
     (found,), _ = load_as_stranger([folder], images, tmp_path)
     torch.testing.assert_close(found["logits"], logits, atol=1e-6, rtol=0)
     for load in (AutoModelForImageClassification, MCTFViTForImageClassification):
