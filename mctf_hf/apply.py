@@ -435,7 +435,7 @@ def unfuse_tokens(model: Any) -> Any:
     """
     _check_fused(model)
     for layers in model.__dict__.pop("fused_layers"):
-        for name in ("settings", "widest", "names", "call", "running"):
+        for name in ("settings", "widest", "names", "takes_options", "call", "running"):
             layers.__dict__.pop(name, None)
         layers.__class__ = nn.ModuleList
     for module in model.modules():

@@ -5,6 +5,7 @@ of :mod:`.fused_layer`, by exchanging their classes. Weights, their names and th
 """
 
 import functools
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -84,10 +85,12 @@ class FusedLayers(nn.ModuleList):
     Attributes:
         settings: of the fusion.
         widest: channels of the widest activation.
+        takes_options: whether a layer of transformers takes any keyword; before 5.18 DINOv2's not.
     """
 
     settings: FusionConfigMixin
     widest: int
+    takes_options: bool
     names: LayerNames
 
     def encode(
@@ -154,7 +157,7 @@ class FusedLayers(nn.ModuleList):
         fuses = any(counts)
         if track:
             rows = torch.arange(batch * num_tokens, device=hidden_states.device)
-        host = dict(kwargs)
+        host = dict(kwargs) if self.takes_options else {}
         if rotary is not None:
             host["position_embeddings"] = tuple(rotary.rotation)
             if fuses:
@@ -279,7 +282,11 @@ def fuse_layers(
         exchange_class(core, fused_class(FusionAttention, type(core), names=attention_names(core)))
         if not isinstance(layer, FusedLayer):
             exchange_class(layer, fused_class(FusedLayer, type(layer), names=names))
+    host = getattr(type(layers[0]), "host", type(layers[0]))
+    parameters = inspect.signature(host.forward).parameters.values()
+    takes_options = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters)
     linear = (module for module in layers[0].modules() if isinstance(module, nn.Linear))
     widest = max(module.out_features for module in linear)
     layers.__class__ = kind
     layers.settings, layers.widest, layers.names = settings, widest, names
+    layers.takes_options = takes_options
