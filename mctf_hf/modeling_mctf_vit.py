@@ -275,7 +275,12 @@ class MCTFViTEmbeddings(ViTEmbeddings):
             masked = bool_masked_pos[:, :, None].type_as(tokens)
             tokens = tokens * (1 - masked) + self.mask_token * masked
         height, width = pixel_values.shape[-2:]
-        positions = self._positions(height, width, bool(interpolate_pos_encoding))
+        if not interpolate_pos_encoding and (height, width) != as_pair(self.image_size):
+            expected = "*".join(map(str, as_pair(self.image_size)))
+            raise ValueError(
+                f"Input image size ({height}*{width}) doesn't match model ({expected})."
+            )
+        positions = self.interpolate_pos_encoding(tokens, height, width)
         prefix = [token for token in (self.cls_token, self.distillation_token) if token is not None]
         prefix = [token.expand(tokens.shape[0], -1, -1) for token in prefix]
         tokens = torch.cat([*prefix, tokens], dim=1) + positions
@@ -295,15 +300,14 @@ class MCTFViTEmbeddings(ViTEmbeddings):
         parts = [self.patch_embeddings(part) for part in pixel_values.split(max(1, size))]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def _positions(self, height: int, width: int, interpolate: bool) -> Tensor:
-        """Position embeddings of an image's class, distillation and patch tokens."""
+    def interpolate_pos_encoding(self, embeddings: Tensor, height: int, width: int) -> Tensor:
+        """Position embeddings of class, distillation and patch tokens: (1, positions, d).
+
+        Args:
+            embeddings: of an image of ``height`` x ``width`` pixels; they play no part.
+        """
         if (height, width) == as_pair(self.image_size):
             return self.position_embeddings
-        if not interpolate:
-            expected = "*".join(map(str, as_pair(self.image_size)))
-            raise ValueError(
-                f"Input image size ({height}*{width}) doesn't match model ({expected})."
-            )
         patch_height, patch_width = as_pair(self.patch_size)
         num_prefix = self.position_embeddings.shape[1] - math.prod(self.grid)
         prefix, patches = self.position_embeddings.split([num_prefix, math.prod(self.grid)], dim=1)

@@ -35,6 +35,7 @@ from mctf_hf.conversion import build_model, infer_config
 from mctf_hf.cost import multiply_accumulates
 from mctf_hf.export import check
 from mctf_hf.hub import save
+from mctf_hf.modeling_mctf import take_over_names
 from mctf_hf.presets import PRESETS, preset
 from mctf_hf.registry import build
 from tests.conftest import DIGITS, TINY, Golden
@@ -419,3 +420,34 @@ def test_benchmark_takes_them(capsys: pytest.CaptureFixture) -> None:
 def test_classes_are_public() -> None:
     assert MCTFT2TViTForImageClassification.config_class is MCTFT2TViTConfig
     assert MCTFLVViTForImageClassification.config_class is MCTFLVViTConfig
+
+
+def test_every_head_learns_where_another_classifier_teaches() -> None:
+    """The auxiliary head learns the labels, the distillation head from the other classifier."""
+    model = small("lv", distillation_token=True, distillation_head=True).train()
+    output = model(pictures(), output_fusion=True)
+    assert output.distillation_logits is not None
+    average = (output.label_logits + output.distillation_logits) / 2
+    assert not torch.allclose(output.logits, average)  # the auxiliary logits count whole
+    output.label_logits.sum().backward()
+    assert model.auxiliary_classifier.weight.grad.abs().sum() > 0
+    assert model.distillation_classifier.weight.grad is None
+    output = model(pictures(), output_fusion=True)
+    output.distillation_logits.sum().backward()
+    assert model.distillation_classifier.weight.grad.abs().sum() > 0
+    plain = small("vit")(pictures(), output_fusion=True)
+    assert plain.distillation_logits is None and plain.label_logits is None
+
+
+def test_names_that_transformers_no_longer_converts_are_missed_at_once() -> None:
+    with pytest.raises(ImportError, match="no conversion mapping of NoSuchModel"):
+        take_over_names(("MCTFViTModel",), "NoSuchModel")
+
+
+def test_positions_are_interpolated_for_all_prefix_tokens() -> None:
+    model = small("distilled")
+    embeddings = model.vit.embeddings
+    tokens = embeddings(pictures(size=128), interpolate_pos_encoding=True)
+    found = embeddings.interpolate_pos_encoding(tokens, 128, 128)
+    assert found.shape == (1, *tokens.shape[1:])
+    assert torch.equal(found[:, :2], embeddings.position_embeddings[:, :2])
