@@ -226,10 +226,23 @@ class FusedLayer:
         Args:
             through: names of what the branch goes through before.
         """
-        for name in through:
-            part = getattr(self, name)
+        parts = [part for part in (getattr(self, name) for name in through) if self._acts(part)]
+        scale = getattr(parts[-1], "lambda1", parts[-1]) if parts else None  # LayerScale's, or its
+        if isinstance(scale, Tensor):
+            parts.pop()
+        for part in parts:
             branch = part(branch) if isinstance(part, nn.Module) else part * branch
+        if isinstance(scale, Tensor):  # in one pass over the tokens
+            return torch.addcmul(residual, branch, scale)
         return branch + residual
+
+    def _acts(self, part: Any) -> bool:
+        """Whether a part of a branch does anything; dropouts and drop paths do so in training."""
+        if isinstance(part, nn.Module):
+            return not isinstance(part, nn.Identity) and (
+                self.training or next(part.parameters(), None) is not None
+            )
+        return isinstance(part, Tensor) or part != 1
 
     def run_mlp(self, hidden_states: Tensor) -> Tensor:
         """The output of the MLP, and its norm before: (b, m, d) -> (b, m, d)."""

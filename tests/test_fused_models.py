@@ -112,6 +112,10 @@ def test_a_plain_checkpoint_loads_with_fusion(kind: str, pixels: Tensor, tmp_pat
     assert torch.equal(found[0], expected[0])
     for state, other in zip(found.hidden_states, expected.hidden_states, strict=True):
         assert torch.equal(state, other)
+    half = pixels.bfloat16()
+    assert torch.equal(
+        copy.deepcopy(own).bfloat16()(half, r=0)[0], copy.deepcopy(plain).bfloat16()(half)[0]
+    )
     fused = fuse_tokens(plain, r=5)(pixels, output_fusion=True)
     output = own(pixels, output_fusion=True)
     torch.testing.assert_close(output[0], fused[0], atol=1e-6, rtol=0)
