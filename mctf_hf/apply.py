@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ class HostedLayers(FusedLayers):
     """
 
     settings: TokenFusion
-    call: Call | None = None
+    call: Call | None = None  # for what is compiled
     running: bool = False
     __repr__ = nn.Module.__repr__  # that of lists does not say how tokens are fused
 
@@ -87,6 +88,12 @@ class HostedLayers(FusedLayers):
     def extra_repr(self) -> str:
         return f"fusion: {self.settings.reduction}, {self.settings.own_amount()}"
 
+    def _replicate_for_data_parallel(self) -> Any:
+        raise ValueError(
+            "nn.DataParallel is not supported by models that fuse_tokens was called with: use "
+            "DistributedDataParallel, one process for each device"
+        )
+
     def active(self) -> Call:
         """How tokens are fused here and now."""
         call = self.call
@@ -97,6 +104,9 @@ class HostedLayers(FusedLayers):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run all layers: (b, n, d) -> (b, n, d), or fewer tokens where some are dropped."""
         call = self.active()
+        if kwargs.keys() & {"r", "keep_rate"}:  # of a call that went past the model's own
+            call = Call(call.settings, kwargs.pop("r", None), kwargs.pop("keep_rate", None))
+        _refuse(kwargs)
         settings, rotary = call.settings, kwargs.pop("position_embeddings", None)
         counts = settings.tokens_fused(hidden_states.shape[1], call.r, call.keep_rate)
         if not any(counts):
@@ -128,6 +138,16 @@ class HostedLayers(FusedLayers):
         )
         call.tokens = tokens
         return tokens.hidden_states if drops else tokens.restored()
+
+
+def _refuse(options: dict[str, Any]) -> None:
+    """Raise ValueError for settings of fusion that a call does not take."""
+    wrong = sorted(options.keys() & {*SETTINGS, "output_fusion"})
+    if wrong:
+        raise ValueError(
+            f"{wrong} are not allowed in this call: use fusion_of for a while, and output_fusion "
+            "in the call of the model that fuse_tokens was called with"
+        )
 
 
 class FusedRunner:
@@ -175,11 +195,17 @@ class FusedModel:
     fused_layers: list[HostedLayers]
     config: Any
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """A new model has no fusion, whatever the one had whose class was called."""
+        return cls.__dict__["host"](*args, **kwargs)
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.forward = _forward_of(cls.__dict__["host"])  # type: ignore[attr-defined]
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any
+    ) -> None:
         """Save the checkpoint as transformers does, and the settings of fusion beside it.
 
         Raises:
@@ -190,8 +216,8 @@ class FusedModel:
                 "push_to_hub=True is not allowed in save_pretrained of a model with fusion: use "
                 "its push_to_hub(), which takes the settings of fusion along"
             )
-        super().save_pretrained(save_directory, **kwargs)
-        if kwargs.get("is_main_process", True):
+        super().save_pretrained(save_directory, is_main_process, **kwargs)
+        if is_main_process:
             settings = self.fused_layers[0].settings
             told = {name: getattr(settings, name) for name in SETTINGS}
             draft = Path(save_directory, f".{FILE}")
@@ -211,9 +237,15 @@ def _forward_of(host: type[PreTrainedModel]) -> Callable[..., Any]:
         output_fusion: bool = False,
         **kwargs: Any,
     ) -> Any:
+        _refuse(kwargs)
         calls = [layers.active() for layers in self.fused_layers]
         fewer = not all(call.settings.restore for call in calls)
         exported = torch.compiler.is_exporting()
+        if len(calls) > 1 and (output_fusion or fewer):
+            raise ValueError(
+                f"{'output_fusion=True' if output_fusion else 'restore=False'} is not allowed with "
+                f"{type(self).__name__}, which has {len(calls)} vision encoders"
+            )
         if (r, keep_rate) == (None, None) and not (output_fusion or fewer or exported):
             return _run(self.fused_layers, host.forward, self, *args, **kwargs)
         active = calls
@@ -243,7 +275,7 @@ def _forward_of(host: type[PreTrainedModel]) -> Callable[..., Any]:
 
 def _told(output: Any, calls: Sequence[Call], told: bool, fewer: bool) -> Any:
     """An output with what became of the tokens, if that was asked for."""
-    if len(calls) > 1 or calls[0].tokens is None or not (told or fewer):
+    if calls[0].tokens is None or not (told or fewer):
         return output
     tokens = _tracked(calls[0].tokens)
     if fewer:
@@ -256,21 +288,39 @@ def _told(output: Any, calls: Sequence[Call], told: bool, fewer: bool) -> Any:
 
 def _enter(layers: Sequence[HostedLayers], calls: Sequence[Call]) -> Any:
     """Let layers run as in some calls from here on; returns what :func:`_leave` needs."""
-    before = [one.call for one in layers]
-    for one, call in zip(layers, calls, strict=True):
-        one.call = call
     if torch.compiler.is_compiling():
-        return before, None
+        before = [one.call for one in layers]
+        for one, call in zip(layers, calls, strict=True):
+            one.call = call
+        return before
     mine = {id(one): call for one, call in zip(layers, calls, strict=True)}
-    return before, _CALLS.set({**_CALLS.get({}), **mine})
+    return _CALLS.set({**_CALLS.get({}), **mine})
 
 
 def _leave(layers: Sequence[HostedLayers], entered: Any) -> None:
-    before, token = entered
-    for one, call in zip(layers, before, strict=True):
+    if not isinstance(entered, list):
+        _CALLS.reset(entered)
+        return
+    for one, call in zip(layers, entered, strict=True):
         one.call = call
-    if token is not None:
-        _CALLS.reset(token)
+
+
+_COMPILED = Lock()
+_BLOCKS: dict[int, list[Call]] = {}  # of fusion_of, by the id of the layers
+
+
+def _show_to_compiled(layers: Sequence[HostedLayers], calls: Sequence[Call], inside: bool) -> None:
+    """Let what is compiled see the calls of a block, in whatever thread, while it lasts."""
+    with _COMPILED:
+        for one, call in zip(layers, calls, strict=True):
+            blocks = _BLOCKS.setdefault(id(one), [])
+            if inside:
+                blocks.append(call)
+            else:
+                blocks[:] = [other for other in blocks if other is not call]
+            one.call = blocks[-1] if blocks else None
+            if not blocks:
+                del _BLOCKS[id(one)]
 
 
 def _tracked(tokens: Tokens) -> Tokens:
@@ -316,7 +366,9 @@ def _extended(output: type[Any]) -> type[Any]:
     if output not in _EXTENDED:
         more = [(name, Tensor | None, None) for name in ("token_sizes", "assignment")]
         name = f"Fused{output.__name__}"
-        _EXTENDED[output] = dataclasses.make_dataclass(name, more, bases=(output,))
+        made = dataclasses.make_dataclass(name, more, bases=(output,))
+        made.__module__, made.__qualname__ = __name__, name  # by which it is pickled
+        globals()[name] = _EXTENDED[output] = made
     return _EXTENDED[output]
 
 
@@ -375,11 +427,7 @@ def _fuse(model: Any, settings: dict[str, Any], given: dict[str, Any]) -> Any:
     if unknown:
         raise ValueError(f"settings {unknown} are not known: they are among {', '.join(SETTINGS)}")
     chosen = [_settings(encoder, settings, given) for encoder in encoders]
-    if not chosen[0].restore and (model.can_generate() or hasattr(model, "language_model")):
-        raise ValueError(
-            f"restore={chosen[0].restore!r} is not allowed with {name}, whose language model has a "
-            "place for each token"
-        )
+    _check_readers(model, encoders, chosen)
     for encoder, its in zip(encoders, chosen, strict=True):
         fuse_layers(encoder.layers, encoder.family.names, its, HostedLayers)
         if encoder.family.rotary is not None:
@@ -392,6 +440,18 @@ def _fuse(model: Any, settings: dict[str, Any], given: dict[str, Any]) -> Any:
     # Not a submodule, whose weights would have two names.
     model.__dict__["fused_layers"] = [encoder.layers for encoder in encoders]
     return model
+
+
+def _check_readers(model: Any, encoders: Sequence[Encoder], chosen: Sequence[TokenFusion]) -> None:
+    """Raise ValueError where fewer tokens are to be handed out to what has a place for each."""
+    name = type(model).__name__
+    owner = encoders[0].owner is model
+    pools = "Classification" in name or "WithProjection" in name or hasattr(model, "text_model")
+    if not all(one.restore for one in chosen) and not (owner or pools):
+        raise ValueError(
+            f"restore=False is not allowed with {name}, which has a place for each token: fuse the "
+            f"tokens of its {type(encoders[0].owner).__name__} alone, or leave restore as it is"
+        )
 
 
 def _settings(encoder: Encoder, settings: dict[str, Any], given: dict[str, Any]) -> TokenFusion:
@@ -490,6 +550,8 @@ class FusionRecord:
 def fusion_of(model: Any, **settings: Any) -> Iterator[FusionRecord]:
     """Fuse otherwise for a while, in this thread alone.
 
+    What ``torch.compile`` made runs as the block says that was entered last, in any thread.
+
     Args:
         model: one that :func:`fuse_tokens` was called with.
         settings: any of those that it takes; the others stay as they are.
@@ -510,10 +572,13 @@ def fusion_of(model: Any, **settings: Any) -> Iterator[FusionRecord]:
         assert isinstance(layers, HostedLayers)
         own = {name: getattr(layers.active().settings, name) for name in SETTINGS}
         calls.append(Call(_settings(encoder, _defined(own) | settings, settings)))
+    _check_readers(model, find_encoders(model), [call.settings for call in calls])
     before = _enter(model.fused_layers, calls)
+    _show_to_compiled(model.fused_layers, calls, inside=True)
     try:
         yield FusionRecord(calls)
     finally:
+        _show_to_compiled(model.fused_layers, calls, inside=False)
         _leave(model.fused_layers, before)
 
 
@@ -535,22 +600,36 @@ def from_pretrained(name: str | os.PathLike, **kwargs: Any) -> Any:
         ValueError: for a model without a vision encoder that is supported.
     """
     given = {key: kwargs.pop(key) for key in SETTINGS if key in kwargs}
-    of_hub = {k: kwargs[k] for k in ("revision", "cache_dir", "token", "subfolder") if k in kwargs}
+    of_hub = {name: kwargs[name] for name in _OF_HUB if name in kwargs}
     trust = {k: kwargs[k] for k in ("trust_remote_code",) if k in kwargs}
     config = AutoConfig.from_pretrained(name, **of_hub, **trust)
     if isinstance(config, FusionConfigMixin):
+        config.check_effect(given)
         return _class_of(config).from_pretrained(name, **given, **kwargs)
-    model = _class_of(config).from_pretrained(name, **kwargs)
+    loaded = _class_of(config).from_pretrained(name, **kwargs)
+    model, *report = loaded if isinstance(loaded, tuple) else (loaded,)
     file = cached_file(
         name,
         FILE,
         _raise_exceptions_for_missing_entries=False,
         **of_hub,
     )
-    if file is None and not given:
-        return model
-    saved = {} if file is None else _read(file)
-    return _fuse(model, _defined(saved) | given, given)
+    if file is not None or given:
+        saved = {} if file is None else _read(file)
+        _fuse(model, _defined(saved) | given, given)
+    return (model, *report) if report else model
+
+
+# What says where files come from, of the arguments of from_pretrained.
+_OF_HUB = (
+    "revision",
+    "cache_dir",
+    "token",
+    "subfolder",
+    "local_files_only",
+    "force_download",
+    "proxies",
+)
 
 
 def _class_of(config: Any) -> Any:

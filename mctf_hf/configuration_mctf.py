@@ -288,7 +288,8 @@ class EncoderConfigMixin(FusionConfigMixin):
         if model_type in cls.plain_parts:
             whole = settings
             settings = dict(settings[cls.plain_parts[model_type]])
-            settings |= {name: whole[name] for name in ("id2label", "label2id") if name in whole}
+            of_all = ("id2label", "label2id", "problem_type", "projection_dim")
+            settings |= {name: whole[name] for name in of_all if name in whole}
         if model_type != cls.model_type:
             settings = cls.of_plain(model_type, settings)
         known = {field.name for field in fields(cls)} | _NOT_FIELDS

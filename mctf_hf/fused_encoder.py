@@ -54,8 +54,7 @@ def _reduce(self: Any, protocol: int) -> tuple[Any, ...]:
 
 
 def _new(mixin: type, host: type, attributes: dict[str, Any]) -> Any:
-    made: Any = fused_class(mixin, host, **attributes)
-    return made.__new__(made)
+    return object.__new__(fused_class(mixin, host, **attributes))
 
 
 def exchange_class(module: nn.Module, new: type) -> None:
@@ -166,9 +165,10 @@ class FusedLayers(nn.ModuleList):
                 step = step._replace(frequencies=rotary.frequencies)
         own = {"attention_mask": mask}
         own |= {k: kwargs[k] for k in ("output_attentions",) if k in kwargs}
+        shown = kwargs.get("output_attentions")
         tokens = Tokens(hidden_states, None, positions, rows)
         for layer, r in zip(self.children(), counts, strict=True):
-            if layer.runs_as_host and tokens.sizes is None and not r:
+            if layer.runs_as_host and tokens.sizes is None and not r and not (shown and fuses):
                 output = layer(tokens.hidden_states, *args, **host)
                 tokens = tokens._replace(hidden_states=output)
             else:
@@ -197,7 +197,7 @@ class FusedLayers(nn.ModuleList):
             or (not fuses and first.runs_as_host)
             or mask is not None
             or any(kwargs.get(f"output_{name}") for name in ("attentions", "hidden_states"))
-            or (first.runs_as_host and any(layer._forward_hooks for layer in self.children()))
+            or (first.runs_as_host and any(map(_is_watched, self.modules())))
         )
         if whole or not batch:
             return batch
@@ -205,6 +205,10 @@ class FusedLayers(nn.ModuleList):
             batch * num_tokens * self.widest * hidden_states.element_size() / SLICE_BYTES
         )
         return math.ceil(batch / min(slices, batch))
+
+
+def _is_watched(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def goes_in_slices(x: Tensor) -> bool:

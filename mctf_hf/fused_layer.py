@@ -226,23 +226,13 @@ class FusedLayer:
         Args:
             through: names of what the branch goes through before.
         """
-        parts = [part for part in (getattr(self, name) for name in through) if self._acts(part)]
-        scale = getattr(parts[-1], "lambda1", parts[-1]) if parts else None  # LayerScale's, or its
-        if isinstance(scale, Tensor):
-            parts.pop()
-        for part in parts:
+        parts = [part for part in (getattr(self, name) for name in through) if _acts(part)]
+        scale = _scale(parts[-1]) if parts else None
+        for part in parts[:-1] if scale is not None else parts:
             branch = part(branch) if isinstance(part, nn.Module) else part * branch
-        if isinstance(scale, Tensor):  # in one pass over the tokens
-            return torch.addcmul(residual, branch, scale)
-        return branch + residual
-
-    def _acts(self, part: Any) -> bool:
-        """Whether a part of a branch does anything; dropouts and drop paths do so in training."""
-        if isinstance(part, nn.Module):
-            return not isinstance(part, nn.Identity) and (
-                self.training or next(part.parameters(), None) is not None
-            )
-        return isinstance(part, Tensor) or part != 1
+        if scale is None:
+            return branch + residual
+        return torch.addcmul(residual, branch, scale)  # in one pass over the tokens
 
     def run_mlp(self, hidden_states: Tensor) -> Tensor:
         """The output of the MLP, and its norm before: (b, m, d) -> (b, m, d)."""
@@ -301,6 +291,24 @@ class FusedLayer:
         needed = {need: observable[need]() for need in step.reducer.needs}
         seen = Observation(tokens.hidden_states, tokens.sizes, step.num_prefix_tokens, **needed)
         return step.reducer(seen, step.r)
+
+
+def _acts(part: Any) -> bool:
+    """Whether a part of a branch does anything: dropouts do in training, and whoever hooks on."""
+    if not isinstance(part, nn.Module):
+        return isinstance(part, Tensor) or part != 1
+    idle = isinstance(part, nn.Identity) or (
+        not part.training and next(part.parameters(), None) is None
+    )
+    return not idle or bool(part._forward_hooks or part._forward_pre_hooks)
+
+
+def _scale(part: Any) -> Tensor | None:
+    """The factors of a LayerScale, unless its module has to be called; ``None`` for other parts."""
+    if not isinstance(part, nn.Module):
+        return part if isinstance(part, Tensor) else None
+    called = part._forward_hooks or part._forward_pre_hooks or "_old_forward" in part.__dict__
+    return None if called else getattr(part, "lambda1", None)
 
 
 def _size_bias(sizes: Tensor | None, step: Step, dtype: torch.dtype) -> Tensor | None:

@@ -103,7 +103,9 @@ class MCTFPreTrainedMixin:
         with checked_downloads(pretrained_model_name_or_path, kwargs.get("cache_dir")):
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any
+    ) -> None:
         """Save as every transformers model does, along with the code that a stranger needs.
 
         ``auto_map`` names all classes of the family, so that what one of them saved loads as any
@@ -125,8 +127,8 @@ class MCTFPreTrainedMixin:
         self.config.auto_map = classes
         # Not by the names that the weights were loaded by, which may be those of another class.
         kwargs.setdefault("save_original_format", False)
-        super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
-        if files and kwargs.get("is_main_process", True):
+        super().save_pretrained(save_directory, is_main_process, **kwargs)  # type: ignore[misc]
+        if files and is_main_process:
             for name, content in files.items():
                 Path(save_directory, name).write_text(content, encoding="utf-8")
             config = Path(save_directory, "config.json")

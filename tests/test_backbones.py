@@ -36,7 +36,7 @@ from mctf_hf.cost import multiply_accumulates
 from mctf_hf.export import check
 from mctf_hf.hub import save
 from mctf_hf.modeling_mctf import take_over_names
-from mctf_hf.presets import PRESETS, preset
+from mctf_hf.presets import PRESETS, preset, preset_class
 from mctf_hf.registry import build
 from tests.conftest import DIGITS, TINY, Golden
 from tests.test_cost import count
@@ -206,11 +206,13 @@ def test_published_costs(name: str, base: float, r: int, fused: float) -> None:
 
 
 def test_every_preset_can_be_built() -> None:
-    assert len(PRESETS) == 19
+    assert len(PRESETS) == 33
     for name in PRESETS:
         with torch.device("meta"):
-            model = build(preset(name))
-        assert model.config.num_tokens() in (197, 198)
+            model = preset_class(name)(preset(name))
+        grid = 224 // model.config.patch_size
+        assert model.config.num_tokens() == grid**2 + model.config.num_prefix_tokens
+    assert build(preset("deit_t")).num_labels == 1000
     assert preset("lv_vit_l").skip_lambda == 3
 
 

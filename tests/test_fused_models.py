@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -34,6 +35,8 @@ from transformers import (
     SiglipVisionConfig,
     SiglipVisionModel,
     ViTImageProcessorPil,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
 )
 
 import mctf_hf
@@ -486,3 +489,124 @@ def test_a_real_dinov2_computes_what_its_program_does() -> None:
     assert multiply_accumulates(hosted, image_size=224) == pytest.approx(3.334e9, rel=1e-3)
     assert encoder.family.name == "DINOv2"
     json.dumps(own.config.to_dict())
+
+
+@torch.no_grad()
+def test_blocks_that_overlap_leave_nothing_behind(pixels: Tensor) -> None:
+    model = fuse_tokens(plain_model("dinov2"), r=6)
+    first, second = fusion_of(model, r=2), fusion_of(model, r=4)
+    entered, left = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with first:
+            entered.set()
+            left.wait(10)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    entered.wait(10)
+    with second:
+        left.set()
+        thread.join()
+        inside = model(pixels).last_hidden_state
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert model.fused_layers[0].call is None
+    torch.testing.assert_close(compiled(pixels)[0], model(pixels)[0])
+    assert torch.equal(inside, model(pixels, r=4).last_hidden_state)
+
+
+@torch.no_grad()
+def test_the_class_of_a_fused_model_makes_and_loads_plain_ones(
+    pixels: Tensor, tmp_path: Path
+) -> None:
+    plain = plain_model("dinov2")
+    expected = plain(pixels).last_hidden_state
+    model = fuse_tokens(plain, r=6)
+    model.save_pretrained(tmp_path / "model")
+    made = type(model)(model.config).eval()
+    made.load_state_dict(model.state_dict())
+    loaded = type(model).from_pretrained(tmp_path / "model").eval()
+    for other in (made, loaded):
+        assert type(other) is Dinov2Model
+        assert torch.equal(other(pixels).last_hidden_state, expected)
+    again, report = mctf_hf.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert torch.equal(again.eval()(pixels)[0], model(pixels)[0]) and "missing_keys" in report
+
+
+def test_what_would_run_without_fusion_says_so(pixels: Tensor) -> None:
+    model = fuse_tokens(plain_model("dinov2"), r=6)
+    with pytest.raises(ValueError, match="nn.DataParallel is not supported"):
+        for module in model.modules():  # as replicas are made
+            module._replicate_for_data_parallel()
+    with pytest.raises(ValueError, match=r"\['reduction'\] are not allowed in this call"):
+        model(pixels, reduction="none")
+
+
+@torch.no_grad()
+def test_another_amount_in_other_calls_than_the_models_own(pixels: Tensor) -> None:
+    model = fuse_tokens(plain_model("dinov2 classifier"), r=6)
+    found = model.dinov2(pixels, r=2).last_hidden_state
+    with fusion_of(model, r=2):
+        assert torch.equal(found, model.dinov2(pixels).last_hidden_state)
+    with pytest.raises(ValueError, match=r"\['output_fusion'\] are not allowed in this call"):
+        model.dinov2(pixels, output_fusion=True)
+
+
+@torch.no_grad()
+def test_hooks_within_layers_see_the_whole_batch(
+    pixels: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, seen = fuse_tokens(plain_model("dinov2"), r=6), []
+    expected = model(pixels).last_hidden_state
+    monkeypatch.setattr("mctf_hf.fused_encoder.SLICE_BYTES", 1)
+    torch.testing.assert_close(model(pixels).last_hidden_state, expected)
+    handle = model.encoder.layer[2].mlp.register_forward_hook(
+        lambda _, args, output: seen.append(len(output))
+    )
+    model(pixels)
+    handle.remove()
+    assert seen == [3]
+
+
+@torch.no_grad()
+def test_there_is_a_map_of_each_layer(pixels: Tensor) -> None:
+    model = fuse_tokens(plain_model("dinov2"), r=6, reduction="mctf")
+    attentions = model(pixels, output_attentions=True).attentions
+    assert [a.shape[-1] for a in attentions] == [65, 59, 53, 47]
+    for attention in attentions:
+        torch.testing.assert_close(attention.sum(-1), torch.ones(attention.shape[:-1]))
+
+
+@torch.no_grad()
+def test_outputs_with_fusion_are_pickled(pixels: Tensor) -> None:
+    output = fuse_tokens(plain_model("dinov2"), r=6)(pixels, output_fusion=True)
+    again = pickle.loads(pickle.dumps(output))
+    assert type(again) is type(output) and torch.equal(again.assignment, output.assignment)
+
+
+def test_fewer_tokens_are_refused_where_each_has_a_place() -> None:
+    masked = ViTMAEForPreTraining(ViTMAEConfig(**BASE, **MLP, decoder_num_hidden_layers=1))
+    with pytest.raises(ValueError, match="restore=False is not allowed with ViTMAEForPreTraining"):
+        fuse_tokens(masked, r=4, restore=False)
+    fuse_tokens(masked, r=4)
+    with (
+        pytest.raises(ValueError, match="which has a place for each token"),
+        fusion_of(masked, restore=False),
+    ):
+        pass
+
+
+@torch.no_grad()
+def test_settings_of_a_whole_clip_count(tmp_path: Path) -> None:
+    text = {**MLP, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(
+        text_config={**text, "vocab_size": 60},
+        vision_config={**BASE, **MLP},
+        projection_dim=16,
+        problem_type="multi_label_classification",
+    )
+    CLIPModel(config).save_pretrained(tmp_path / "clip")
+    model = mctf_hf.MCTFCLIPVisionModelWithProjection.from_pretrained(tmp_path / "clip")
+    assert model.visual_projection.out_features == 16
+    assert model.config.problem_type == "multi_label_classification"

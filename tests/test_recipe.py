@@ -220,7 +220,7 @@ def test_the_distillation_head_learns_from_the_guide_and_the_other_from_labels(
     labels, guided = torch.arange(4), torch.randn(4, 10)
     embedded = module.model.base_model.embeddings(images_)
     module.zero_grad()
-    seen = module._pass(embedded, labels, guided)
+    seen = module._pass({"inputs_embeds": embedded}, labels, guided)
     seen.loss.backward()
     hidden = module.model.base_model(inputs_embeds=embedded.detach()).last_hidden_state.detach()
     smoothing = module.loss.label_smoothing
