@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transformers
@@ -157,7 +157,9 @@ class FusedRunner:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        host = cls.__dict__["host"]
+        host = cls.__dict__.get("host")
+        if host is None:  # a class that others make of this one, such as FSDP2
+            return
 
         @functools.wraps(host.forward)
         def forward(self: FusedRunner, *args: Any, **kwargs: Any) -> Any:
@@ -193,15 +195,17 @@ class FusedModel:
     """
 
     fused_layers: list[HostedLayers]
+    host: ClassVar[Any]
     config: Any
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """A new model has no fusion, whatever the one had whose class was called."""
-        return cls.__dict__["host"](*args, **kwargs)
+        return cls.host(*args, **kwargs) if args or kwargs else object.__new__(cls)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.forward = _forward_of(cls.__dict__["host"])  # type: ignore[attr-defined]
+        if "host" in cls.__dict__:  # not of a class that others make of this one, such as FSDP2
+            cls.forward = _forward_of(cls.host)  # type: ignore[attr-defined]
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any

@@ -610,3 +610,13 @@ def test_settings_of_a_whole_clip_count(tmp_path: Path) -> None:
     model = mctf_hf.MCTFCLIPVisionModelWithProjection.from_pretrained(tmp_path / "clip")
     assert model.visual_projection.out_features == 16
     assert model.config.problem_type == "multi_label_classification"
+
+
+@torch.no_grad()
+def test_classes_that_others_make_of_a_fused_one(pixels: Tensor) -> None:
+    """As FSDP2 does, of models and of their layers."""
+    model = fuse_tokens(plain_model("dinov2"), r=6)
+    expected = model(pixels).last_hidden_state
+    for module in (model, model.encoder, model.encoder.layer[1]):
+        module.__class__ = type(f"FSDP{type(module).__name__}", (type(module),), {})
+    assert torch.equal(model(pixels).last_hidden_state, expected)
