@@ -34,6 +34,7 @@ from .fused_encoder import FusedLayers, check_mask, exchange_class, fuse_layers,
 from .fused_layer import Tokens
 from .modeling_mctf_dinov3_vit import FusedRotaryEmbedding
 from .reducers import build_reducer
+from .registry import BACKBONES
 from .schedule import KeepRate, TokensFused
 
 FILE = "token_fusion.json"
@@ -638,12 +639,14 @@ _OF_HUB = (
 
 def _class_of(config: Any) -> Any:
     """The class of transformers, or of this library, that a configuration names."""
-    import mctf_hf
-
+    backbone = BACKBONES.get(config.model_type)
+    own = () if backbone is None else (backbone.model, backbone.classifier, *backbone.further)
     for architecture in config.architectures or ():
-        for module in (mctf_hf, transformers):
-            if hasattr(module, architecture):
-                return getattr(module, architecture)
+        for known in own:
+            if known.__name__ == architecture:
+                return known
+        if backbone is None and hasattr(transformers, architecture):
+            return getattr(transformers, architecture)
     return AutoModel
 
 
