@@ -119,7 +119,7 @@ class FusedLayer:
     """A layer that can fuse tokens between its parts; before a layer class of transformers.
 
     Without a step it is the layer that it was. Families differ in five hooks: ``norm_attention``,
-    ``queries_keys``, ``attend``, ``add`` and ``run_mlp``.
+    ``attend``, ``add`` and ``run_mlp``, and ``queries_keys`` of the attention.
 
     Attributes:
         names: of its parts.
@@ -208,12 +208,6 @@ class FusedLayer:
     def norm_attention(self, hidden_states: Tensor) -> Tensor:
         """What attention sees: (b, n, d) -> (b, n, d)."""
         return getattr(self, self.names.norm_attention)(hidden_states)
-
-    def queries_keys(
-        self, normed: Tensor, rotation: Rotation | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Queries and keys of normalised tokens, (b, n, d): both (b, h, n, d / h)."""
-        return self.core.queries_keys(normed, rotation)
 
     def attend(self, normed: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output of attention, (b, m, d), of normalised tokens."""

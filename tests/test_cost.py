@@ -55,7 +55,7 @@ def test_what_runs_is_what_is_counted(settings: dict[str, Any]) -> None:
     assert multiply_accumulates(config) == count(model, torch.randn(1, 3, 32, 32))
 
 
-def count(model: nn.Module, images: torch.Tensor) -> int:
+def count(model: nn.Module, *inputs: torch.Tensor, **options: Any) -> int:
     """Multiply-accumulates of a forward pass, as an independent counter sees them."""
     normalised = 0
 
@@ -67,7 +67,7 @@ def count(model: nn.Module, images: torch.Tensor) -> int:
         if isinstance(module, nn.LayerNorm):
             module.register_forward_hook(add)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(images)
+        model(*inputs, **options)
     return counter.get_total_flops() // 2 + 5 * normalised
 
 

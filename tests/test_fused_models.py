@@ -16,7 +16,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.export import Dim
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModel,
     CLIPConfig,
@@ -48,6 +47,7 @@ from mctf_hf.fused_encoder import FusedLayers
 from mctf_hf.hub import save
 from mctf_hf.registry import BACKBONES, backbone_of_type
 from tests.conftest import REPOSITORY, needs_shared
+from tests.test_cost import count
 from tests.test_loading import load_as_stranger
 
 BASE: dict[str, Any] = {
@@ -400,22 +400,6 @@ def test_own_classes_are_exported(kind: str, pixels: Tensor, tmp_path: Path) -> 
         agreement = check(model, write(model, tmp_path / file), [pixels[:1], pixels])
         assert agreement.differing == 0, (file, agreement)
         assert (agreement.top1 is None) == ("classifier" not in kind)
-
-
-def count(model: nn.Module, *inputs: Tensor, **options: Any) -> int:
-    """Multiply-accumulates of a forward pass, as an independent counter sees them."""
-    normalised = 0
-
-    def add(module: nn.Module, args: Any, output: Tensor) -> None:
-        nonlocal normalised
-        normalised += output.numel()
-
-    for module in model.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.register_forward_hook(add)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(*inputs, **options)
-    return counter.get_total_flops() // 2 + 5 * normalised
 
 
 @pytest.mark.parametrize(
