@@ -529,12 +529,12 @@ def test_what_would_run_without_fusion_says_so(pixels: Tensor) -> None:
 
 @torch.no_grad()
 def test_another_amount_in_other_calls_than_the_models_own(pixels: Tensor) -> None:
-    model = fuse_tokens(plain_model("dinov2 classifier"), r=6)
-    found = model.dinov2(pixels, r=2).last_hidden_state
+    model = fuse_tokens(plain_model("clip projection"), r=6)
+    found = model.vision_model(pixels, r=2).last_hidden_state
     with fusion_of(model, r=2):
-        assert torch.equal(found, model.dinov2(pixels).last_hidden_state)
+        assert torch.equal(found, model.vision_model(pixels).last_hidden_state)
     with pytest.raises(ValueError, match=r"\['output_fusion'\] are not allowed in this call"):
-        model.dinov2(pixels, output_fusion=True)
+        model.vision_model(pixels, output_fusion=True)
 
 
 @torch.no_grad()
@@ -555,7 +555,7 @@ def test_hooks_within_layers_see_the_whole_batch(
 
 @torch.no_grad()
 def test_there_is_a_map_of_each_layer(pixels: Tensor) -> None:
-    model = fuse_tokens(plain_model("dinov2"), r=6, reduction="mctf")
+    model = fuse_tokens(plain_model("clip"), r=6, reduction="mctf")
     attentions = model(pixels, output_attentions=True).attentions
     assert [a.shape[-1] for a in attentions] == [65, 59, 53, 47]
     for attention in attentions:
