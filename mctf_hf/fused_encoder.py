@@ -191,11 +191,12 @@ class FusedLayers(nn.ModuleList):
         transformers get the batch that those would get.
         """
         batch, num_tokens = hidden_states.shape[:2]
+        if not goes_in_slices(hidden_states) or batch == 1:
+            return batch
         first = next(self.children())
         whole = (
-            not goes_in_slices(hidden_states)
+            mask is not None
             or (not fuses and first.runs_as_host)
-            or mask is not None
             or any(kwargs.get(f"output_{name}") for name in ("attentions", "hidden_states"))
             or (first.runs_as_host and any(map(_is_watched, self.modules())))
         )

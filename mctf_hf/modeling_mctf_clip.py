@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPVisionConfig
 from transformers.models.clip.modeling_clip import (
     CLIPPreTrainedModel,
@@ -102,8 +102,11 @@ class MCTFCLIPVisionModelWithProjection(MCTFPreTrainedMixin, CLIPVisionModelWith
     _keys_to_ignore_on_load_unexpected: ClassVar = [*_OF_TEXT, r"^classifier\."]
 
     def __init__(self, config: MCTFCLIPVisionConfig):
-        super().__init__(config)
+        config.validate()
+        # Not the model's of transformers, which would build its own encoder.
+        CLIPPreTrainedModel.__init__(self, config)
         self.vision_model = MCTFCLIPVisionModel(config)
+        self.visual_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
         self.post_init()
 
     @can_return_tuple
