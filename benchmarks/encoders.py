@@ -20,6 +20,7 @@ from transformers import Dinov2Model
 
 from mctf_hf import fuse_tokens, fusion_of
 from mctf_hf.cost import describe, resolve_budget
+from mctf_hf.files import write_text
 from mctf_hf.hub import load_image_processor
 
 SHARED = Path(os.environ.get("MCTF_SHARED", Path(__file__).parents[2] / "shared"))
@@ -139,7 +140,7 @@ def main(file: str) -> None:
             }
         )
         print(json.dumps(rows[-1]), flush=True)
-    Path(file).write_text(json.dumps(rows, indent=2) + "\n")
+    write_text(file, json.dumps(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,10 +17,11 @@ from transformers import ViTImageProcessorPil
 
 from cli.contestants import Contestant, make
 from cli.evaluation import open_labelled
-from cli.files import check_output, open_images, replace
+from cli.files import check_output, open_images
 from cli.measuring import machine_name, peak_bytes, seconds_in_rounds
 from lightning_modules.data import HFImageDataModule, LabelledImages
 from lightning_modules.processors import output_size
+from mctf_hf.files import replace, write_text
 from mctf_hf.hub import load_image_processor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -127,7 +128,7 @@ def benchmark(
         rows += measured
     if output is not None:
         text = json.dumps({"environment": environment, "results": rows}, indent=2)
-        replace(output, lambda draft: draft.write_text(text + "\n"))
+        write_text(output, text + "\n")
     if plot is not None:
         figure = _plot(rows, environment)
         replace(plot, lambda draft: figure.savefig(draft, dpi=120, format="png"))

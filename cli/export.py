@@ -19,6 +19,7 @@ from cli.models import load, parse, resolve
 from mctf_hf import MCTFViTForImageClassification
 from mctf_hf import export as exporting
 from mctf_hf.export import TOLERANCE, Agreement
+from mctf_hf.files import draft
 from mctf_hf.presets import PRESETS, preset, preset_class
 
 WRITE = {".onnx": exporting.to_onnx, ".pt2": exporting.to_torch_export}
@@ -76,16 +77,16 @@ def export(
     pixel_values = _pixel_values(made, processor, images, max(count, batch_size if speed else 0))
 
     console = Console()
-    with exporting.draft(file) as draft:
-        WRITE[file.suffix](made, draft, image_processor=processor)
+    with draft(file) as path:
+        WRITE[file.suffix](made, path, image_processor=processor)
         batches = [pixel_values[:1], pixel_values[1:3]]
         batches += pixel_values[3:count].split(batch_size) if count > 3 else []
-        found = exporting.check(made, draft, batches)
+        found = exporting.check(made, path, batches)
         rounding = exporting.check_rounding(made, batches) if found.differing else None
         console.print(_agreement(file, images, found, rounding))
         _judge(file, found, rounding)
         if speed:
-            console.print(_speed(made, draft, pixel_values[:batch_size], rounds))
+            console.print(_speed(made, path, pixel_values[:batch_size], rounds))
     console.print(f"{file}: {file.stat().st_size / 2**20:,.1f} MiB", highlight=False)
 
 

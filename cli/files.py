@@ -1,7 +1,6 @@
-"""Files in and out: images of any source, results that appear whole or not at all."""
+"""Files in and out: images of any source, and where results may go."""
 
 import os
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
@@ -24,17 +23,6 @@ def check_output(file: str, *suffixes: str) -> Path:
     if not path.resolve().parent.is_dir():
         raise FileNotFoundError(f"{file} cannot be written: its folder does not exist")
     return path
-
-
-def replace(file: str | Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside its place and put it there when it is whole."""
-    file = Path(file)
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        write(draft)
-        os.replace(draft, file)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def open_images(

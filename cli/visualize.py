@@ -5,8 +5,9 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from cli.files import check_output, open_images, replace
+from cli.files import check_output, open_images
 from cli.models import load, parse
+from mctf_hf.files import replace
 from mctf_hf.visualization import FusedTokens, contact_sheet, enlarge, fused_tokens
 
 

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule
 
 from lightning_modules.checkpoints import AveragedWeights, SafeCheckpointIO, is_there
+from mctf_hf.files import draft
 from mctf_hf.hub import TRAINING, check_folder, save
 from mctf_hf.losses import told_limit
 from mctf_hf.registry import build
@@ -173,15 +174,10 @@ class PredictionFile(BasePredictionWriter):
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        draft = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        try:
-            with draft.open("w", newline="", encoding="utf-8") as file:
-                if self.path.suffix == ".csv":
-                    writer = csv.DictWriter(file, fieldnames=["file", "label", "score"])
-                    writer.writeheader()
-                    writer.writerows(rows)
-                else:
-                    file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            os.replace(draft, self.path)
-        finally:
-            draft.unlink(missing_ok=True)
+        with draft(self.path) as path, path.open("w", newline="", encoding="utf-8") as file:
+            if self.path.suffix == ".csv":
+                writer = csv.DictWriter(file, fieldnames=["file", "label", "score"])
+                writer.writeheader()
+                writer.writerows(rows)
+            else:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -19,6 +19,8 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from mctf_hf.files import replace
+
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 
 
@@ -49,15 +51,9 @@ class SafeCheckpointIO(TorchCheckpointIO):
         path.parent.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
-        draft = path.with_name(f".{path.name}.draft")
         try:
-            with draft.open("wb") as file:
-                file.write(buffer.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(draft, path)
+            replace(path, lambda draft: draft.write_bytes(buffer.getbuffer()))
         except OSError as error:
-            draft.unlink(missing_ok=True)
             raise OSError(
                 error.errno or errno.EIO,
                 f"{path} was not written ({error.strerror or error}, {len(buffer.getbuffer()):,} "
@@ -258,13 +254,11 @@ def _keep_previous(path: Path) -> None:
     """Make ``previous.ckpt`` of a checkpoint, which stays where the disk has hard links."""
     if not path.exists():
         return
-    link = path.with_name(".previous.ckpt.draft")
-    link.unlink(missing_ok=True)
+    previous = path.with_name(PREVIOUS)
     try:
-        os.link(path, link)
+        replace(previous, lambda link: os.link(path, link))
     except OSError:  # no hard links here, or a folder of shards
-        link = path
-    _move(link, path.with_name(PREVIOUS))
+        _move(path, previous)
 
 
 def _move(source: Path, target: Path) -> None:

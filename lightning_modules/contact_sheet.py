@@ -15,6 +15,8 @@ from datasets import load_dataset
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from mctf_hf.files import replace
+
 from .augmentation import FlipAndCrop
 from .batch_augmentation import Mixing, Normalization, RandomErasing
 from .images import DRAWS, as_bytes
@@ -127,7 +129,8 @@ def contact_sheet(rows: Sequence[Row]) -> Image.Image:
 
 def main(file: str) -> None:
     """Write the contact sheet to a PNG file."""
-    contact_sheet(list(augmented_rows(*coloured_digits()))).save(file, optimize=True)
+    sheet = contact_sheet(list(augmented_rows(*coloured_digits())))
+    replace(file, lambda path: sheet.save(path, optimize=True))
 
 
 if __name__ == "__main__":

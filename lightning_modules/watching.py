@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import math
-import os
 import time
 from itertools import islice
 from pathlib import Path
@@ -24,6 +23,7 @@ from lightning_modules.evaluation import NOTHING, count_right, sweep, told
 from lightning_modules.processors import scaling
 from mctf_hf.configuration_mctf import as_pair
 from mctf_hf.cost import multiply_accumulates
+from mctf_hf.files import replace, write_text
 from mctf_hf.visualization import FusedTokens, contact_sheet, enlarge
 
 
@@ -131,7 +131,7 @@ class FusedTokensPicture(Callback):
             sheet = _picture(pl_module, images, output)
             path = Path(log_dir, "fused_tokens", f"epoch={trainer.current_epoch}.png")
             path.parent.mkdir(parents=True, exist_ok=True)
-            sheet.save(path)
+            replace(path, sheet.save)
             for logger in trainer.loggers:
                 _log_picture(logger, sheet, trainer.global_step)
 
@@ -237,10 +237,5 @@ def _table(rows: list[dict[str, Any]]) -> Table:
 def write_json(path: Path, value: Any) -> None:
     """Write a file that is there as a whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.draft")
-    try:
-        draft.write_text(json.dumps(value, indent=2) + "\n")
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    write_text(path, json.dumps(value, indent=2) + "\n")
     rank_zero_info(f"Summary: {path}")

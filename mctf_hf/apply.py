@@ -30,6 +30,7 @@ from transformers.utils import ModelOutput, cached_file
 from .anatomy import check_layer
 from .configuration_mctf import ROPE_POSITIONS, FusionConfigMixin, TokenFusion
 from .families import Encoder, explain, find_encoders, supported
+from .files import write_text
 from .fused_encoder import FusedLayers, check_mask, exchange_class, fuse_layers, fused_class
 from .fused_layer import Tokens
 from .modeling_mctf_dinov3_vit import FusedRotaryEmbedding
@@ -225,9 +226,7 @@ class FusedModel:
         if is_main_process:
             settings = self.fused_layers[0].settings
             told = {name: getattr(settings, name) for name in SETTINGS}
-            draft = Path(save_directory, f".{FILE}")
-            draft.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-            os.replace(draft, Path(save_directory, FILE))
+            write_text(Path(save_directory, FILE), json.dumps(told, indent=2) + "\n")
 
 
 def _forward_of(host: type[PreTrainedModel]) -> Callable[..., Any]:

@@ -8,7 +8,6 @@ import copy
 import json
 import logging
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from .files import draft
 from .registry import output_of
 from .schedule import KeepRate, TokensFused
 
@@ -224,19 +224,6 @@ def import_onnx() -> Any:
         raise ImportError(
             f"ONNX needs a package that cannot be imported ({error}): pip install 'mctf-hf[onnx]'"
         ) from error
-
-
-@contextmanager
-def draft(file: str | os.PathLike) -> Iterator[Path]:
-    """A path to write instead of ``file``, which takes its place when the block has ended well.
-
-    It has the same name, in a folder of its own. What is written beside it goes along, first.
-    """
-    file = Path(file)
-    with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as folder:
-        yield Path(folder, file.name)
-        for name in sorted(os.listdir(folder), key=lambda name: name == file.name):
-            os.replace(Path(folder, name), file.parent / name)
 
 
 class _Function(nn.Module):

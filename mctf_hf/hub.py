@@ -3,8 +3,8 @@
 import json
 import os
 import re
-import tempfile
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 # Older releases hide the top-level name where torchvision is missing, though this needs none.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+from .files import drafts
 
 # How the weights were trained, what was measured of them, what was drawn, and the page of it all.
 TRAINING, EVALUATION = "training.json", "evaluation.json"
@@ -69,18 +71,22 @@ def save(
     """
     folder = check_folder(folder)
     code = _code(folder, _classes(folder).values())
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as draft:
-        model.save_pretrained(draft)
-        image_processor.save_pretrained(draft)
-        for name, content in (files or {}).items():
-            data = content if isinstance(content, bytes) else content.encode()
-            Path(draft, name).write_bytes(data)
-        loadable_files(draft)
-        names = sorted(os.listdir(draft), key=lambda name: (name == "config.json", name))
-        folder.mkdir(exist_ok=True)
-        for name in names:
-            os.replace(Path(draft, name), folder / name)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with drafts(folder, last="config.json") as draft:
+            model.save_pretrained(draft)
+            image_processor.save_pretrained(draft)
+            for name, content in (files or {}).items():
+                data = content if isinstance(content, bytes) else content.encode()
+                Path(draft, name).write_bytes(data)
+            loadable_files(draft)
+            names = os.listdir(draft)
+    except BaseException:
+        with suppress(OSError):
+            for path in made:
+                path.rmdir()
+        raise
     for name in {*_stale(os.listdir(folder), names), *code} - set(names):
         (folder / name).unlink(missing_ok=True)
     return folder

@@ -17,6 +17,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 
 from .downloads import checked_downloads
+from .files import write_text
 from .own_reducers import own_code
 from .reducers import REDUCERS
 
@@ -130,7 +131,7 @@ class MCTFPreTrainedMixin:
         super().save_pretrained(save_directory, is_main_process, **kwargs)  # type: ignore[misc]
         if files and is_main_process:
             for name, content in files.items():
-                Path(save_directory, name).write_text(content, encoding="utf-8")
+                write_text(Path(save_directory, name), content)
             config = Path(save_directory, "config.json")
             settings = json.loads(config.read_text(encoding="utf-8"))
-            config.write_text(json.dumps({**settings, "auto_map": auto_map}, indent=2) + "\n")
+            write_text(config, json.dumps({**settings, "auto_map": auto_map}, indent=2) + "\n")

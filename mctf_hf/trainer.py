@@ -8,6 +8,7 @@ import transformers
 from torch import Tensor
 from transformers import Trainer
 
+from .files import write_text
 from .hub import TRAINING
 from .losses import TokenReductionConsistency, teacher_amount, teacher_limit, told_limit
 
@@ -104,4 +105,4 @@ class ConsistencyTrainer(Trainer):
                 "transformers": transformers.__version__,
             }
             folder = output_dir or self.args.output_dir
-            Path(str(folder), TRAINING).write_text(json.dumps(record, indent=2) + "\n")
+            write_text(Path(str(folder), TRAINING), json.dumps(record, indent=2) + "\n")

@@ -167,15 +167,6 @@ def test_an_export_that_fails_leaves_what_was_there(kind: str) -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_a_draft_that_fails_is_swept_away() -> None:
-    Path("model.pt2").write_text("of an earlier export")
-    with pytest.raises(OSError, match="disk full"), exporting.draft("model.pt2") as draft:
-        draft.write_text("half")
-        raise OSError("disk full")
-    assert [path.name for path in Path().iterdir()] == ["model.pt2"]
-    assert Path("model.pt2").read_text() == "of an earlier export"
-
-
 def test_models_that_are_not_exported() -> None:
     with pytest.raises(ValueError, match="call model.eval()"):
         to_onnx(small_model().train(), "model.onnx")

@@ -36,6 +36,7 @@ CODE = {
     "configuration_mctf.py",
     "anatomy.py",
     "downloads.py",
+    "files.py",
     "fused_encoder.py",
     "fused_layer.py",
     "modeling_mctf.py",
