@@ -25,7 +25,7 @@ from lightning_modules import (
     Watch,
     make_loggers,
 )
-from lightning_modules.checkpoints import LAST, PREVIOUS
+from lightning_modules.checkpoint_files import LAST, PREVIOUS
 
 DESCRIPTION = """Make Vision Transformers faster by fusing tokens (MCTF), and finetune them for it.
 

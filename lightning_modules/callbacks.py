@@ -5,6 +5,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 
-from lightning_modules.checkpoints import AveragedWeights, SafeCheckpointIO, is_there
+from lightning_modules.checkpoint_files import SafeCheckpointIO
+from lightning_modules.checkpoints import AveragedWeights, by_the_first, is_there
 from mctf_hf.files import draft
 from mctf_hf.hub import TRAINING, check_folder, save
 from mctf_hf.losses import told_limit
@@ -84,17 +86,8 @@ class HuggingFaceFolder(Callback):
 
 def _loaded_by_the_first(trainer: L.Trainer, path: str) -> dict[str, Any]:
     """Weights of a checkpoint, on whose disk other nodes may not be; an error is everybody's."""
-    state, failed = None, None
-    if trainer.is_global_zero:
-        try:
-            loaded = SafeCheckpointIO().load_checkpoint(path, map_location="cpu", weights_only=True)
-            state = loaded["state_dict"]
-        except Exception as error:
-            failed = error
-    state, failed = trainer.strategy.broadcast((state, failed))
-    if failed is not None:
-        raise failed
-    return state
+    read = partial(SafeCheckpointIO().load_checkpoint, map_location="cpu", weights_only=True)
+    return by_the_first(trainer, lambda: read(path)["state_dict"])
 
 
 def training_record(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:

@@ -1,15 +1,13 @@
 """Checkpoints that outlast kills, full disks and signals, and averaged weights in them."""
 
-import errno
-import io
 import os
-import pickle
 import shutil
 import signal
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import lightning as L
 import torch
@@ -19,81 +17,10 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lightning_modules.checkpoint_files import LAST, PREVIOUS, SafeCheckpointIO
 from mctf_hf.files import replace
 
-LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
-
-
-class SafeCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoint files, whole or not there at all, and checked when they are read.
-
-    Args:
-        use_previous: where ``last.ckpt`` can't be read, take the ``previous.ckpt`` beside it.
-    """
-
-    def __init__(self, use_previous: bool = False):
-        super().__init__()
-        self.use_previous = use_previous
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
-    ) -> None:
-        """Write a file beside ``path``, see it to the disk, and move it there.
-
-        Raises:
-            OSError: if it can't be written, for one because the disk is full; what lay at
-                ``path`` is untouched.
-        """
-        if "://" in str(path):
-            super().save_checkpoint(checkpoint, path, storage_options)
-            return
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)
-        try:
-            replace(path, lambda draft: draft.write_bytes(buffer.getbuffer()))
-        except OSError as error:
-            raise OSError(
-                error.errno or errno.EIO,
-                f"{path} was not written ({error.strerror or error}, {len(buffer.getbuffer()):,} "
-                "bytes were to be): checkpoints saved before are untouched, resume from one of "
-                "them when there is room",
-            ) from error
-
-    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Read a file that :meth:`save_checkpoint` has written.
-
-        Raises:
-            ValueError: for a damaged file, unless ``use_previous`` helps.
-            FileNotFoundError: if there is none, likewise.
-        """
-        previous = Path(path).with_name(PREVIOUS)
-        has_previous = Path(path).name == LAST and previous.exists()
-        try:
-            return self._load(path, *args, **kwargs)
-        except (FileNotFoundError, ValueError) as error:
-            if not has_previous:
-                raise
-            if not self.use_previous:
-                raise type(error)(
-                    f"{error}. The one before it, {previous}, can be resumed from instead "
-                    "(--last.use_previous true does so by itself)"
-                ) from error
-            rank_zero_warn(f"{error}. Resuming from the one before it, {previous}")
-            return self._load(previous, *args, **kwargs)
-
-    def _load(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        try:
-            return super().load_checkpoint(path, *args, **kwargs)
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-            told = (
-                isinstance(error, OSError) and error.errno != errno.EINVAL
-            )  # a seek beyond its end
-            if told or "Weights only" in str(error):
-                raise
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise ValueError(f"{path} is damaged and can't be read: {reason}") from error
+T = TypeVar("T")
 
 
 def in_shards(trainer: L.Trainer) -> bool:
@@ -104,6 +31,20 @@ def in_shards(trainer: L.Trainer) -> bool:
 def is_there(trainer: L.Trainer, path: str) -> bool:
     """Whether the first process, which wrote it, finds a checkpoint; all processes are to ask."""
     return trainer.strategy.broadcast("://" in path or os.path.exists(path))
+
+
+def by_the_first(trainer: L.Trainer, work: Callable[[], T]) -> T:
+    """What the first process gets from some work; all processes are to ask, an error is theirs."""
+    found, failed = None, None
+    if trainer.is_global_zero:
+        try:
+            found = work()
+        except Exception as error:
+            failed = error
+    found, failed = trainer.strategy.broadcast((found, failed))
+    if failed is not None:
+        raise failed
+    return found
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -162,14 +103,16 @@ class LastCheckpoint(Checkpoint):
         self._stop_after_step = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        files = SafeCheckpointIO(self.use_previous)
         if in_shards(trainer):
             if trainer.strategy._save_distributed_checkpoint:
                 raise ValueError(
                     "trainer.strategy: save_distributed_checkpoint=True is not allowed: a "
                     "checkpoint is a single file, set it to false"
                 )
-        elif type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            trainer.strategy.checkpoint_io = SafeCheckpointIO(self.use_previous)
+            _check_before_loading(trainer, files)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = files
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._saved_step = trainer.global_step
@@ -248,6 +191,16 @@ class LastCheckpoint(Checkpoint):
             _keep_previous(path)
             _move(new, path)
         trainer.strategy.barrier("LastCheckpoint")
+
+
+def _check_before_loading(trainer: L.Trainer, files: SafeCheckpointIO) -> None:
+    """For a strategy that reads checkpoints by itself."""
+    load = trainer.strategy.load_checkpoint
+
+    def checked(path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return load(by_the_first(trainer, lambda: files.whole_one(path)), *args, **kwargs)
+
+    trainer.strategy.load_checkpoint = checked
 
 
 def _keep_previous(path: Path) -> None:

@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_modules.checkpoints import SafeCheckpointIO
+from cli.main import main
+from lightning_modules.checkpoint_files import SafeCheckpointIO
 from lightning_modules.sampling import stop_with_parent_only
+from tests.conftest import DIGITS
 from tests.training_runs import (
     EPOCHS,
     STEPS_PER_EPOCH,
@@ -198,10 +201,14 @@ def test_a_full_disk_leaves_the_checkpoints_that_are_there(
     assert not differing(resume(tmp_path), final(uninterrupted))
 
 
+def state(step: int) -> dict[str, Any]:
+    return {"step": step, "state_dict": {"w": torch.rand(999)}}
+
+
 @pytest.fixture
 def checkpoints(tmp_path: Path) -> Iterator[Path]:
     for name, step in (("previous.ckpt", 1), ("last.ckpt", 2)):
-        SafeCheckpointIO().save_checkpoint({"step": step, "w": torch.rand(999)}, tmp_path / name)
+        SafeCheckpointIO().save_checkpoint(state(step), tmp_path / name)
     yield tmp_path
 
 
@@ -212,7 +219,7 @@ def test_what_cannot_be_written_leaves_what_was_there(checkpoints: Path) -> None
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
         with pytest.raises(OSError, match=f"{last} was not written .File too large, [0-9,]+ bytes"):
-            SafeCheckpointIO().save_checkpoint({"step": 3, "w": torch.rand(999)}, last)
+            SafeCheckpointIO().save_checkpoint(state(3), last)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert last.read_bytes() == before
@@ -231,8 +238,85 @@ def test_a_checkpoint_cut_short_is_refused_or_the_one_before_it_used(
     with pytest.warns(UserWarning, match="Resuming from the one before it"):
         assert SafeCheckpointIO(use_previous=True).load_checkpoint(last)["step"] == 1
     (checkpoints / "previous.ckpt").unlink()
-    with pytest.raises(ValueError, match="is damaged and can't be read: ((?!previous).)*$"):
+    with pytest.raises(ValueError, match="is damaged or no ((?!previous).)*$"):
         SafeCheckpointIO(use_previous=True).load_checkpoint(last)
+
+
+def flipped(whole: bytes, place: int, bit: int) -> bytes:
+    return whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :]
+
+
+def test_whatever_has_changed_in_a_checkpoint_is_found(checkpoints: Path) -> None:
+    last = checkpoints / "last.ckpt"
+    whole = last.read_bytes()
+    draw = random.Random(5)
+    places = {draw.randrange(len(whole)) for _ in range(40)} | set(range(-80, 0)) | {0, 3}
+    damaged = [flipped(whole, place % len(whole), draw.randrange(8)) for place in places]
+    damaged += [whole[:1024] + bytes(512) + whole[1536:], whole + b"\0", whole[:-71]]
+    for contents in damaged:
+        last.write_bytes(contents)
+        with pytest.raises(ValueError, match=f"{last} is damaged or no checkpoint"):
+            SafeCheckpointIO().load_checkpoint(last)
+    last.write_bytes(whole)
+    moved = last.rename(checkpoints / "elsewhere.ckpt")
+    assert SafeCheckpointIO().load_checkpoint(moved)["step"] == torch.load(moved)["step"] == 2
+
+
+def test_a_checkpoint_without_a_digest_is_checked_by_its_archives_checksums(
+    checkpoints: Path,
+) -> None:
+    old = checkpoints / "last.ckpt"
+    torch.save(state(7), old)
+    assert SafeCheckpointIO().load_checkpoint(old)["step"] == 7
+    whole = old.read_bytes()
+    middle = whole.index(torch.load(old)["state_dict"]["w"].numpy().tobytes()[:64]) + 2000
+    for contents in (flipped(whole, middle, 0), whole[:middle] + bytes(64) + whole[middle + 64 :]):
+        old.write_bytes(contents)
+        with pytest.raises(ValueError, match=f"{old} is damaged .* checksum of its part"):
+            SafeCheckpointIO().load_checkpoint(old)
+        with pytest.warns(UserWarning, match="Resuming from the one before it"):
+            assert SafeCheckpointIO(use_previous=True).load_checkpoint(old)["step"] == 1
+
+
+NO_CHECKPOINTS: dict[str, bytes] = {
+    "text": b"step: 3\n" * 9,
+    "a web page": b"<!DOCTYPE html><html><body>404</body></html>",
+    "random bytes": random.Random(1).randbytes(5000),
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("kind", NO_CHECKPOINTS)
+def test_what_is_no_checkpoint_is_told_in_a_line(
+    kind: str, checkpoints: Path, tiny_folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    last = checkpoints / "last.ckpt"
+    last.write_bytes(NO_CHECKPOINTS[kind])
+    words = ["--model.pretrained", str(tiny_folder), "--data.dataset", DIGITS, "--trainer.logger",
+             "false", "--trainer.accelerator", "cpu", "--ckpt_path", str(last)]  # fmt: skip
+    for command in ("fit", "validate"):
+        with pytest.raises(SystemExit) as stopped:
+            main([command, *words])
+        assert stopped.value.code == 1
+        assert f"mctf: error: {last} is damaged or no checkpoint" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="Resuming from the one before it"):
+        assert SafeCheckpointIO(use_previous=True).load_checkpoint(last)["step"] == 1
+
+
+def test_an_archive_of_something_else_and_a_folder_are_no_checkpoints(tmp_path: Path) -> None:
+    file = tmp_path / "last.ckpt"
+    for contents, told in (({"weight": torch.zeros(3)}, "weight"), ([1], "list")):
+        torch.save(contents, file)
+        with pytest.raises(
+            ValueError, match=f"{file} .* holds no state of a training, but .*{told}"
+        ):
+            SafeCheckpointIO().load_checkpoint(file)
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("report.txt", "all is well")
+    with pytest.raises(ValueError, match=f"{file} is damaged or no checkpoint"):
+        SafeCheckpointIO().load_checkpoint(file)
+    with pytest.raises(ValueError, match=f"{tmp_path} is a folder, not a checkpoint"):
+        SafeCheckpointIO().load_checkpoint(tmp_path)
 
 
 def test_the_checkpoint_before_the_last_is_kept_and_resumes(
