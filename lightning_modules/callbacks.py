@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from lightning_modules.checkpoint_files import SafeCheckpointIO
 from lightning_modules.checkpoints import AveragedWeights, by_the_first, is_there
 from mctf_hf.files import draft
+from lightning_modules.locks import FolderLock
 from mctf_hf.hub import TRAINING, check_folder, save
 from mctf_hf.losses import told_limit
 from mctf_hf.registry import build
@@ -39,10 +40,27 @@ class HuggingFaceFolder(Callback):
         self.folder = folder
         self.best = best
         self._gathered: dict[str, Any] | None = None
+        self._lock: FolderLock | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit" and self.folder is not None:
-            check_folder(self.folder)  # now, not after hours of training
+            by_the_first(trainer, self._take_folder)  # now, not after hours of training
+
+    def _take_folder(self) -> None:
+        folder = check_folder(self.folder)
+        if folder.exists() and not os.access(folder, os.W_OK):
+            raise PermissionError(
+                f"export.folder={self.folder!r} is not allowed: it can't be written to"
+            )
+        self._lock = FolderLock(folder, "export.folder", beside=True)
+        self._lock.acquire()
+
+    def teardown(self, *args: Any, **kwargs: Any) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+    def on_exception(self, *args: Any) -> None:
+        self.teardown()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if isinstance(pl_module, FSDPModule):  # while all processes hold their shards

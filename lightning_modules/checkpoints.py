@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_modules.checkpoint_files import LAST, PREVIOUS, SafeCheckpointIO
 from mctf_hf.files import replace
+from lightning_modules.locks import FolderLock
 
 T = TypeVar("T")
 
@@ -80,7 +81,8 @@ class LastCheckpoint(Checkpoint):
     It is saved every so many steps, after each epoch, and when SIGTERM tells the run to stop, as
     batch systems do before they take a machine away. Every state that is saved resumes to the
     weights of a run that was never interrupted, so it is saved neither between batches whose
-    gradients are accumulated, nor before a validation that would then be left out.
+    gradients are accumulated, nor before a validation that would then be left out. The folder is
+    locked while the run lasts: another one that is to write there is refused.
 
     Args:
         every_n_train_steps: optimizer steps between two saves.
@@ -99,6 +101,7 @@ class LastCheckpoint(Checkpoint):
         self.folder = folder
         self.use_previous = use_previous
         self._saved_step = 0
+        self._lock: FolderLock | None = None
         self._signalled = False
         self._stop_after_step = False
 
@@ -113,6 +116,16 @@ class LastCheckpoint(Checkpoint):
             _check_before_loading(trainer, files)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = files
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        path = self.path(trainer)
+        if path is not None and not trainer.fast_dev_run:
+            self._lock = FolderLock(path.parent, "last.folder" if self.folder else "best.dirpath")
+            by_the_first(trainer, self._lock.acquire)
+
+    def teardown(self, *args: Any) -> None:
+        if self._lock is not None:
+            self._lock.release()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._saved_step = trainer.global_step
@@ -157,12 +170,12 @@ class LastCheckpoint(Checkpoint):
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        if not isinstance(exception, SIGTERMException) or not trainer.validating:
-            return
-        progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
-        progress.reset()  # validation as a whole is still to be run: begun, no batch finished
-        progress.total.ready = progress.total.started = 1
-        self._save(trainer)
+        if isinstance(exception, SIGTERMException) and trainer.validating:
+            progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+            progress.reset()  # validation as a whole is still to be run: begun, no batch finished
+            progress.total.ready = progress.total.started = 1
+            self._save(trainer)
+        self.teardown()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._save(trainer)
