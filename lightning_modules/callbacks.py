@@ -19,8 +19,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from lightning_modules.checkpoint_files import SafeCheckpointIO
 from lightning_modules.checkpoints import AveragedWeights, by_the_first, is_there
-from mctf_hf.files import draft
 from lightning_modules.locks import FolderLock
+from mctf_hf.files import draft
 from mctf_hf.hub import TRAINING, check_folder, save
 from mctf_hf.losses import told_limit
 from mctf_hf.registry import build

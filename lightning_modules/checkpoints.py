@@ -18,8 +18,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_modules.checkpoint_files import LAST, PREVIOUS, SafeCheckpointIO
-from mctf_hf.files import replace
 from lightning_modules.locks import FolderLock
+from mctf_hf.files import replace
 
 T = TypeVar("T")
 
@@ -123,7 +123,7 @@ class LastCheckpoint(Checkpoint):
             self._lock = FolderLock(path.parent, "last.folder" if self.folder else "best.dirpath")
             by_the_first(trainer, self._lock.acquire)
 
-    def teardown(self, *args: Any) -> None:
+    def teardown(self, *args: Any, **kwargs: Any) -> None:
         if self._lock is not None:
             self._lock.release()
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cli.main import main
 from lightning_modules.checkpoint_files import SafeCheckpointIO
+from lightning_modules.locks import FolderLock
 from lightning_modules.sampling import stop_with_parent_only
 from tests.conftest import DIGITS
 from tests.training_runs import (
@@ -327,3 +328,34 @@ def test_the_checkpoint_before_the_last_is_kept_and_resumes(
     assert steps == [6, 8]
     (tmp_path / "previous.ckpt").rename(tmp_path / "last.ckpt")
     assert not differing(resume(tmp_path), final(uninterrupted))
+
+
+def test_a_second_run_in_a_folder_is_refused_while_the_first_one_lives(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    first = start(train, tmp_path, pause=0.5, num_workers=1, output=tmp_path / "output")
+    while "optimizer 0" not in lines(tmp_path):
+        assert first.is_alive(), (tmp_path / "output").read_text()
+        time.sleep(0.01)
+    words = ["fit", "--model.pretrained", str(tiny_folder), "--data.dataset", DIGITS,
+             "--trainer.accelerator", "cpu", "--trainer.max_steps", "1", "--data.num_workers", "0",
+             "--trainer.limit_val_batches", "1", "--summary.enabled", "false",
+             "--last.folder", str(tmp_path), "--export.folder", "model"]  # fmt: skip
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 1
+    assert (
+        f"last.folder='{tmp_path}' is not allowed: another run writes to this folder (process "
+        f"{first.pid} on " in capsys.readouterr().err
+    )
+    first.kill()
+    first.join()
+    main(words)
+    assert (tmp_path / "last.ckpt").exists() and not list(tmp_path.glob(".run.*"))
+    other = FolderLock("model", "export.folder", beside=True)
+    other.acquire()
+    with pytest.raises(SystemExit):
+        main(words)
+    assert "export.folder='model' is not allowed: another run" in capsys.readouterr().err
+    other.release()
+    assert not list(tmp_path.glob(".model.*"))
