@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import transformers
-from jsonargparse import ArgumentParser
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -19,6 +18,7 @@ from cli.contestants import Contestant, make
 from cli.evaluation import open_labelled
 from cli.files import check_output, open_images
 from cli.measuring import machine_name, peak_bytes, seconds_in_rounds
+from cli.parsing import ArgumentParser
 from lightning_modules.data import HFImageDataModule, LabelledImages
 from lightning_modules.processors import output_size
 from mctf_hf.files import replace, write_text

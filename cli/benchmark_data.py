@@ -9,12 +9,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning as L
-from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.table import Table
 from transformers import ViTImageProcessorPil
 
 from cli.measuring import machine_name
+from cli.parsing import ArgumentParser
 from lightning_modules import HFImageDataModule
 
 WHOLE_BATCH = {"rand_augment": None, "random_erasing": 0.0, "mixup": 0.0, "cutmix": 0.0}

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jsonargparse import ArgumentParser
 from transformers import ViTImageProcessorPil
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from cli.models import parse, resolve
+from cli.parsing import ArgumentParser
 from lightning_modules.evaluation import told
 from lightning_modules.processors import settle_size
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification

@@ -16,6 +16,7 @@ from transformers import AutoModelForImageClassification
 
 from cli.finetuning import finetuning
 from cli.measuring import images_per_second
+from cli.parsing import ArgumentParser
 from mctf_hf.configuration_mctf import FusionConfigMixin
 from mctf_hf.cost import multiply_accumulates
 from mctf_hf.hub import load_image_processor
@@ -26,7 +27,7 @@ CONFIGS = {"base": "configs/digits_base.yaml", "finetuned": "configs/digits.yaml
 
 def main(args: Sequence[str]) -> None:
     """Read the command line and run :func:`demo`."""
-    auto_cli(demo, args=list(args), prog="mctf demo")
+    auto_cli(demo, args=list(args), prog="mctf demo", parser_class=ArgumentParser)
 
 
 def demo() -> None:

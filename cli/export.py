@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -16,6 +15,7 @@ from transformers import ViTImageProcessorPil
 from cli.files import check_output, open_images
 from cli.measuring import images_per_second, machine_name
 from cli.models import load, parse, resolve
+from cli.parsing import ArgumentParser
 from mctf_hf import MCTFViTForImageClassification
 from mctf_hf import export as exporting
 from mctf_hf.export import TOLERANCE, Agreement

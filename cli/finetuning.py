@@ -12,6 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from cli.parsing import BriefErrors
 from lightning_modules import (
     AveragedWeights,
     BestCheckpoint,
@@ -27,17 +28,11 @@ from lightning_modules import (
 )
 from lightning_modules.checkpoint_files import LAST, PREVIOUS
 
-DESCRIPTION = """Make Vision Transformers faster by fusing tokens (MCTF), and finetune them for it.
-
-Beside the subcommands below: `mctf demo` trains, fuses and finetunes a small model on handwritten
-digits, `mctf convert` takes over checkpoints of other libraries, `mctf benchmark` times models side
-by side, `mctf benchmark-data` the input pipeline, `mctf visualize` draws what was fused, `mctf
-export` writes ONNX and torch.export programs, and `mctf push` puts a model on the Hub. Every
-command has its own --help.
-`mctf --import MODULE …` imports a module of yours before the command.
-"""
-
 TOLD_TO_STOP = 128 + 15  # the exit status of what SIGTERM ends
+
+
+class FinetuningParser(BriefErrors, LightningArgumentParser):
+    """Lightning's parser with errors of a line or two."""
 
 
 class FinetuningCommandLine(LightningCLI):
@@ -106,7 +101,8 @@ def finetuning(args: Sequence[str] | None = None) -> None:
                 args=None if args is None else list(args),
                 seed_everything_default=0,
                 save_config_kwargs={"overwrite": True},
-                parser_kwargs={"prog": "mctf", "description": DESCRIPTION},
+                parser_class=FinetuningParser,
+                parser_kwargs={"prog": "mctf"},
             )
         except SIGTERMException as stopped:
             print(f"mctf: {stopped}", file=sys.stderr)

@@ -1,39 +1,51 @@
 """The console command ``mctf``: one command line for everything the library does."""
 
+import difflib
 import importlib
 import os
 import re
+import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
 
-from datasets.exceptions import DatasetsError
-from huggingface_hub.errors import StrictDataclassError
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-
-from cli import benchmark, benchmark_data, convert, demo, export, push, visualize
-from cli.finetuning import finetuning
-
-# Commands beside those of Lightning, which take the words that follow theirs.
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
-    "demo": demo.main,
-    "benchmark": benchmark.main,
-    "benchmark-data": benchmark_data.main,
-    "convert": convert.main,
-    "export": export.main,
-    "push": push.main,
-    "visualize": visualize.main,
+# All commands, each with what it does. Those of Lightning's command line are in one module, the
+# others each in one of their own name; none is imported before it is asked for.
+FINETUNING = {
+    "fit": "finetune a model for the fusion of its tokens, or train one",
+    "validate": "measure a model on the split that finetuning validates on",
+    "test": "measure a model on a test split",
+    "predict": "write what a model makes of images to a file",
+}
+COMMANDS = FINETUNING | {
+    "demo": "train, fuse, finetune and compare small models of handwritten digits",
+    "benchmark": "time models side by side: cost, speed, memory, accuracy",
+    "benchmark-data": "time the input pipeline by itself",
+    "convert": "make a folder that loads anywhere from a checkpoint of other code",
+    "export": "write a model as ONNX or as a program of torch.export",
+    "push": "put a model on the Hub, with its card",
+    "visualize": "draw which tokens a model has fused",
 }
 
-# What a user can mend: a setting, a file, a dataset, the memory.
-EXPECTED = (
-    ValueError,
-    OSError,
-    RuntimeError,
-    FloatingPointError,
-    DatasetsError,
-    MisconfigurationException,
-    StrictDataclassError,
-)
+USAGE = """\
+usage: mctf [--import MODULE] COMMAND …
+       mctf COMMAND --help
+       mctf --version"""
+
+# What a user can mend, a setting, a file, a dataset, the memory, is told by its message alone:
+# of Python's own errors, and by name of those of other libraries, which are not imported for it.
+EXPECTED = (ValueError, OSError, RuntimeError, FloatingPointError, ImportError)
+EXPECTED_NAMES = {
+    "DatasetsError",
+    "DecompressionBombError",
+    "MisconfigurationException",
+    "StrictDataclassError",
+    "YAMLError",
+}
+
+MISUSED = 2  # the exit status of argparse
+INTERRUPTED = 128 + 2  # of what SIGINT ends
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -41,39 +53,96 @@ def main(args: Sequence[str] | None = None) -> None:
 
     ``--import MODULE`` before the command imports a module first.
 
-    What a user can mend is reported by its message alone, with exit status 1; ``MCTF_DEBUG=1``
-    shows where it was raised.
+    Any error ends as a line or two on stderr, with exit status 1, or 2 for words that are none of
+    a command's; ``MCTF_DEBUG=1`` shows where it was raised.
     """
     words = list(sys.argv[1:] if args is None else args)
     try:
-        while words[:1] == ["--import"]:
-            _import(words[1:2])
-            words = words[2:]
-        if words and words[0] in COMMANDS:
-            options = [re.sub(r"^--[\w-]+", _underscored, word) for word in words[1:]]
-            COMMANDS[words[0]](options)
-        else:
-            finetuning(words)
-    except EXPECTED as error:
+        _run(words)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
         if os.environ.get("MCTF_DEBUG"):
             raise
-        print(f"mctf: error: {_message(error)}\n(MCTF_DEBUG=1 shows where)", file=sys.stderr)
+        print("mctf: interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            sys.exit(1)
+        if os.environ.get("MCTF_DEBUG"):
+            raise
+        print(_told(error, words), file=sys.stderr)
         sys.exit(1)
 
 
-def _import(names: Sequence[str]) -> None:
-    """Import a module of the user's, such as one that registers a reducer."""
-    if not names:
-        raise ValueError("--import: name a module")
-    sys.path.insert(0, os.getcwd())
+def _run(words: Sequence[str]) -> None:
+    while words[:1] == ["--import"]:
+        _import(words[1] if len(words) > 1 else "")
+        words = words[2:]
+    command, *rest = words or [""]
+    if command in ("-h", "--help"):
+        print(_help())
+    elif command == "--version":
+        print(f"mctf {version('mctf-hf')}")
+    elif command in FINETUNING or re.match("(-c|--config)(=|$)", command):
+        from cli.finetuning import finetuning
+
+        finetuning(words)
+    elif command in COMMANDS:
+        options = [re.sub(r"^--[\w-]+", _underscored, word) for word in rest]
+        importlib.import_module(f"cli.{command.replace('-', '_')}").main(options)
+    else:
+        print(_no_command(command), file=sys.stderr)
+        sys.exit(MISUSED)
+
+
+def _help() -> str:
+    listed = "\n".join(f"  {name:<16}{does}" for name, does in COMMANDS.items())
+    return f"""{USAGE}
+
+Make Vision Transformers faster by fusing tokens (MCTF), and finetune them for it.
+
+commands:
+{listed}
+
+options:
+  --import MODULE a module of yours, or its file, to import before the command
+  --version       the library's version
+
+Every command has its own --help."""
+
+
+def _no_command(word: str) -> str:
+    if not word:
+        return f"{USAGE}\nmctf: error: name a command: {', '.join(COMMANDS)}"
+    near = nearest(word, (*COMMANDS, "--help", "--import", "--version"))
+    hint = f": did you mean {near!r}?" if near else ""
+    return f"mctf: error: there is no command {word!r}{hint}\nThe commands: {', '.join(COMMANDS)}"
+
+
+def nearest(word: str, known: Sequence[str]) -> str | None:
+    """The known word that a mistyped one was most likely to be."""
+    return next(iter(difflib.get_close_matches(word, known, n=1)), None)
+
+
+def _import(name: str) -> None:
+    """Import a module of the user's, or the file of one, such as one that registers a reducer."""
+    if not name:
+        raise ValueError("--import: name a module, or its file")
+    file = Path(name)
+    is_file = file.suffix == ".py" or len(file.parts) > 1
+    if is_file and not file.is_file():
+        raise FileNotFoundError(f"--import {name}: there is no such file")
+    folder, module = (file.resolve().parent, file.stem) if is_file else (Path.cwd(), name)
+    sys.path.insert(0, str(folder))
     try:
-        importlib.import_module(names[0])
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"--import {names[0]}: {error}. It is looked for here and in PYTHONPATH"
-        ) from error
+        imported = importlib.import_module(module)
+    except Exception as error:
+        where = "" if is_file else ". It is looked for here and in PYTHONPATH"
+        raise ValueError(f"--import {name}: {_named(error)}{where}") from error
     finally:
-        sys.path.remove(os.getcwd())
+        sys.path.remove(str(folder))
+    if is_file and Path(getattr(imported, "__file__", None) or "").resolve() != file.resolve():
+        raise ValueError(f"--import {name}: another module is called {module!r}: rename the file")
 
 
 def _underscored(option: re.Match) -> str:
@@ -81,19 +150,53 @@ def _underscored(option: re.Match) -> str:
     return "--" + option[0][2:].replace("-", "_")
 
 
+def _nobody_reads() -> bool:
+    """Whether stdout is closed at its other end, as by ``head``; what is left is dropped."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
+def _told(error: BaseException, words: Sequence[str]) -> str:
+    """What a command says of an error: its message, and of one that nobody foresaw all there is."""
+    message = _message(error)
+    if _is_expected(error) and message:
+        return f"mctf: error: {message}\n(MCTF_DEBUG=1 shows where)"
+    if isinstance(error, MemoryError):
+        message = f"the memory is full. {message}".strip()
+    return (
+        f"mctf: error: {_named(error, message)}\n"
+        f"(not foreseen, in: {shlex.join(['mctf', *words])}; MCTF_DEBUG=1 shows where)"
+    )
+
+
+def _is_expected(error: BaseException) -> bool:
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return isinstance(error, EXPECTED) or not names.isdisjoint(EXPECTED_NAMES)
+
+
+def _named(error: BaseException, message: str | None = None) -> str:
+    message = str(error) if message is None else message
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
 def _message(error: BaseException) -> str:
-    """The error's own words, without the traceback that a data loading worker puts before them."""
-    text = str(error)
+    """The error's own words, without the traceback that another process puts before them."""
+    text = str(error).strip()
     if text.startswith("DataLoader worker"):
         return (
-            f"a process that loads images has died ({text.strip()}): mostly the memory was full, "
+            f"a process that loads images has died ({text}): mostly the memory was full, "
             "then take fewer num_workers, or a smaller batch_size or shuffle_buffer; checkpoints "
             "saved so far are untouched"
         )
-    if not text.startswith("Caught "):
+    _, traceback, rest = text.rpartition("Traceback (most recent call last):")
+    if not traceback:
         return text
-    raised = list(re.finditer(rf"^(\w+\.)*{type(error).__name__}: ", text, re.MULTILINE))
-    return text[raised[-1].end() :].strip() if raised else text
+    own = [line for line in rest.splitlines() if line.strip() and not line.startswith("  ")]
+    return re.sub(r"^[\w.]+: ", "", "\n".join(own))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from cli.main import nearest
 from lightning_modules.processors import settle_size
 from mctf_hf.configuration_mctf import EncoderConfigMixin
 from mctf_hf.conversion import load_pretrained
@@ -23,22 +24,37 @@ def parse(words: str, more: Sequence[str] = ()) -> tuple[str, dict[str, Any]]:
         more: settings that are allowed beside those of fusion.
 
     Raises:
-        ValueError: for an unknown setting.
+        ValueError: for an unknown setting, or a value that is none.
     """
     name, *pairs = re.split(r",(?![^\[(]*[\])])", words)  # not at the commas of a list
+    if not name:
+        raise ValueError(f"{words!r} names no model: it is NAME[,setting=value…]")
     settings: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
-        if key not in (*FUSION, *more):
+        allowed = (*FUSION, *more)
+        if key not in allowed:
+            near = nearest(key, allowed)
             raise ValueError(
-                f"setting {key!r} of {words!r} is not known: it is one of "
-                f"{', '.join((*FUSION, *more))}"
+                f"setting {key!r} of {words!r} is not known"
+                + (f", did you mean {near!r}?" if near else "")
+                + f": it is one of {', '.join(allowed)}"
             )
-        if value[:1] + value[-1:] == "()":
-            settings[key] = tuple(yaml.safe_load(f"[{value[1:-1]}]"))
-        else:
-            settings[key] = yaml.safe_load(value) if equals else True
+        if key in settings:
+            raise ValueError(f"setting {key!r} of {words!r} is given twice")
+        settings[key] = _value(key, value) if equals else True
     return name, settings
+
+
+def _value(key: str, text: str) -> Any:
+    in_brackets = text[:1] + text[-1:] == "()"
+    try:
+        value = yaml.safe_load(f"[{text[1:-1]}]" if in_brackets else text)
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"{key}={text!r} is not allowed: it is a number, a word, or a list such as [8, 4, 0]"
+        ) from error
+    return tuple(value) if in_brackets else value
 
 
 def resolve(

@@ -11,12 +11,13 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from jsonargparse import ActionYesNo, ArgumentParser
+from jsonargparse import ActionYesNo
 from rich.console import Console
 
 from cli.evaluation import evaluate, open_labelled
 from cli.files import open_images
 from cli.models import load, parse
+from cli.parsing import ArgumentParser
 from lightning_modules.callbacks import public_name
 from lightning_modules.data import HFImageDataModule
 from mctf_hf import MCTFViTForImageClassification

@@ -3,10 +3,9 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
-
 from cli.files import check_output, open_images
 from cli.models import load, parse
+from cli.parsing import ArgumentParser
 from mctf_hf.files import replace
 from mctf_hf.visualization import FusedTokens, contact_sheet, enlarge, fused_tokens
 

@@ -1,5 +1,7 @@
 """Token fusion for Vision Transformers of the Hugging Face ecosystem."""
 
+from importlib.metadata import version
+
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
 from .apply import from_pretrained, fuse_tokens, fusion_of, supported, unfuse_tokens
@@ -40,6 +42,8 @@ from .modeling_mctf_t2t_vit import (
 from .modeling_mctf_vit import MCTFViTConfig, MCTFViTForImageClassification, MCTFViTModel
 from .registry import BACKBONES
 
+__version__ = version("mctf-hf")
+
 for _backbone in BACKBONES.values():
     AutoConfig.register(_backbone.config.model_type, _backbone.config)
     AutoModel.register(_backbone.config, _backbone.model)
@@ -71,6 +75,7 @@ __all__ = [
     "MCTFViTConfig",
     "MCTFViTForImageClassification",
     "MCTFViTModel",
+    "__version__",
     "from_pretrained",
     "fuse_tokens",
     "fusion_of",

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from cli.main import COMMANDS, main
+from cli.main import COMMANDS, FINETUNING, main
 from tests.conftest import DIGITS, REPOSITORY
 from tests.test_data import PNG, encoded, write_dataset
 
@@ -262,11 +262,10 @@ def test_help_names_every_command_and_setting(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "1000")  # no name is broken at its hyphen
-    with pytest.raises(SystemExit):
-        main(["--help"])
+    main(["--help"])
     overview = capsys.readouterr().out
-    assert all(word in overview for word in ("fit", "validate", "test", "predict", *COMMANDS))
-    for command in COMMANDS:
+    assert all(word in overview for word in COMMANDS)
+    for command in COMMANDS.keys() - FINETUNING:
         with pytest.raises(SystemExit):
             main([command, "--help"])
         assert f"usage: mctf {command}" in capsys.readouterr().out

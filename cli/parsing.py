@@ -1,0 +1,54 @@
+"""Words of a command taken apart by jsonargparse, whose errors end in a line or two."""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import jsonargparse
+
+from cli.main import MISUSED, nearest
+
+
+class BriefErrors:
+    """Mixin of a parser that tells what is wrong and the nearest right word, not all its usage."""
+
+    def error(self: Any, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error or os.environ.get("MCTF_DEBUG"):
+            raise argparse.ArgumentError(None, message) from ex
+        parser = getattr(ex, "subcommand_parser", None) or self
+        known = [option for action in parser._actions for option in action.option_strings]
+        command = parser.prog.replace(" [options]", "")
+        print(f"{command}: error: {brief(message, known)}", file=sys.stderr)
+        print(f"({command} --help tells all)", file=sys.stderr)
+        sys.exit(MISUSED)
+
+
+def brief(message: str, known: Sequence[str]) -> str:
+    """An error of jsonargparse in one line.
+
+    Args:
+        known: the options that there are, of which the nearest is told for one that is not.
+    """
+    unknown = re.match(r"unrecognized arguments: (-\S+)|.* does not accept option '(.+)'$", message)
+    if unknown:
+        option = (unknown[1] or f"--{unknown[2]}").partition("=")[0]
+        near = nearest(option, known)
+        return f"there is no option {option}" + (f": did you mean {near}?" if near else "")
+    setting = re.match(r'Parser key "(.+?)":', message)
+    value = re.search(r"(?:Given|Got) value: (.*)", message)
+    if not setting or not value:
+        return " ".join(message.split())
+    causes = re.findall(r"Problem with given class_path '(.+)':\n\s+(.*)", message)
+    if causes:
+        return f"{setting[1]}: " + "; ".join(f"{name}: {cause}" for name, cause in causes)
+    kinds = re.findall(r"Expected an? (?!path but)(.+?)(?:\. Got value.*|: .*)?$", message, re.M)
+    named = [re.sub(r"<class '(?:\w+\.)*(\w+)'>|typing\.", r"\1", kind) for kind in kinds]
+    allowed = " or ".join(named).replace("NoneType", "null")
+    return f"{setting[1]}={value[1]} is not allowed: it is {allowed}"
+
+
+class ArgumentParser(BriefErrors, jsonargparse.ArgumentParser):
+    """The parser of a command."""

@@ -1,0 +1,171 @@
+"""What the command line says: of itself, of what is mistyped, of what nobody foresaw."""
+
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+import cli.visualize
+import mctf_hf
+from cli.main import COMMANDS, main
+from tests.conftest import REPOSITORY
+
+
+def refused(capsys: pytest.CaptureFixture, *words: str, status: int = 1) -> list[str]:
+    """The lines on stderr of a command that fails."""
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == status
+    shown = capsys.readouterr().err
+    assert "Traceback" not in shown
+    return shown.splitlines()
+
+
+def python(*words: str, **options: object) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run([sys.executable, *words], text=True, env=environment, **options)
+
+
+def test_what_it_says_of_itself_takes_no_library() -> None:
+    code = """
+import sys
+from cli.main import main
+for words in (["--help"], ["--version"], ["benchmrk"], []):
+    try:
+        main(words)
+    except SystemExit as stopped:
+        assert stopped.code == 2
+print({"torch", "transformers", "lightning", "datasets", "numpy"} & set(sys.modules))
+"""
+    done = python("-c", code, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    *overview, number, imported = done.stdout.splitlines()
+    listed = {line.split()[0] for line in overview if line.startswith("  ") and line.split()}
+    assert listed >= set(COMMANDS)
+    assert number == f"mctf {version('mctf-hf')}" and mctf_hf.__version__ == version("mctf-hf")
+    assert imported == "set()"
+    assert done.stderr.count("fit, validate, test, predict, demo, benchmark, benchmark-data") == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["benchmrk", "m"], "there is no command 'benchmrk': did you mean 'benchmark'?"),
+        (["--hlp"], "there is no command '--hlp': did you mean '--help'?"),
+        (["frobnicate"], "there is no command 'frobnicate'\nThe commands: fit, validate, test, "),
+        (
+            ["fit", "--model.lerning_rate", "1"],
+            "there is no option --model.lerning_rate: did you mean --model.learning_rate?",
+        ),
+        (["benchmark", "m", "--rouds=3"], "there is no option --rouds: did you mean --rounds?"),
+        (["benchmark", "m", "--rounds", "x"], "rounds=x is not allowed: it is int"),
+        (["benchmark", "m", "--threads", "x"], "threads=x is not allowed: it is int or null"),
+        (["fit", "--optimizer", "SGD", "--optimizer.lrr", "3"], "Option 'lrr' is not accepted"),
+        (["fit", "--trainer.callbacks", "foo.Bar"], "foo.Bar: No module named 'foo'"),
+        (["fit", "--config", "nowhere.yaml"], "File does not exist"),
+        (["push", "m"], "the following arguments are required: repo_id"),
+        (["export", "m"], "the following arguments are required: output"),
+        (["demo", "--fast"], "there is no option --fast"),
+    ],
+)
+def test_what_is_mistyped_is_told_with_the_nearest(
+    words: list[str], message: str, capsys: pytest.CaptureFixture
+) -> None:
+    lines = refused(capsys, *words, status=2)
+    assert len(lines) == 2 and message in "\n".join(lines)
+
+
+def test_a_mistyped_setting_of_a_file_is_told_with_the_nearest(
+    capsys: pytest.CaptureFixture,
+) -> None:
+    Path("run.yaml").write_text("model: {lerning_rate: 1}")
+    first, _ = refused(capsys, "fit", "--config", "run.yaml", status=2)
+    assert "--model.lerning_rate: did you mean --model.learning_rate?" in first
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["benchmark", "m,r=[1,2"], "r='[1' is not allowed: it is a number, a word, or a list"),
+        (["benchmark", "m,r={1: ["], "r='{1: [' is not allowed"),
+        (["benchmark", "m,redction=tome"], "did you mean 'reduction'?"),
+        (["benchmark", "m,r=1,r=2"], "setting 'r' of 'm,r=1,r=2' is given twice"),
+        (["benchmark", ",r=1"], "',r=1' names no model"),
+        (["--import"], "--import: name a module, or its file"),
+        (["--import", "nowhere.py", "fit"], "--import nowhere.py: there is no such file"),
+        (["--import", "no.where", "fit"], "No module named 'no'. It is looked for here"),
+        (["--import", "broken.py", "fit"], "--import broken.py: SyntaxError: "),
+        (["--import", "./json.py", "fit"], "another module is called 'json': rename the file"),
+    ],
+)
+def test_what_cannot_be_meant_is_told_in_a_line(
+    words: list[str], message: str, capsys: pytest.CaptureFixture
+) -> None:
+    Path("broken.py").write_text("def x(:\n")
+    Path("json.py").write_text("")
+    lines = refused(capsys, *words)
+    assert len(lines) == 2 and message in lines[0] and "MCTF_DEBUG=1" in lines[1]
+
+
+def test_the_file_of_a_module_is_imported(capsys: pytest.CaptureFixture) -> None:
+    Path("mine").mkdir()
+    Path("mine", "of_my_own.py").write_text("print('imported')")
+    before = sys.path.copy()
+    main(["--import", "./mine/of_my_own.py", "--version"])
+    assert capsys.readouterr().out.splitlines() == ["imported", f"mctf {version('mctf-hf')}"]
+    assert sys.path == before
+
+
+@pytest.mark.parametrize(
+    "error",
+    [KeyError("weight_map"), AssertionError(), TypeError("not so"), MemoryError(), ValueError()],
+)
+def test_what_nobody_foresaw_is_told_with_the_words_of_the_command(
+    error: Exception, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(words: list[str]) -> None:
+        raise error
+
+    monkeypatch.setattr(cli.visualize, "main", fail)
+    words = ["visualize", "my model,r=3", "--images", "photos"]
+    first, second = refused(capsys, *words)
+    assert first.startswith(f"mctf: error: {type(error).__name__}") and str(error) in first
+    assert "mctf visualize 'my model,r=3' --images photos" in second and "MCTF_DEBUG=1" in second
+    monkeypatch.setenv("MCTF_DEBUG", "1")
+    with pytest.raises(type(error)):
+        main(words)
+
+
+def test_of_another_processs_error_its_last_words_are_told(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(words: list[str]) -> None:
+        raise ValueError(
+            "Caught ValueError in DataLoader worker process 0.\n"
+            'Original Traceback (most recent call last):\n  File "a.py", line 3, in b\n    c()\n'
+            "ValueError: row 3 holds no image\n"
+        )
+
+    monkeypatch.setattr(cli.visualize, "main", fail)
+    assert refused(capsys, "visualize")[0] == "mctf: error: row 3 holds no image"
+
+
+def test_an_interrupt_ends_it_with_a_word(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(words: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.visualize, "main", interrupt)
+    assert refused(capsys, "visualize", status=130) == ["mctf: interrupted"]
+
+
+def test_nobody_reading_on_is_no_error() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = python("-m", "cli.main", "--help", stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert done.returncode == 1 and not done.stderr
