@@ -21,6 +21,7 @@ from cli.measuring import machine_name, peak_bytes, seconds_in_rounds
 from cli.parsing import ArgumentParser
 from lightning_modules.data import HFImageDataModule, LabelledImages
 from lightning_modules.processors import output_size
+from mctf_hf.checks import check_scores
 from mctf_hf.files import replace, write_text
 from mctf_hf.hub import load_image_processor
 
@@ -127,7 +128,7 @@ def benchmark(
         console.print(_table(measured, batch, environment))
         rows += measured
     if output is not None:
-        text = json.dumps({"environment": environment, "results": rows}, indent=2)
+        text = json.dumps({"environment": environment, "results": rows}, indent=2, allow_nan=False)
         write_text(output, text + "\n")
     if plot is not None:
         figure = _plot(rows, environment)
@@ -208,7 +209,8 @@ def _accuracies(
         for batch in DataLoader(images, batch_size=64, num_workers=2):
             pixels = batch["pixel_values"].to(device, dtype)
             for i in members:
-                found = contestants[i].model(pixels).argmax(-1).cpu()
+                scores = contestants[i].model(pixels)
+                found = check_scores(scores, contestants[i].name).argmax(-1).cpu()
                 right[i] += (found == batch["labels"]).sum()
     return [float(count) / len(labelled[0]) for count in right]
 

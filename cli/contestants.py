@@ -10,6 +10,7 @@ from transformers import AutoConfig
 
 from cli.models import parse, resolve
 from lightning_modules.processors import settle_size
+from mctf_hf.checks import check_weights
 from mctf_hf.configuration_mctf import as_pair
 from mctf_hf.cost import multiply_accumulates
 from mctf_hf.hub import HUB_ID, load_image_processor
@@ -128,6 +129,7 @@ def _from_checkpoint(
     else:
         model, report = plain.from_pretrained(name, **attention, output_loading_info=True)
         cost = _plain_cost(own, config, image_size)
+    check_weights(model, name)
     return model, config, cost, tuple(sorted(report["missing_keys"]))
 
 

@@ -191,4 +191,5 @@ class PredictionFile(BasePredictionWriter):
                 writer.writeheader()
                 writer.writerows(rows)
             else:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows)
+                file.writelines(f"{line}\n" for line in lines)

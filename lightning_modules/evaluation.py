@@ -7,6 +7,7 @@ import torch
 
 from lightning_modules.images import NOT_COUNTED
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
+from mctf_hf.checks import check_scores
 from mctf_hf.cost import keep_rate_for_budget, r_for_budget
 
 BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5)
@@ -48,7 +49,11 @@ def count_right(
     batches: Iterable[dict[str, Any]],
     settings: Iterable[Amount],
 ) -> tuple[torch.Tensor, int]:
-    """Images classified right by setting, (settings,) int64, and how many are counted."""
+    """Images classified right by setting, (settings,) int64, and how many are counted.
+
+    Raises:
+        ValueError: for scores that are infinite or no numbers.
+    """
     amounts = list(settings)
     right = torch.zeros(len(amounts), dtype=torch.int64)
     total = 0
@@ -57,5 +62,6 @@ def count_right(
         labels = batch["labels"].to(model.device)
         total += int((labels != NOT_COUNTED).sum())
         for i, amount in enumerate(amounts):
-            right[i] += (model(images, **amount).logits.argmax(-1) == labels).sum().cpu()
+            scores = check_scores(model(images, **amount).logits, told(amount))
+            right[i] += (scores.argmax(-1) == labels).sum().cpu()
     return right, total

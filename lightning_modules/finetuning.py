@@ -19,6 +19,7 @@ from lightning_modules.images import NOT_COUNTED
 from lightning_modules.pretrained import load_or_make
 from lightning_modules.schedule import cosine_with_cooldown, parameter_groups
 from mctf_hf import MCTFViTConfig
+from mctf_hf.checks import check_scores
 from mctf_hf.cost import resolve_budget
 from mctf_hf.losses import (
     Distillation,
@@ -403,7 +404,9 @@ class MCTFFinetuner(L.LightningModule):
         self.log_dict(metrics, prog_bar=True, batch_size=len(labels))
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
-        scores, indices = self.model(batch["pixel_values"]).logits.softmax(-1).max(-1)
+        logits = self.model(batch["pixel_values"]).logits
+        check_scores(logits, f"images from {batch['files'][0]} on")
+        scores, indices = logits.softmax(-1).max(-1)
         names = self.model.config.id2label
         found = zip(batch["files"], indices.tolist(), scores.tolist(), strict=True)
         return [

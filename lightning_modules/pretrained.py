@@ -8,6 +8,7 @@ from transformers import ViTImageProcessorPil
 
 from lightning_modules.processors import settle_size
 from mctf_hf import MCTFViTConfig
+from mctf_hf.checks import check_weights
 from mctf_hf.hub import load_image_processor
 from mctf_hf.registry import BACKBONES, FUSION_SETTINGS, backbone_of, build
 
@@ -28,7 +29,8 @@ def load_or_make(
         fusion: settings of fusion by name, which replace those of the model.
 
     Raises:
-        ValueError: for settings that do not exist, or weights that do not fit; all are named.
+        ValueError: for settings that do not exist, or weights that do not fit or are not finite;
+            all are named.
     """
     if (pretrained is None) == (config is None):
         raise ValueError(
@@ -94,6 +96,7 @@ def load_or_make(
             f"{pretrained} does not fit this model: weights missing or of another shape: {wrong}"
             + (" (set num_labels for a new head)" if headless else "")
         )
+    check_weights(model, pretrained)
     return model, processor
 
 

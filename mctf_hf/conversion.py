@@ -12,6 +12,7 @@ from transformers import ViTConfig
 from transformers.utils import logging
 
 from .checkpoints import UNREADABLE, reading
+from .checks import check_weights
 from .modeling_mctf_vit import MCTFViTConfig, MCTFViTForImageClassification
 from .registry import build, class_of
 from .sources import EMBEDDINGS, ours, refuse, table_of, theirs
@@ -147,8 +148,8 @@ def build_model(
         config: see :func:`infer_config`.
 
     Raises:
-        ValueError: unless the weights are exactly those of the model; all that are unknown, missing
-            or of another shape or type are listed.
+        ValueError: unless the weights are exactly those of the model, and finite; all that are
+            unknown, missing or of another shape or type are listed.
     """
     table = table_of(source, state_dict)
     refuse(state_dict, table)
@@ -174,6 +175,7 @@ def build_model(
             if name in shapes and not _fits(tensor, shapes[name], counts=name in counts)
         ],
     )
+    check_weights(state_dict, "the checkpoint")
     dtypes = {w.dtype for w in state_dict.values() if w.is_floating_point()}
     dtype = functools.reduce(torch.promote_types, dtypes)
     model.to_empty(device="cpu")
@@ -198,7 +200,8 @@ def load_pretrained(name: str, **settings: Any) -> MCTFViTForImageClassification
     Raises:
         OSError: if there is no such model.
         ValueError: for another architecture, files that cannot be read, or unless the weights are
-            exactly those of the model; all that are unknown, missing or misshapen are listed.
+            exactly those of the model, and finite; all that are unknown, missing or misshapen are
+            listed.
     """
     stored, _ = ViTConfig.get_config_dict(name)
     if "model_type" not in stored:
@@ -225,6 +228,7 @@ def load_pretrained(name: str, **settings: Any) -> MCTFViTForImageClassification
             for key, found, wanted in report["mismatched_keys"]
         ),
     )
+    check_weights(model, name)
     return model.eval()
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from .checks import check_weights
 from .files import draft
 from .registry import output_of
 from .schedule import KeepRate, TokensFused
@@ -251,6 +252,7 @@ def _checked(model: Model, file: str | os.PathLike, suffix: str, amount: dict[st
     if model.training:
         raise ValueError("a model in training mode is not exported: call model.eval()")
     model.config.tokens_fused(model.config.num_tokens(), **amount)  # is it allowed?
+    check_weights(model, "the model")
     return Path(file)
 
 

@@ -26,6 +26,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 # Older releases hide the top-level name where torchvision is missing, though this needs none.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from .checks import check_processor, check_weights
 from .files import drafts
 
 # How the weights were trained, what was measured of them, what was drawn, and the page of it all.
@@ -41,9 +42,11 @@ def load_image_processor(name: str) -> Any:
 
     Raises:
         OSError: if there is none.
-        ValueError: if it cannot be had without running code of its own.
+        ValueError: if it cannot be had without running code of its own, or its numbers are not
+            finite.
     """
-    return AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
+    processor = AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
+    return check_processor(processor, name)
 
 
 def save(
@@ -67,8 +70,9 @@ def save(
 
     Raises:
         FileExistsError: see :func:`check_folder`.
-        ValueError: for a model that would not load anywhere.
+        ValueError: for a model that would not load anywhere, or whose weights are not finite.
     """
+    check_weights(model, "the model")
     folder = check_folder(folder)
     code = _code(folder, _classes(folder).values())
     made = [path for path in (folder, *folder.parents) if not path.exists()]

@@ -130,7 +130,7 @@ class Evaluation:
         return sorted((self.plain, self.own, *self.others), key=lambda row: -row.gmacs)
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2) + "\n"
+        return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
 
 
 def make_card(

@@ -1,0 +1,74 @@
+"""Numbers that are to be finite: of weights, of image processors, of scores."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+SHOWN = 3  # names in a message
+
+
+def check_weights(weights: nn.Module | Mapping[str, Tensor], owner: object) -> None:
+    """Check that all weights are finite.
+
+    Args:
+        weights: a model, or weights by name.
+        owner: the file, folder or id that they are of, for the message.
+
+    Raises:
+        ValueError: for weights that are infinite or no numbers; they are named.
+    """
+    named = weights.state_dict() if isinstance(weights, nn.Module) else weights
+    wrong = [name for name, tensor in named.items() if not _is_finite(tensor)]
+    if wrong:
+        more = len(wrong) - SHOWN
+        others = f" and {more} more" if more > 0 else ""
+        raise ValueError(
+            f"{owner} is not used: weights are infinite or no numbers in "
+            f"{', '.join(wrong[:SHOWN])}{others}"
+        )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return tensor.is_meta or not tensor.is_floating_point() or bool(tensor.isfinite().all())
+
+
+def check_scores(scores: Tensor, owner: object) -> Tensor:
+    """The scores of images, (b, …), if all are finite.
+
+    Args:
+        owner: the model or images that they are of, for the message.
+
+    Raises:
+        ValueError: for scores that are infinite or no numbers.
+    """
+    finite = scores.isfinite().flatten(1).all(1)
+    if not finite.all():
+        raise ValueError(
+            f"{owner}: the scores of {int((~finite).sum())} of {len(finite)} images are infinite "
+            "or no numbers. Are the weights, the precision and the images right?"
+        )
+    return scores
+
+
+def check_processor(processor: Any, owner: object) -> Any:
+    """The image processor, if its numbers make finite ones of pixels.
+
+    Args:
+        owner: the folder or id that it is of, for the message.
+
+    Raises:
+        ValueError: for a number that is infinite or none, or zero where it divides.
+    """
+    for name in ("image_mean", "image_std", "rescale_factor"):
+        value = getattr(processor, name, None)
+        divides = name != "image_mean"
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            known = isinstance(number, (int, float)) and abs(number) < math.inf
+            if number is not None and (not known or (divides and number <= 0)):
+                raise ValueError(
+                    f"{owner}: {name}={value!r} of the image processor is not allowed: it has "
+                    f"finite numbers{' above 0' if divides else ''}"
+                )
+    return processor
