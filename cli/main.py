@@ -136,9 +136,12 @@ def _import(name: str) -> None:
     sys.path.insert(0, str(folder))
     try:
         imported = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"--import {name}: {error}. It is looked for in {folder} and in PYTHONPATH"
+        ) from error
     except Exception as error:
-        where = "" if is_file else ". It is looked for here and in PYTHONPATH"
-        raise ValueError(f"--import {name}: {_named(error)}{where}") from error
+        raise ValueError(f"--import {name}: {_named(error)}") from error
     finally:
         sys.path.remove(str(folder))
     if is_file and Path(getattr(imported, "__file__", None) or "").resolve() != file.resolve():

@@ -96,7 +96,7 @@ def test_a_mistyped_setting_of_a_file_is_told_with_the_nearest(
         (["benchmark", ",r=1"], "',r=1' names no model"),
         (["--import"], "--import: name a module, or its file"),
         (["--import", "nowhere.py", "fit"], "--import nowhere.py: there is no such file"),
-        (["--import", "no.where", "fit"], "No module named 'no'. It is looked for here"),
+        (["--import", "no.where", "fit"], "No module named 'no'. It is looked for in /"),
         (["--import", "broken.py", "fit"], "--import broken.py: SyntaxError: "),
         (["--import", "./json.py", "fit"], "another module is called 'json': rename the file"),
     ],
