@@ -24,6 +24,7 @@ from lightning_modules.processors import output_size
 from mctf_hf.checks import check_scores
 from mctf_hf.files import replace, write_text
 from mctf_hf.hub import load_image_processor
+from mctf_hf.images import ImageReader
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Row = dict[str, Any]
@@ -223,7 +224,7 @@ def _pixel_values(images: str | None, count: int, size: int) -> Tensor:
     if images is None:
         return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
     processor = ViTImageProcessorPil(size={"height": size, "width": size})
-    return processor(open_images(images, count), return_tensors="pt")["pixel_values"]
+    return ImageReader(processor).batch(open_images(images, count))
 
 
 def _environment(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import yaml
-from datasets import Dataset, load_dataset
+from datasets import load_dataset
 from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
@@ -20,6 +20,7 @@ from cli.parsing import ArgumentParser
 from mctf_hf.configuration_mctf import FusionConfigMixin
 from mctf_hf.cost import multiply_accumulates
 from mctf_hf.hub import load_image_processor
+from mctf_hf.images import ImageReader
 
 DATASET = "data/digits"
 CONFIGS = {"base": "configs/digits_base.yaml", "finetuned": "configs/digits.yaml"}
@@ -64,7 +65,7 @@ def demo() -> None:
         "fused and finetuned": finetuned.eval(),
     }
     images = load_dataset(DATASET, split="test")
-    pixel_values = _pixel_values(images, folders["base"])
+    pixel_values = ImageReader(load_image_processor(folders["base"])).batch(images["image"])
     labels = torch.tensor(images["label"][:])
     with torch.inference_mode():
         runs = [lambda model=model: model(pixel_values[:64]) for model in models.values()]
@@ -92,12 +93,6 @@ def demo() -> None:
         f'      "{folders["finetuned"]}", trust_remote_code=True)\n',
         highlight=False,
     )
-
-
-def _pixel_values(images: Dataset, folder: str) -> Tensor:
-    processor = load_image_processor(folder)
-    rgb = [image.convert("RGB") for image in images["image"]]
-    return processor(rgb, return_tensors="pt")["pixel_values"]
 
 
 @torch.inference_mode()

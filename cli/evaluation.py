@@ -43,7 +43,8 @@ def open_labelled(
         check_order(model.config, rows.label_names)
     count = min(max_images or len(rows), len(rows))
     indices = np.linspace(0, len(rows), count, endpoint=False).astype(int)
-    return LabelledImages(rows, Process(processor), indices=indices)
+    process = Process(processor, model.config.num_channels)
+    return LabelledImages(rows, process, indices=indices)
 
 
 @torch.inference_mode()

@@ -20,6 +20,7 @@ from mctf_hf import MCTFViTForImageClassification
 from mctf_hf import export as exporting
 from mctf_hf.export import TOLERANCE, Agreement
 from mctf_hf.files import draft
+from mctf_hf.images import ImageReader
 from mctf_hf.presets import PRESETS, preset, preset_class
 
 WRITE = {".onnx": exporting.to_onnx, ".pt2": exporting.to_torch_export}
@@ -111,8 +112,11 @@ def _pixel_values(
     if images is None:
         return torch.randn(count, *shape, generator=torch.Generator().manual_seed(0))
     if processor is None:
-        processor = ViTImageProcessorPil(size={"height": height, "width": width})
-    pixel_values = processor(open_images(images, count), return_tensors="pt")["pixel_values"]
+        half = [0.5] * model.config.num_channels
+        size = {"height": height, "width": width}
+        processor = ViTImageProcessorPil(size=size, image_mean=half, image_std=half)
+    reader = ImageReader(processor, model.config.num_channels)
+    pixel_values = reader.batch(open_images(images, count))
     if pixel_values.shape[1:] != shape:
         raise ValueError(
             f"the image processor makes {' x '.join(map(str, pixel_values.shape[1:]))} numbers of "

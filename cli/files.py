@@ -4,10 +4,11 @@ import os
 from itertools import islice
 from pathlib import Path
 
+from datasets import Image as ImageFeature
 from datasets import load_dataset
 from PIL import Image
 
-from lightning_modules.images import read_image
+from mctf_hf.images import decode
 
 
 def check_output(file: str, *suffixes: str) -> Path:
@@ -41,14 +42,17 @@ def open_images(
         OSError: for a file that holds no image, or a source that does not exist.
     """
     if os.path.isfile(source):
-        images = [read_image(source)]
+        images = [decode(source, source)]
     else:
         splits = load_dataset(source)
         preferred = [name for name in ("test", "validation") if name in splits]
         rows = splits[(preferred or list(splits))[0]]
         if "image" not in rows.column_names:
             raise ValueError(f"{source} has no column 'image', only {rows.column_names}")
-        images = [row["image"].convert("RGB") for row in islice(rows, count)]
+        stored = rows.cast_column("image", ImageFeature(decode=False))["image"]
+        images = [
+            decode(one, f"row {i} of {source}") for i, one in enumerate(islice(stored, count))
+        ]
     if exactly and count is not None and len(images) < count:
         raise ValueError(f"{source} has {len(images)} images, not the {count} that are needed")
     return images

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from .augmentation import Crop, FlipAndCrop
 from .batch_augmentation import BatchAugmentation, Mixing, Normalization, RandomErasing
-from .images import ImageFolder, LabelledImages, OnBadImage, Process, Rows, as_bytes
+from .images import AsBytes, ImageFolder, LabelledImages, OnBadImage, Process, Rows
 from .processors import output_size
 from .rand_augment import RandAugment
 from .sampling import ResumableDataLoader, ResumableSampler, stop_with_parent_only
@@ -164,7 +164,7 @@ class HFImageDataModule(L.LightningDataModule):
                     "trainer.strategy: ModelParallelStrategy is not allowed for prediction, where "
                     "processes may have unequal numbers of batches: use ddp"
                 )
-            self._sets["predict"] = ImageFolder(self._image_files(), processor)
+            self._sets["predict"] = ImageFolder(self._image_files(), self._process(processor))
             return
         if stage == "fit":
             self._augmentation = BatchAugmentation(
@@ -206,22 +206,27 @@ class HFImageDataModule(L.LightningDataModule):
         if train:
             self._sets["train"] = self._augmented(processor, rows, indices=np.sort(order[cut:]))
 
+    def _process(self, processor: Any, kind: type[Process] = Process, **options: Any) -> Process:
+        channels = getattr(self.trainer.lightning_module, "num_channels", 3)
+        return kind(processor, channels, **options)
+
     def _evaluated(
         self, source: "str | Rows", processor: Any, **options: Any
     ) -> LabelledImages | StreamedImages:
         """A split as the image processor makes it."""
         if self.streaming:
-            return self._stream(source, Process(processor), self.eval_batch_size)
+            return self._stream(source, self._process(processor), self.eval_batch_size)
         rows = self.rows(source) if isinstance(source, str) else source
         options |= {"on_bad_image": self.on_bad_image, "leave_out": True}
-        return LabelledImages(rows, Process(processor), **options)
+        return LabelledImages(rows, self._process(processor), **options)
 
     def _augmented(
         self, processor: Any, rows: Rows | None = None, **options: Any
     ) -> LabelledImages | StreamedImages:
         """The training split as bytes, cropped and flipped."""
-        bytes_alone = {"do_rescale": False, "do_normalize": False}
-        process = Process(processor, **bytes_alone) if self.crop == "none" else as_bytes
+        process = self._process(processor, AsBytes)
+        if self.crop == "none":
+            process = self._process(processor, do_rescale=False, do_normalize=False)
         options |= {
             "augment": FlipAndCrop(
                 output_size(processor), self.crop, self.flip, resample=processor.resample

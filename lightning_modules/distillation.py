@@ -8,9 +8,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForImageClassification
 
-from lightning_modules.processors import output_size, scaling
+from lightning_modules.processors import output_size
 from mctf_hf import MCTFViTConfig
 from mctf_hf.hub import load_image_processor
+from mctf_hf.images import scaling
 
 
 class Guide:
@@ -36,8 +37,8 @@ class Guide:
         self.size = output_size(own)
         mean, std = scaling(image_processor)
         own_mean, own_std = scaling(own)
-        self.scale = std / own_std  # back to pixels and on again, for each channel
-        self.shift = (mean - own_mean) / own_std
+        self.scale = (std / own_std).float()  # back to pixels and on again, for each channel
+        self.shift = ((mean - own_mean) / own_std).float()
 
     def to(self, device: torch.device) -> "Guide":
         """Move the weights; returns itself."""

@@ -171,6 +171,7 @@ class MCTFFinetuner(L.LightningModule):
         self.model.config.check_effect({**settings, **budgets})
         self.r_max = teacher_limit(self.model.config, r_max)
         self.num_labels: int = self.model.config.num_labels
+        self.num_channels: int = self.model.config.num_channels
         self.loss = TokenReductionConsistency(
             teacher_weight, consistency_weight, confidence_threshold, label_smoothing
         )

@@ -1,9 +1,7 @@
 """Rows of datasets and files of folders as single images with labels, one sample each."""
 
-import io
-import struct
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -11,9 +9,11 @@ import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, IterableDataset, Value
 from datasets import Image as ImageFeature
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
+
+from mctf_hf.images import MODES, ImageReader, UnreadableImage
 
 from .augmentation import FlipAndCrop
 from .processors import output_size
@@ -24,67 +24,27 @@ NOT_COUNTED = -100  # the label of an image that is not to be counted, as PyTorc
 DRAWS = 2**53  # random integers below this are exact as float64
 
 
-class UnreadableImage(ValueError):
-    """A row or file that holds no image, or one that can't be decoded."""
+class Process(ImageReader):
+    """Images as the image processor makes them, see :class:`mctf_hf.images.ImageReader`."""
 
-
-def read_image(source: Any) -> Image.Image:
-    """Decode an image file to RGB, of 16 bits per pixel the upper eight.
-
-    Raises:
-        ValueError: for numbers that have no highest one: 32-bit integers and real numbers.
-    """
-    with Image.open(source) as stored:
-        image = ImageOps.exif_transpose(stored)
-        if image.mode == "P" and "transparency" in image.info:
-            return image.convert("RGBA").convert("RGB")
-        if image.mode.startswith("I;16") or (image.mode, stored.format) == ("I", "PPM"):
-            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-        if image.mode in ("I", "F"):
-            raise ValueError(f"mode {image.mode} does not tell what is white")
-        return image.convert("RGB")
-
-
-def decode(stored: dict[str, Any] | str | Path | None, name: str) -> Image.Image:
-    """The image, in RGB, of a file or of what ``datasets`` stores for one.
-
-    Raises:
-        UnreadableImage: with the name, if there is none or it can't be decoded.
-    """
-    if stored is None:
-        raise UnreadableImage(f"{name} has no image")
-    source: Any = stored
-    if isinstance(stored, dict):
-        name += f" ({stored['path']})" if stored["path"] else ""
-        source = stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"])
-    broken = (OSError, SyntaxError, ValueError, EOFError, struct.error)
-    try:
-        return read_image(source)
-    except (*broken, Image.DecompressionBombError) as error:
-        unknown = isinstance(error, UnidentifiedImageError)
-        reason = "its format is unknown" if unknown else error
-        raise UnreadableImage(f"{name} holds no readable image: {reason}") from error
-
-
-class Process:
-    """An image processor, with options of its own, for one image -> (channels, height, width)."""
-
-    def __init__(self, processor: Any, **options: Any):
-        self.processor = processor
-        self.options = options
-
-    def black(self) -> "Sample":
+    def black(self) -> Sample:
         """A black image in the place of one that there is not, which is not to be counted."""
         height, width = output_size(self.processor)
-        return {"pixel_values": self(Image.new("RGB", (width, height))), "labels": NOT_COUNTED}
+        image = Image.new(MODES[self.channels], (width, height))
+        return {"pixel_values": self(image), "labels": NOT_COUNTED}
+
+
+class AsBytes(Process):
+    """Images as they are, (channels, height, width) uint8."""
 
     def __call__(self, image: Image.Image) -> Tensor:
-        return self.processor(image, return_tensors="pt", **self.options)["pixel_values"][0]
+        return as_bytes(image)
 
 
 def as_bytes(image: Image.Image) -> Tensor:
-    """An image in RGB as (channels, height, width) uint8."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    """An image in RGB or grey as (channels, height, width) uint8."""
+    pixels = torch.from_numpy(np.array(image))
+    return pixels.reshape(*pixels.shape[:2], -1).permute(2, 0, 1).contiguous()
 
 
 class Columns(NamedTuple):
@@ -193,13 +153,9 @@ class Rows:
         if len(wrong):
             check_label(self.labels[wrong[0]], num_labels, f"row {wrong[0]} of {self.origin}")
 
-    def image(self, index: int) -> Image.Image:
-        """The image of a row, in RGB.
-
-        Raises:
-            UnreadableImage: if it can't be decoded; the message names the row.
-        """
-        return decode(self.images[index][self.image_column], f"row {index} of {self.origin}")
+    def stored(self, index: int) -> tuple[Any, str]:
+        """What is stored of the image of a row, and what errors call it."""
+        return self.images[index][self.image_column], f"row {index} of {self.origin}"
 
 
 class LabelledImages(TorchDataset):
@@ -210,20 +166,20 @@ class LabelledImages(TorchDataset):
 
     Args:
         rows: a split.
-        process: makes the tensor of an image, (channels, height, width).
+        process: reads an image and makes its tensor.
         augment: of training images.
         indices: of the rows to use; all, unless given.
         seed: of the augmentation.
         num_draws: random integers that a sample takes along, for what is done with whole batches.
         on_bad_image: ``"skip"`` lets the next row that can be read take the place of one that
-            can't, and the sample tells whether its row was ``skipped``; with ``leave_out``, where
-            ``process`` is a :class:`Process`, it is black and not to be counted.
+            can't, and the sample tells whether its row was ``skipped``; with ``leave_out`` it is
+            black and not to be counted.
     """
 
     def __init__(
         self,
         rows: Rows,
-        process: Any,
+        process: Process,
         *,
         augment: FlipAndCrop | None = None,
         indices: Sequence[int] | np.ndarray | None = None,
@@ -250,7 +206,7 @@ class LabelledImages(TorchDataset):
         for skipped in range(len(self)):
             row = int(self.indices[(index + skipped) % len(self)])
             try:
-                image = self.rows.image(row)
+                image = self.process.read(*self.rows.stored(row))
             except UnreadableImage as error:
                 if self.on_bad_image == "error":
                     raise
@@ -269,7 +225,7 @@ class LabelledImages(TorchDataset):
 
 def make_sample(
     image: Image.Image,
-    process: Callable[[Image.Image], Tensor],
+    process: Process,
     augment: FlipAndCrop | None,
     generator: np.random.Generator,
     num_draws: int,
@@ -286,13 +242,16 @@ def make_sample(
 class ImageFolder(TorchDataset):
     """Images of files, with the files' names."""
 
-    def __init__(self, files: Sequence[Path], processor: Any):
+    def __init__(self, files: Sequence[Path], process: Process):
         self.files = files
-        self.process = Process(processor)
+        self.process = process
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Sample:
         file = self.files[index]
-        return {"pixel_values": self.process(decode(file, str(file))), "files": str(file)}
+        return {
+            "pixel_values": self.process(self.process.read(file, str(file))),
+            "files": str(file),
+        }

@@ -52,7 +52,10 @@ def load_or_make(
         _check_names("config", config, (*names, "num_labels"))
         model_config = config_class(**{**config, **labels, **fusion})
         height, width = model_config.usual_size
-        processor = ViTImageProcessorPil(size={"height": height, "width": width})
+        half = [0.5] * model_config.num_channels
+        processor = ViTImageProcessorPil(
+            size={"height": height, "width": width}, image_mean=half, image_std=half
+        )
         return build(model_config), processor
 
     processor = load_image_processor(pretrained)

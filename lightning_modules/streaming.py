@@ -18,14 +18,15 @@ from PIL import Image
 from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data import IterableDataset as TorchIterableDataset
 
+from mctf_hf.images import UnreadableImage
+
 from .augmentation import FlipAndCrop
 from .images import (
     Columns,
     OnBadImage,
+    Process,
     Sample,
-    UnreadableImage,
     check_label,
-    decode,
     find_columns,
     make_sample,
 )
@@ -56,7 +57,7 @@ class StreamedImages(TorchIterableDataset):
     Args:
         rows: the stream, of one split.
         origin: what errors call it.
-        process: makes the tensor of an image; in evaluation a :class:`Process`.
+        process: reads an image and makes its tensor.
         share: this process's.
         num_labels: the model's classes.
         batch_size: images per batch, which the loader has to make of them.
@@ -74,7 +75,7 @@ class StreamedImages(TorchIterableDataset):
         self,
         rows: IterableDataset,
         origin: str,
-        process: Any,
+        process: Process,
         *,
         share: Share,
         num_labels: int,
@@ -175,7 +176,7 @@ class StreamedImages(TorchIterableDataset):
 
     def _image(self, row: Any, number: int, place: tuple[int, ...]) -> Image.Image | None:
         try:
-            return decode(row[self.columns.image], self._name(number, place))
+            return self.process.read(row[self.columns.image], self._name(number, place))
         except UnreadableImage as error:
             if self.on_bad_image == "error":
                 raise

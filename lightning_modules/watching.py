@@ -20,10 +20,10 @@ from rich.table import Table
 from torch import Tensor
 
 from lightning_modules.evaluation import NOTHING, count_right, sweep, told
-from lightning_modules.processors import scaling
 from mctf_hf.configuration_mctf import as_pair
 from mctf_hf.cost import multiply_accumulates
 from mctf_hf.files import replace, write_text
+from mctf_hf.images import to_image
 from mctf_hf.visualization import FusedTokens, contact_sheet, enlarge
 
 
@@ -139,21 +139,19 @@ class FusedTokensPicture(Callback):
 def _picture(pl_module: L.LightningModule, images: Tensor, output: Any) -> Image.Image:
     """Images (b, channels, height, width) beside the tokens that they were fused into."""
     config = pl_module.model.config
-    mean, std = scaling(pl_module.image_processor)
-    pixels = (images.float().cpu() * std + mean).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
     rows, columns = (
         size // patch
         for size, patch in zip(images.shape[-2:], as_pair(config.patch_size), strict=True)
     )
     seen = [
         FusedTokens(
-            view=Image.fromarray(image.numpy()),
+            view=to_image(pl_module.image_processor, image),
             groups=groups.view(rows, columns).cpu().numpy(),
             num_tokens=output.assignment.shape[1],
             tokens_left=output.token_sizes.shape[1],
         )
         for image, groups in zip(
-            pixels, output.assignment[:, config.num_prefix_tokens :], strict=True
+            images, output.assignment[:, config.num_prefix_tokens :], strict=True
         )
     ]
     captions = [f"{seen[0].num_tokens} tokens", f"{seen[0].tokens_left} tokens"]

@@ -1,4 +1,4 @@
-"""Numbers that are to be finite: of weights, of image processors, of scores."""
+"""Numbers that are to be finite, or bounded: of weights, of image processors, of scores."""
 
 import math
 from collections.abc import Mapping
@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 SHOWN = 3  # names in a message
+LARGEST_EDGE = 4096  # pixels of what an image processor makes; each patch of it is a token
 
 
 def check_weights(weights: nn.Module | Mapping[str, Tensor], owner: object) -> None:
@@ -59,8 +60,19 @@ def check_processor(processor: Any, owner: object) -> Any:
         owner: the folder or id that it is of, for the message.
 
     Raises:
-        ValueError: for a number that is infinite or none, or zero where it divides.
+        ValueError: for a number that is infinite or none, or zero where it divides; for sizes that
+            are missing, or of other edges than 1 to ``LARGEST_EDGE`` pixels.
     """
+    for name, step in (("size", "do_resize"), ("crop_size", "do_center_crop"), ("pad_size", None)):
+        size = getattr(processor, name, None)
+        if size is None and step and getattr(processor, step, None):
+            raise ValueError(f"{owner}: the image processor has {step}=True, and no {name}")
+        edges = {} if size is None else dict(size)
+        if not all(isinstance(edge, int) and 1 <= edge <= LARGEST_EDGE for edge in edges.values()):
+            raise ValueError(
+                f"{owner}: {name}={edges!r} of the image processor is not allowed: edges have 1 to "
+                f"{LARGEST_EDGE} pixels"
+            )
     for name in ("image_mean", "image_std", "rescale_factor"):
         value = getattr(processor, name, None)
         divides = name != "image_mean"

@@ -42,10 +42,15 @@ def load_image_processor(name: str) -> Any:
 
     Raises:
         OSError: if there is none.
-        ValueError: if it cannot be had without running code of its own, or its numbers are not
-            finite.
+        ValueError: if it cannot be had without running code of its own, or if one of its settings
+            is not allowed.
     """
-    processor = AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
+    try:
+        processor = AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
+    except OSError:
+        raise
+    except Exception as error:  # settings of other types than transformers expects
+        raise ValueError(f"the image processor of {name} can't be made: {error}") from error
     return check_processor(processor, name)
 
 

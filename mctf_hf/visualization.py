@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .configuration_mctf import as_pair
+from .images import ImageReader, to_image
 
 DISPLAY_SIZE = 448
 GAP = 8
@@ -77,7 +78,8 @@ def fused_tokens(
         layer: zero-based layer after which to look; unset, the last.
 
     Raises:
-        ValueError: for a layer that the model lacks.
+        ValueError: for a layer that the model lacks, or an image or an image processor that the
+            model can't take.
     """
     layers = model.config.num_hidden_layers
     if layer is not None and layer not in range(layers):
@@ -85,9 +87,10 @@ def fused_tokens(
             f"layer={layer!r} is not allowed: the model has the layers 0 to {layers - 1}"
         )
     until = layers if layer is None else layer + 1
+    reader = ImageReader(image_processor, model.config.num_channels)
     seen = []
-    for image in images:
-        pixel_values = image_processor(image.convert("RGB"), return_tensors="pt")["pixel_values"]
+    for number, image in enumerate(images):
+        pixel_values = reader(reader.admit(image, f"image {number}"))[None]
         seen.append(_look(model, image_processor, pixel_values, until))
     return seen
 
@@ -110,23 +113,13 @@ def _look(
     )
     patch_height, patch_width = as_pair(config.patch_size)
     rows, columns = height // patch_height, width // patch_width
-    pixels = _pixels(image_processor, pixel_values[0])
+    pixels = pixel_values[0, :, : rows * patch_height, : columns * patch_width]
     return FusedTokens(
-        view=Image.fromarray(pixels[: rows * patch_height, : columns * patch_width]),
+        view=to_image(image_processor, pixels),
         groups=output.assignment[0, config.num_prefix_tokens :].view(rows, columns).cpu().numpy(),
         num_tokens=output.assignment.shape[1],
         tokens_left=output.token_sizes.shape[1],
     )
-
-
-def _pixels(image_processor: Any, pixel_values: Tensor) -> NDArray[np.uint8]:
-    """Undo an image processor's scaling: (channels, height, width) -> (height, width, channels)."""
-    pixels = pixel_values.double().permute(1, 2, 0).numpy()
-    if image_processor.do_normalize:
-        pixels = pixels * np.asarray(image_processor.image_std) + image_processor.image_mean
-    if image_processor.do_rescale:
-        pixels = pixels / image_processor.rescale_factor
-    return pixels.round().clip(0, 255).astype(np.uint8)
 
 
 def draw_groups(image: Image.Image, groups: ArrayLike, scale: int | None = None) -> Image.Image:

@@ -27,8 +27,9 @@ from transformers import DeiTImageProcessorPil, ViTImageProcessorPil
 from cli.main import main
 from lightning_modules import HFImageDataModule, MCTFFinetuner
 from lightning_modules.augmentation import FlipAndCrop
-from lightning_modules.images import NOT_COUNTED, decode, read_image
+from lightning_modules.images import NOT_COUNTED
 from lightning_modules.sampling import ResumableSampler
+from mctf_hf.images import decode, read_image
 from tests.conftest import DIGITS
 
 PROCESSOR = ViTImageProcessorPil(size={"height": 32, "width": 32})

@@ -15,7 +15,7 @@ from datasets import Dataset, Features, Value, load_dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from lightning_modules.images import NOT_COUNTED, Process, as_bytes
+from lightning_modules.images import NOT_COUNTED, AsBytes, Process
 from lightning_modules.streaming import Share, StreamedImages, StreamLoader, count_rows
 from tests.conftest import DIGITS
 from tests.test_data import BROKEN, PROCESSOR, data_module
@@ -92,7 +92,7 @@ def loader(
     images = StreamedImages(
         load_dataset(folder, split="train", streaming=True),
         folder,
-        options.pop("process", as_bytes),
+        options.pop("process", AsBytes(PROCESSOR)),
         share=Share(rank, world_size),
         num_labels=ALL,
         batch_size=batch_size,

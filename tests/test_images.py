@@ -1,0 +1,143 @@
+"""Images of every kind, through every command that takes images: seen alike, or refused alike."""
+
+import json
+import resource
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPImageProcessorPil, ViTConfig, ViTForImageClassification
+
+from cli.files import open_images
+from cli.main import main
+from mctf_hf.hub import load_image_processor
+from tests.conftest import TINY
+from tests.test_data import JPEG, encoded
+
+
+def predict_words(model: Path | str, photos: Path | str, *more: str) -> list[str]:
+    return [
+        "predict", "--model.pretrained", str(model), "--data.predict_folder", str(photos),
+        "--data.num_workers", "0", "--trainer.accelerator", "cpu", "--trainer.logger", "false",
+        "--trainer.enable_progress_bar", "false", *more,
+    ]  # fmt: skip
+
+
+def fails(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The line of an error."""
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 1
+    shown = capsys.readouterr().err
+    assert "Traceback" not in shown
+    (line,) = [line for line in shown.splitlines() if line.startswith("mctf: error: ")]
+    return line
+
+
+@pytest.fixture(scope="module")
+def keeps_ratio(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose processor makes the shorter edge 256 pixels and crops then."""
+    folder = tmp_path_factory.mktemp("ratio") / "vit"
+    torch.manual_seed(0)
+    ViTForImageClassification(ViTConfig(**{**TINY, "num_labels": 10})).save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": 256}, crop_size=32).save_pretrained(folder)
+    return folder
+
+
+def test_an_image_that_would_fill_the_memory_is_refused_before(
+    keeps_ratio: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "photos").mkdir()
+    long = tmp_path / "photos" / "long.png"
+    Image.new("L", (1, 60_000)).save(long)
+    assert long.stat().st_size < 400
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    told = "60000 x 1 pixels, of which the image processor would make 15,360,000 x 256"
+    assert f"{long} has {told}" in fails(predict_words(keeps_ratio, tmp_path / "photos"), capsys)
+    words = ["visualize", f"{keeps_ratio},r=4", "--images", str(long), "--output", "x.png"]
+    assert told in fails(words, capsys)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 500 * 1024  # of KiB
+
+
+BOMBS = {"beyond Pillow's limit": (20_000, 10_000), "where Pillow warns": (10_000, 9_500)}
+
+
+@pytest.mark.parametrize("size", BOMBS.values(), ids=BOMBS)
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_decompression_bomb_is_named_by_every_command(
+    size: tuple[int, int], tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "set" / "a").mkdir(parents=True)
+    bomb = tmp_path / "set" / "a" / "bomb.png"
+    Image.new("1", size).save(bomb)
+    model = f"{tiny_folder},r=4"
+    commands = [
+        ["visualize", model, "--images", str(bomb), "--output", "x.png"],
+        ["visualize", model, "--images", str(tmp_path / "set"), "--output", "x.png"],
+        ["benchmark", model, "--images", str(bomb), "--batch_sizes", "[1]"],
+        predict_words(tiny_folder, tmp_path / "set"),
+    ]
+    for words in commands:
+        line = fails(words, capsys)
+        assert "bomb.png" in line and "pixels" in line, line
+
+
+def test_a_truncated_image_is_named_by_its_file(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "cut.jpg").write_bytes(JPEG[: len(JPEG) // 2])
+    words = ["visualize", f"{tiny_folder},r=4", "--images", str(tmp_path / "cut.jpg")]
+    assert "cut.jpg holds no readable image: image file is truncated" in fails(
+        [*words, "--output", "x.png"], capsys
+    )
+
+
+def test_a_folder_and_a_file_show_the_same_pixels(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    file = tmp_path / "photos" / "one.png"
+    ramp = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
+    Image.fromarray(ramp).save(file)
+    for source in (file, tmp_path / "photos"):
+        (image,) = open_images(str(source), 1)
+        assert (np.asarray(image) == np.arange(256).reshape(16, 16, 1)).all()
+    orientation = Image.Exif()
+    orientation[0x0112] = 6
+    file.unlink()
+    Image.new("RGB", (40, 20)).save(tmp_path / "photos" / "one.jpg", exif=orientation)
+    (image,) = open_images(str(tmp_path / "photos"), 1)
+    assert image.size == (20, 40)
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_numbers_without_an_end_are_refused_in_a_folder_too(
+    mode: str, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.tiff").write_bytes(encoded(Image.new(mode, (8, 8), 3), "tiff"))
+    words = ["visualize", f"{tiny_folder},r=4", "--images", str(tmp_path / "photos")]
+    line = fails([*words, "--output", "x.png"], capsys)
+    assert "a.tiff" in line and f"mode {mode} does not tell what is white" in line
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"size": 0}, "size={'height': 0, 'width': 0} of the image processor is not allowed"),
+        ({"size": {"height": 10**6, "width": 9}}, "edges have 1 to 4096 pixels"),
+        ({"size": "large"}, "can't be made: Could not convert size input to size dict: large"),
+        ({"image_mean": {}}, "image_mean={} of the image processor is not allowed"),
+        ({"image_std": [0, 1, 1]}, "image_std=(0, 1, 1) of the image processor is not allowed"),
+    ],
+)
+def test_settings_of_a_processor_by_which_nothing_can_be_seen(
+    settings: dict[str, Any], message: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    stored = json.loads((tiny_folder / "preprocessor_config.json").read_text())
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(stored | settings))
+    with pytest.raises(ValueError) as refused:
+        load_image_processor(str(tmp_path))
+    assert message in str(refused.value)
