@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from cli.quiet import quiet
+
 # All commands, each with what it does. Those of Lightning's command line are in one module, the
 # others each in one of their own name; none is imported before it is asked for.
 FINETUNING = {
@@ -84,12 +86,14 @@ def _run(words: Sequence[str]) -> None:
     elif command == "--version":
         print(f"mctf {version('mctf-hf')}")
     elif command in FINETUNING or re.match("(-c|--config)(=|$)", command):
-        from cli.finetuning import finetuning
+        with quiet():
+            from cli.finetuning import finetuning
 
-        finetuning(words)
+            finetuning(words)
     elif command in COMMANDS:
         options = [re.sub(r"^--[\w-]+", _underscored, word) for word in rest]
-        importlib.import_module(f"cli.{command.replace('-', '_')}").main(options)
+        with quiet():
+            importlib.import_module(f"cli.{command.replace('-', '_')}").main(options)
     else:
         print(_no_command(command), file=sys.stderr)
         sys.exit(MISUSED)

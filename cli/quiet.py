@@ -1,0 +1,61 @@
+"""What other libraries tell while a command runs, less what nobody can act on."""
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+# Loggers, and how the lines begin that they keep to themselves.
+LINES = {
+    "lightning.pytorch.utilities.rank_zero": "💡 Tip",  # advertises another product
+    "huggingface_hub.repocard": "Repo card metadata block was not found",
+    "transformers.configuration_utils": "You passed `num_labels=",  # which is what was asked for
+}
+# Warnings of one library about another, and of what this one has seen to.
+WARNINGS = (
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    "LightningCLI's args parameter is intended",
+    "Experiment logs directory .* is not empty",
+    "Checkpoint directory .* exists and is not empty",
+)
+# The profiler that measures memory tells when it starts and stops; read when torch is imported.
+PROFILER_LOG_LEVEL = {"KINETO_LOG_LEVEL": "5"}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep back, while the block runs, what is noise in every run; all else is as before after it.
+
+    What is a warning is told in a line of its own, without the line of code that gave it.
+    """
+    with ExitStack() as undo:
+        for name, beginning in LINES.items():
+            logger, kept = logging.getLogger(name), _Without(beginning)
+            logger.addFilter(kept)
+            undo.callback(logger.removeFilter, kept)
+        undo.enter_context(warnings.catch_warnings())
+        for message in WARNINGS:
+            warnings.filterwarnings("ignore", message=message)
+        undo.callback(setattr, warnings, "formatwarning", warnings.formatwarning)
+        warnings.formatwarning = _in_a_line
+        for name, value in PROFILER_LOG_LEVEL.items():
+            if name not in os.environ:
+                os.environ[name] = value
+                undo.callback(os.environ.pop, name, None)
+        yield
+
+
+class _Without(logging.Filter):
+    """Drops the records that begin with some words."""
+
+    def __init__(self, beginning: str):
+        super().__init__()
+        self.beginning = beginning
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(self.beginning)
+
+
+def _in_a_line(message: Warning | str, *where: object) -> str:
+    return f"mctf: warning: {message}\n"
