@@ -1,7 +1,6 @@
 """``mctf fit``, ``validate``, ``test`` and ``predict``: Lightning's command line on our modules."""
 
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -91,19 +90,18 @@ class FinetuningCommandLine(LightningCLI):
 
 def finetuning(args: Sequence[str] | None = None) -> None:
     """Run the subcommand that ``args``, or the command line, begins with."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
-        warnings.filterwarnings("ignore", message="Experiment logs directory .* is not empty")
-        try:
-            FinetuningCommandLine(
-                MCTFFinetuner,
-                HFImageDataModule,
-                args=None if args is None else list(args),
-                seed_everything_default=0,
-                save_config_kwargs={"overwrite": True},
-                parser_class=FinetuningParser,
-                parser_kwargs={"prog": "mctf"},
-            )
-        except SIGTERMException as stopped:
-            print(f"mctf: {stopped}", file=sys.stderr)
-            sys.exit(TOLD_TO_STOP)
+    try:
+        FinetuningCommandLine(
+            MCTFFinetuner,
+            HFImageDataModule,
+            args=None if args is None else list(args),
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            # Its table knows no operations of these models; the finetuner tells their weights.
+            trainer_defaults={"enable_model_summary": False},
+            parser_class=FinetuningParser,
+            parser_kwargs={"prog": "mctf"},
+        )
+    except SIGTERMException as stopped:
+        print(f"mctf: {stopped}", file=sys.stderr)
+        sys.exit(TOLD_TO_STOP)

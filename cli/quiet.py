@@ -20,15 +20,12 @@ WARNINGS = (
     "Checkpoint directory .* exists and is not empty",
 )
 # The profiler that measures memory tells when it starts and stops; read when torch is imported.
-PROFILER_LOG_LEVEL = {"KINETO_LOG_LEVEL": "5"}
+PROFILER_LOG_LEVEL = {"KINETO_LOG_LEVEL": "99"}
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep back, while the block runs, what is noise in every run; all else is as before after it.
-
-    What is a warning is told in a line of its own, without the line of code that gave it.
-    """
+    """Keep back, while the block runs, what is noise in every run; all is as before after it."""
     with ExitStack() as undo:
         for name, beginning in LINES.items():
             logger, kept = logging.getLogger(name), _Without(beginning)
@@ -37,8 +34,6 @@ def quiet() -> Iterator[None]:
         undo.enter_context(warnings.catch_warnings())
         for message in WARNINGS:
             warnings.filterwarnings("ignore", message=message)
-        undo.callback(setattr, warnings, "formatwarning", warnings.formatwarning)
-        warnings.formatwarning = _in_a_line
         for name, value in PROFILER_LOG_LEVEL.items():
             if name not in os.environ:
                 os.environ[name] = value
@@ -55,7 +50,3 @@ class _Without(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith(self.beginning)
-
-
-def _in_a_line(message: Warning | str, *where: object) -> str:
-    return f"mctf: warning: {message}\n"

@@ -234,6 +234,10 @@ class MCTFFinetuner(L.LightningModule):
         config = self.model.config
         fused = ", ".join(map(str, config.tokens_fused(config.num_tokens())))
         rank_zero_info(f"reduction={config.reduction}: the layers fuse {fused} tokens")
+        if stage == "fit":
+            weights = [(weight.numel(), weight.requires_grad) for weight in self.model.parameters()]
+            trained = sum(count for count, learns in weights if learns)
+            rank_zero_info(f"{trained:,} of {sum(n for n, _ in weights):,} weights are trained")
         names = getattr(self.trainer.datamodule, "label_names", None)
         if names is not None and len(names) != self.num_labels:
             raise ValueError(

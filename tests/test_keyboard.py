@@ -1,8 +1,10 @@
 """What the command line says: of itself, of what is mistyped, of what nobody foresaw."""
 
+import logging
 import os
 import subprocess
 import sys
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 
@@ -32,6 +34,7 @@ def python(*words: str, **options: object) -> subprocess.CompletedProcess:
 def test_what_it_says_of_itself_takes_no_library() -> None:
     code = """
 import sys
+import warnings
 from cli.main import main
 for words in (["--help"], ["--version"], ["benchmrk"], []):
     try:
@@ -169,3 +172,25 @@ def test_nobody_reading_on_is_no_error() -> None:
     done = python("-m", "cli.main", "--help", stdout=writing, stderr=subprocess.PIPE)
     os.close(writing)
     assert done.returncode == 1 and not done.stderr
+
+
+def test_what_others_tell_in_vain_is_kept_back_while_a_command_runs(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger = logging.getLogger("huggingface_hub.repocard")
+
+    def tell(words: list[str]) -> None:
+        assert os.environ["KINETO_LOG_LEVEL"] == "99"
+        logger.warning("Repo card metadata block was not found. Setting CardData to empty.")
+        logger.warning("The card is broken")
+        warnings.warn("`isinstance(treespec, LeafSpec)` is deprecated", stacklevel=1)
+        warnings.warn("the disk is nearly full", stacklevel=1)
+
+    monkeypatch.delenv("KINETO_LOG_LEVEL", raising=False)
+    monkeypatch.setattr(cli.visualize, "main", tell)
+    with pytest.warns(UserWarning) as warned:
+        main(["visualize"])
+    assert [str(one.message) for one in warned] == ["the disk is nearly full"]
+    assert caplog.messages == ["The card is broken"]
+    logger.warning("Repo card metadata block was not found")
+    assert len(caplog.messages) == 2 and "KINETO_LOG_LEVEL" not in os.environ

@@ -62,7 +62,16 @@ def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     folder = tmp_path_factory.mktemp("finished")
     done = mctf(*fit_words(folder, tiny_folder))
     assert done.returncode == 0, done.stderr
+    (folder / "output").write_text(done.stdout + done.stderr)
     return folder
+
+
+def test_fit_tells_what_it_does_and_nothing_of_others(finished: Path) -> None:
+    shown = (finished / "output").read_text()
+    assert "the layers fuse 0, 6, 6, 6, 6 tokens" in shown
+    assert "39,178 of 39,178 weights are trained" in shown
+    for noise in ("Tip", "deprecated", "Repo card", "FLOPs", "num_labels", "not empty"):
+        assert noise not in shown, noise
 
 
 def test_fit_leaves_checkpoints_logs_and_a_model_that_loads(finished: Path) -> None:
