@@ -12,6 +12,7 @@ from transformers.utils import logging
 from .reducers import REDUCERS, Reducer, build_reducer
 from .schedule import (
     ScheduleMixin,
+    check_dropped,
     check_inflection,
     check_keep_rate,
     check_tokens_fused,
@@ -68,8 +69,9 @@ class FusionConfigMixin(ScheduleMixin):
 
     Args:
         reduction: which method reduces the tokens: ``"mctf"``, ``"tome"`` (Token Merging, arXiv
-            2210.09461), ``"evit"`` (arXiv 2202.07800), ``"token_mergence"`` (arXiv 2306.04897),
-            one that :func:`.reducers.register` made known, or ``"none"`` for the plain model.
+            2210.09461), ``"pitome"`` (arXiv 2405.16148), ``"diffrate"`` (arXiv 2305.17997),
+            ``"evit"`` (arXiv 2202.07800), ``"token_mergence"`` (arXiv 2306.04897), one that
+            :func:`.reducers.register` made known, or ``"none"`` for the plain model.
         inflection: how ``r`` changes from layer to layer, as in ToMe: linearly about a mean of
             ``r``, from 0 up to twice as much (1), down to 0 (-1), or not at all (0).
             ``r=(8, -1)`` sets both.
@@ -81,18 +83,28 @@ class FusionConfigMixin(ScheduleMixin):
         fuse_token: ``"evit"`` sums up the tokens that are not kept in one more token; or it drops
             them.
         fusion_layers: zero-based indices of the layers that fuse. ``None``: the method's own (all
-            but the first for ``"mctf"``, all for ``"tome"``, the 4th, 7th and 10th of 12 for the
-            others), or those that an ``r`` or ``keep_rate`` with one entry per layer says.
+            but the first for ``"mctf"``, the 4th, 7th and 10th of 12 for ``"evit"`` and
+            ``"token_mergence"``, all for the others), or those that an ``r`` or ``keep_rate`` with
+            one entry per layer says.
         tau_sim: temperature of the similarity criterion; 0 switches it off. This and the settings
-            down to ``pooling`` are those of ``"mctf"``.
+            down to ``class_share`` are those of ``"mctf"``.
         tau_info: temperature of the informativeness criterion; 0 switches it off.
         tau_size: temperature of the size criterion; 0 switches it off.
         bidirectional: fuse half of the tokens forward and half backward, or all forward.
         one_step_ahead: the attention that informativeness is judged by: ``"approximate"`` (the
             layer's own, reused for the fused tokens), ``"precise"`` (the layer's own, computed
-            again after fusion) or ``"past"`` (fuse after the layer, by the attention it used).
+            again after fusion), ``"present"`` (fuse between attention and MLP, by the attention
+            just applied) or ``"past"`` (fuse after the layer, by the attention it used).
         pooling: weight of a token in its pool: ``"attention_size"`` (attention received times
             size), ``"size"``, ``"mean"`` (all the same), or ``"max"`` (elementwise maximum).
+        key_share: weight of the keys in the similarity of ``"mctf"``, from 0 (only the tokens
+            count) to 1, in a geometric mean.
+        class_share: weight of the attention from the class token in the informativeness of
+            ``"mctf"``, likewise; the rest is the attention received from all.
+        margin: cosine above which ``"pitome"`` holds tokens for alike, in the first layer; it falls
+            to 0 behind the last.
+        dropped: how many of the tokens that a layer loses ``"diffrate"`` drops, where it merges the
+            rest: a count, a fraction in (0, 1) of them, or a list with one of these per layer.
         proportional_attention: add the logarithm of each token's size to its attention scores;
             ``"evit"`` never does.
         min_tokens: no layer leaves fewer tokens than this, prefix tokens included.
@@ -122,11 +134,17 @@ class FusionConfigMixin(ScheduleMixin):
     bidirectional: bool = True
     one_step_ahead: str = field(
         default="approximate",
-        metadata=one_of("one_step_ahead", "approximate", "precise", "past"),
+        metadata=one_of("one_step_ahead", "approximate", "precise", "present", "past"),
     )
     pooling: str = field(
         default="attention_size",
         metadata=one_of("pooling", "attention_size", "size", "mean", "max"),
+    )
+    key_share: float | int = field(default=0.0, metadata=number("key_share", 0, 1))
+    class_share: float | int = field(default=0.0, metadata=number("class_share", 0, 1))
+    margin: float | int = field(default=0.75, metadata=number("margin", -1, 1))
+    dropped: int | float | list[int | float] = field(
+        default=0, metadata={"validator": check_dropped}
     )
     proportional_attention: bool = True
     min_tokens: int = field(default=10, metadata=number("min_tokens", 1))
@@ -188,6 +206,14 @@ class FusionConfigMixin(ScheduleMixin):
             raise ValueError(
                 f"restore={self.restore!r} is not allowed with reduction={self.reduction!r}, which "
                 "drops tokens with these settings: set restore to False"
+            )
+
+    def validate_dropped(self) -> None:
+        """Check that there are as many entries as layers."""
+        if isinstance(self.dropped, list) and len(self.dropped) != self.num_hidden_layers:
+            raise ValueError(
+                f"dropped={self.dropped!r} has {len(self.dropped)} entries: a list has one for "
+                f"each of the {self.num_hidden_layers} layers"
             )
 
     def validate_fusion_layers(self) -> None:

@@ -24,7 +24,7 @@ from .apply import FusedModel, HostedLayers, fusion_of
 from .configuration_mctf import FusionConfigMixin, as_pair
 from .families import find_encoders
 from .fused_encoder import FusedLayers
-from .reducers import Stage, build_reducer
+from .reducers import Reducer, Stage, build_reducer
 from .registry import BACKBONES
 from .schedule import KeepRate, TokensFused
 
@@ -105,9 +105,14 @@ class Description:
 
     def cost(self, settings: FusionConfigMixin, fused_by_layer: Sequence[int]) -> int:
         """Multiply-accumulates of one image."""
-        tokens, total = self.num_tokens, self.around
-        for fused in fused_by_layer:
-            total += _layer(self.layer, settings, tokens, fused)
+        tokens, total, prefix = self.num_tokens, self.around, settings.num_prefix_tokens
+        reducer = build_reducer(settings)
+        for index, fused in enumerate(fused_by_layer):
+            if not fused or reducer is None:
+                total += _plain_layer(self.layer, tokens)
+            else:
+                here = reducer.for_layer(index, len(fused_by_layer))
+                total += _layer(self.layer, here, prefix, tokens, fused)
             tokens -= fused
         return total - self.per_token * (self.num_tokens - tokens)
 
@@ -179,7 +184,7 @@ def _count(model: nn.Module, config: Any, size: tuple[int, int]) -> Description:
         options["interpolate_pos_encoding"] = True
     layer, num_tokens, num_layers = LayerCost.of(layers), config.num_tokens(size), len(layers)
     total = counted(model, torch.empty(1, channels, *size), r=0, **options)
-    in_layers = sum(_layer(layer, config, num_tokens, 0) for _ in range(num_layers))
+    in_layers = num_layers * _plain_layer(layer, num_tokens)
     entry = BACKBONES[config.model_type]
     per_token = _LAYERNORM * config.hidden_size if entry.norms_all_tokens else 0
     if not config.restore:
@@ -199,8 +204,8 @@ def _count_hosted(model: Any, image_size: int | tuple[int, int] | None) -> Descr
             total = counted(encoder.owner, inputs, **options)
     finally:
         hook.remove()
-    layer, settings = LayerCost.of(layers), layers.settings
-    in_layers = len(layers) * _layer(layer, settings, seen[0], 0)
+    layer = LayerCost.of(layers)
+    in_layers = len(layers) * _plain_layer(layer, seen[0])
     return Description(seen[0], len(layers), layer, total - in_layers, 0)
 
 
@@ -228,23 +233,26 @@ def _layernorm_flops(shape: Sequence[int], *args: Any, **kwargs: Any) -> int:
 _NORMS: dict[Any, Callable[..., int]] = {torch.ops.aten.native_layer_norm: _layernorm_flops}
 
 
-def _layer(layer: LayerCost, settings: FusionConfigMixin, tokens: int, fused: int) -> int:
-    """One layer in which ``tokens`` become ``tokens - fused``."""
+def _plain_layer(layer: LayerCost, tokens: int) -> int:
+    """One layer that fuses nothing."""
+    per_token = layer.queries_keys + layer.values_output + sum(layer.norms) + layer.mlp
+    return tokens * per_token + 2 * tokens * tokens * layer.width
+
+
+def _layer(layer: LayerCost, reducer: Reducer, prefix: int, tokens: int, fused: int) -> int:
+    """One layer in which ``tokens``, the prefix among them, become ``tokens - fused``."""
     projections = layer.queries_keys + layer.values_output
     score, (first, second) = tokens * tokens * layer.width, layer.norms
-    reducer = build_reducer(settings)
-    if not fused or reducer is None:
-        return tokens * (projections + first + second + layer.mlp) + 2 * score
-    patches, left = tokens - settings.num_prefix_tokens, tokens - fused
-    choice = reducer.multiply_accumulates(patches, fused, layer.width, layer.heads)
+    left = tokens - fused
+    choice = reducer.multiply_accumulates(tokens - prefix, fused, layer.width, layer.heads)
     if reducer.stage is Stage.AFTER_ATTENTION:
         attention = tokens * (projections + first) + 2 * score
         return attention + choice + left * (second + layer.mlp)
     if reducer.stage is Stage.AFTER_MLP:
-        return choice + _layer(layer, settings, tokens, 0)
+        return choice + _plain_layer(layer, tokens)
     before = tokens * (layer.queries_keys + first) + score  # the map of all tokens
     if reducer.stage is Stage.RECOMPUTE:
-        return choice + before + _layer(layer, settings, left, 0)
+        return choice + before + _plain_layer(layer, left)
     applied = score if reducer.pools_linearly else left * left * layer.width
     after = left * (layer.values_output + first + second + layer.mlp) + applied
     return choice + before + after

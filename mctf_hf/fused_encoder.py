@@ -167,14 +167,15 @@ class FusedLayers(nn.ModuleList):
         own |= {k: kwargs[k] for k in ("output_attentions",) if k in kwargs}
         shown = kwargs.get("output_attentions")
         tokens = Tokens(hidden_states, None, positions, rows)
-        for layer, r in zip(self.children(), counts, strict=True):
+        for index, (layer, r) in enumerate(zip(self.children(), counts, strict=True)):
             if layer.runs_as_host and tokens.sizes is None and not r and not (shown and fuses):
                 output = layer(tokens.hidden_states, *args, **host)
                 tokens = tokens._replace(hidden_states=output)
             else:
                 # Hidden states go by themselves, as reentrant checkpoints want them.
                 rest = tokens._replace(hidden_states=None)  # type: ignore[arg-type]
-                _, tokens = layer(tokens.hidden_states, tokens=rest, step=step._replace(r=r), **own)
+                own["step"] = step.in_layer(index, len(counts), r)
+                _, tokens = layer(tokens.hidden_states, tokens=rest, **own)
         if track and tokens.sizes is None:
             sizes = hidden_states.new_ones(batch, num_tokens, dtype=torch.float32)
             tokens = tokens._replace(sizes=sizes)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .anatomy import LayerNames, attention_core
 from .attention import Attention, FusionAttention, Rotation
-from .fusion import Reduction, compose, fuse, fuse_sizes, images_rows
+from .fusion import Reduction, add_up, compose, fuse, fuse_sizes, images_rows
 from .reducers import Observation, Reducer, Stage
 
 
@@ -75,7 +75,7 @@ def _move(positions: Tensor, reduction: Reduction, rope_positions: str | None) -
         return positions.flatten(0, 1).index_select(0, reduction.kept).view(batch, -1, axes)
     counted = torch.cat([positions, torch.ones_like(positions[:, :, :1])], 2)
     linear = reduction.kept_weights is not None
-    total = fuse(counted, reduction) if linear else fuse_sizes(counted, reduction)
+    total = fuse(counted, reduction) if linear else add_up(counted, reduction)
     return total[:, :, :axes] / total[:, :, axes:]
 
 
@@ -103,6 +103,13 @@ class Step(NamedTuple):
     whole: bool = False
     rope_positions: str | None = None
     frequencies: Tensor | None = None
+
+    def in_layer(self, layer: int, num_layers: int, r: int) -> "Step":
+        """What one layer of several is to do."""
+        reducer = self.reducer
+        return self._replace(
+            r=r, reducer=None if reducer is None else reducer.for_layer(layer, num_layers)
+        )
 
 
 NOTHING = Step(None, 0, 0, False, False)

@@ -28,6 +28,7 @@ class Reduction:
         kept_weights: (b * m, 1), the coefficients of the rows that are kept, in their new row;
             ``None`` stands for elementwise maximum. See :meth:`weigh`.
         merged_weights: (b * k, 1), those of the rows that are merged.
+        size_factors: (b * k,), by how much the sizes of those count; ``None`` for 1.
     """
 
     batch: int
@@ -37,6 +38,7 @@ class Reduction:
     destination: Tensor
     kept_weights: Tensor | None = None
     merged_weights: Tensor | None = None
+    size_factors: Tensor | None = None
 
     @classmethod
     def from_positions(
@@ -100,11 +102,23 @@ def images_rows(rows: Tensor, batch: int, num_tokens: int) -> Tensor:
     return torch.where(own < 0, own, own - first[:, None])
 
 
-def fuse_sizes(x: Tensor, reduction: Reduction) -> Tensor:
-    """Sizes, or whatever else adds up: (b, n, …) -> (b, m, …)."""
+def fuse_sizes(sizes: Tensor, reduction: Reduction) -> Tensor:
+    """How much each new token stands for: (b, n) -> (b, m)."""
+    return add_up(sizes, reduction, reduction.size_factors)
+
+
+def add_up(x: Tensor, reduction: Reduction, factors: Tensor | None = None) -> Tensor:
+    """The sum of the members of each new token: (b, n, …) -> (b, m, …).
+
+    Args:
+        factors: (b * k,), of the rows that are merged; two axes of ``x`` then.
+    """
     flat = x.flatten(0, 1)
+    merged = flat.index_select(0, reduction.merged)
+    if factors is not None:
+        merged = merged * factors
     total = flat.index_select(0, reduction.kept)
-    total = total.index_add_(0, reduction.destination, flat.index_select(0, reduction.merged))
+    total = total.index_add_(0, reduction.destination, merged)
     return total.view(x.shape[0], -1, *x.shape[2:])
 
 
@@ -147,7 +161,7 @@ def fuse_attention(attention: Tensor, reduction: Reduction) -> Tensor:
         (b, h, m, m).
     """
     rows_last = attention.permute(0, 3, 1, 2).contiguous()  # [b, n keys, h, n queries]
-    columns = fuse_sizes(rows_last, reduction)  # [b, m, h, n]
+    columns = add_up(rows_last, reduction)  # [b, m, h, n]
     by_query = columns.permute(0, 3, 2, 1).flatten(2)  # [b, n, h * m]
     fused = fuse(by_query, reduction)  # [b, m, h * m]
     return fused.unflatten(2, (attention.shape[1], -1)).transpose(1, 2)

@@ -34,6 +34,13 @@ def similarity(tokens: Tensor, num_prefix_tokens: int) -> Tensor:
         return torch.baddbmm(half, unit[:, alpha], unit[:, beta].mT, alpha=0.5)
 
 
+def cosine_similarity(tokens: Tensor) -> Tensor:
+    """Of all pairs, in [-1, 1], at least in float32: (b, n, d) -> (b, n, n)."""
+    unit = unit_vectors(tokens)
+    with full_precision(unit):
+        return unit @ unit.mT
+
+
 def unit_vectors(tokens: Tensor) -> Tensor:
     """Tokens of length 1, in float32 or more: (b, n, d) -> (b, n, d)."""
     tokens = tokens.to(_precision(tokens))
@@ -56,6 +63,8 @@ def attraction(
     tau_sim: float,
     tau_info: float,
     tau_size: float,
+    keys: Tensor | None = None,
+    key_share: float = 0.0,
 ) -> Tensor:
     """Product of the three criteria of MCTF (equations 4 to 7), each to the power 1 / tau.
 
@@ -68,13 +77,15 @@ def attraction(
         informativeness: (b, n), positive; how much attention each token receives.
         sizes: (b, n), how many patches each token stands for, at least 1; ``None`` if all stand
             for one.
+        keys: (b, n, d'), for a ``key_share``.
+        key_share: weight of the keys' similarity in its geometric mean with the tokens'.
 
     Returns:
         (b, n_alpha, n_beta), in float32 or the tokens' own precision where that is higher.
     """
     alpha, beta = bipartition(num_prefix_tokens)
     if tau_sim:
-        scores = similarity(tokens, num_prefix_tokens)
+        scores = _joint_similarity(tokens, keys, key_share, num_prefix_tokens)
         if tau_sim != 1:
             scores = scores.clamp_(min=0).pow_(1 / tau_sim)
     else:
@@ -91,6 +102,19 @@ def attraction(
         factor = factor.to(scores.dtype)
         scores = scores.mul_(factor[:, alpha, None]).mul_(factor[:, None, beta])
     return scores
+
+
+def _joint_similarity(
+    tokens: Tensor, keys: Tensor | None, key_share: float, num_prefix_tokens: int
+) -> Tensor:
+    """The geometric mean of the similarities of tokens and keys: (b, n_alpha, n_beta)."""
+    if keys is None or not key_share:
+        return similarity(tokens, num_prefix_tokens)
+    of_keys = similarity(keys, num_prefix_tokens)
+    if key_share == 1:
+        return of_keys
+    of_tokens = similarity(tokens, num_prefix_tokens)
+    return of_tokens.clamp_(min=0).pow_(1 - key_share).mul_(of_keys.clamp_(min=0).pow_(key_share))
 
 
 def _precision(x: Tensor) -> torch.dtype:

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from .fusion import Reduction
-from .matching import attraction, bipartite_soft_matching, similarity
-from .selection import keep_most_important, merge_into_most_important
+from .matching import attraction, bipartite_soft_matching, cosine_similarity, similarity
+from .pairing import energy, merge_within_ranking, pair_highest
+from .schedule import count_or_fraction
+from .selection import drop_and_merge, keep_most_important, merge_into_most_important
 
 
 class Stage(Enum):
@@ -80,6 +82,10 @@ class Reducer(ABC):
     def from_config(cls, config: Any) -> "Reducer":
         """The reducer that a configuration of this library asks for."""
         return cls()
+
+    def for_layer(self, layer: int, num_layers: int) -> "Reducer":
+        """The reducer as it is in one layer, by its zero-based index, of so many."""
+        return self
 
     @classmethod
     def default_layers(cls, num_layers: int) -> Sequence[int]:
@@ -159,17 +165,25 @@ def _given(seen: Tensor | None) -> Tensor:
     return seen
 
 
+def _positive(seen: Tensor | None) -> Tensor:
+    seen = _given(seen)
+    return seen.clamp(min=torch.finfo(seen.dtype).tiny)
+
+
 @register("mctf")
 @dataclass(frozen=True)
 class MCTFReducer(Reducer):
     """Multi-criteria Token Fusion (CVPR 2024, arXiv 2403.10030, section 3).
 
-    ``stage`` is the paper's choice of attention that informs the fusion: the layer's own, one step
-    ahead, reused for the fused tokens (``approximate``) or only to rank them (``precise``), or the
-    attention of the layer already done (``past``).
+    ``stage`` is the choice of attention that informs the fusion. The paper's are the layer's own,
+    one step ahead, reused for the fused tokens (``approximate``) or only to rank them
+    (``precise``), and the attention of the layer already done (``past``). With ``present`` tokens
+    are fused between attention and MLP, by the attention that was just applied.
+
+    ``key_share`` and ``class_share`` are not the paper's: weights of the keys in the similarity
+    and of the class token in the informativeness, in geometric means.
     """
 
-    needs: ClassVar = ("attention_received",)
     settings: ClassVar = (
         "tau_sim",
         "tau_info",
@@ -177,6 +191,8 @@ class MCTFReducer(Reducer):
         "bidirectional",
         "one_step_ahead",
         "pooling",
+        "key_share",
+        "class_share",
     )
 
     stage: Stage
@@ -185,14 +201,21 @@ class MCTFReducer(Reducer):
     tau_size: float
     bidirectional: bool
     pooling: str
+    key_share: float = 0.0
+    class_share: float = 0.0
+    needs: tuple[str, ...] = ("attention_received",)
 
     @classmethod
     def from_config(cls, config: Any) -> "MCTFReducer":
         stages = {
             "approximate": Stage.REUSE,
             "precise": Stage.RECOMPUTE,
+            "present": Stage.AFTER_ATTENTION,
             "past": Stage.AFTER_MLP,
         }
+        share = config.class_share
+        needs = [*["attention_received"] * (share < 1), *["class_attention"] * (share > 0)]
+        needs += ["keys"] * bool(config.tau_sim and config.key_share)
         return cls(
             stage=stages[config.one_step_ahead],
             tau_sim=config.tau_sim,
@@ -200,6 +223,9 @@ class MCTFReducer(Reducer):
             tau_size=config.tau_size,
             bidirectional=config.bidirectional,
             pooling=config.pooling,
+            key_share=config.key_share,
+            class_share=share,
+            needs=tuple(needs),
         )
 
     @property
@@ -207,12 +233,13 @@ class MCTFReducer(Reducer):
         return self.pooling != "max"
 
     def __call__(self, seen: Observation, r: int) -> Reduction:
-        received = _given(seen.attention_received)
-        informativeness = received.clamp(min=torch.finfo(received.dtype).tiny)  # a divisor
+        informativeness = self._informativeness(seen)
         scores = attraction(
             seen.tokens,
             informativeness,
             seen.sizes,
+            keys=seen.keys,
+            key_share=self.key_share,
             num_prefix_tokens=seen.num_prefix_tokens,
             tau_sim=self.tau_sim,
             tau_info=self.tau_info,
@@ -225,6 +252,16 @@ class MCTFReducer(Reducer):
             reduction.weigh(self._pooling_weights(informativeness, seen.sizes))
         return reduction
 
+    def _informativeness(self, seen: Observation) -> Tensor:
+        """(b, n), positive, for it is a divisor."""
+        share = self.class_share
+        if not share:
+            return _positive(seen.attention_received)
+        from_class = _positive(seen.class_attention)
+        if share == 1:
+            return from_class
+        return _positive(seen.attention_received).pow(1 - share) * from_class.pow(share)
+
     def _pooling_weights(self, informativeness: Tensor, sizes: Tensor | None) -> Tensor:
         """How much each token counts in its pool, before normalisation: (b, n)."""
         if self.pooling == "attention_size":
@@ -234,7 +271,10 @@ class MCTFReducer(Reducer):
         return torch.ones_like(informativeness)
 
     def multiply_accumulates(self, num_patches: int, r: int, width: int, heads: int) -> int:
-        return _bipartite(num_patches) * width if self.tau_sim else 0
+        if not self.tau_sim:
+            return 0
+        channels = width * (self.key_share < 1) + width // heads * (self.key_share > 0)
+        return _bipartite(num_patches) * channels
 
 
 @register("tome")
@@ -267,6 +307,112 @@ class ToMeReducer(Reducer):
 
     def multiply_accumulates(self, num_patches: int, r: int, width: int, heads: int) -> int:
         return _bipartite(num_patches) * width // heads
+
+
+@register("pitome")
+@dataclass(frozen=True)
+class PiToMeReducer(Reducer):
+    """PiToMe (NeurIPS 2024, arXiv 2405.16148, section 3).
+
+    After attention, tokens are ranked by energy, which is high for those that have many like them.
+    Deep layers merge the 2r tokens of highest energy in pairs and leave the others alone; in the
+    first half of the layers, as in the authors' code, any token may merge. Means are weighted by
+    size, and sizes do not enter attention.
+
+    Attributes:
+        margin: the cosine above which tokens are alike; from layer to layer it falls to 0.
+        within_ranking: whether any token may merge.
+    """
+
+    stage: ClassVar = Stage.AFTER_ATTENTION
+    needs: ClassVar = ("keys",)
+    settings: ClassVar = ("margin",)
+    biases_attention: ClassVar = False
+
+    margin: float
+    within_ranking: bool = False
+
+    @classmethod
+    def from_config(cls, config: Any) -> "PiToMeReducer":
+        return cls(config.margin)
+
+    def for_layer(self, layer: int, num_layers: int) -> "PiToMeReducer":
+        margin = self.margin * (1 - layer / num_layers)
+        return PiToMeReducer(margin, within_ranking=2 * layer < num_layers)
+
+    @classmethod
+    def default_layers(cls, num_layers: int) -> Sequence[int]:
+        return range(num_layers)
+
+    def __call__(self, seen: Observation, r: int) -> Reduction:
+        keys, prefix = _given(seen.keys), seen.num_prefix_tokens
+        cosines = cosine_similarity(keys[:, prefix:])
+        order = energy(cosines, self.margin).argsort(1, descending=True)
+        merge = merge_within_ranking if self.within_ranking else pair_highest
+        reduction = merge(cosines, order, r, num_prefix_tokens=prefix)
+        weights = keys.new_ones(keys.shape[:2], dtype=torch.float32)
+        reduction.weigh(weights if seen.sizes is None else seen.sizes)
+        return reduction
+
+    def multiply_accumulates(self, num_patches: int, r: int, width: int, heads: int) -> int:
+        return num_patches**2 * width // heads
+
+
+@register("diffrate")
+@dataclass(frozen=True)
+class DiffRateReducer(Reducer):
+    """DiffRate (ICCV 2023, arXiv 2305.17997, section 3).
+
+    After attention, the patches that the class token attends to least are dropped; of those left,
+    the next ones are merged, each into the most similar of those that stay. What is left comes by
+    descending attention. The plain mean is taken; the size of a merged token counts by its cosine.
+
+    Attributes:
+        dropped: by layer, how many of the r tokens are dropped: a count, or a fraction of r.
+    """
+
+    stage: ClassVar = Stage.AFTER_ATTENTION
+    needs: ClassVar = ("class_attention",)
+    settings: ClassVar = ("dropped",)
+
+    dropped: tuple[int | float, ...]
+
+    @classmethod
+    def from_config(cls, config: Any) -> "DiffRateReducer":
+        dropped = config.dropped
+        if not isinstance(dropped, list):
+            dropped = [dropped] * config.num_hidden_layers
+        return cls(tuple(dropped))
+
+    def for_layer(self, layer: int, num_layers: int) -> "DiffRateReducer":
+        return DiffRateReducer(self.dropped[layer : layer + 1])
+
+    @property
+    def drops_tokens(self) -> bool:
+        return any(self.dropped)
+
+    def _num_dropped(self, r: int) -> int:
+        return min(count_or_fraction(self.dropped[0], r), r)
+
+    @classmethod
+    def default_layers(cls, num_layers: int) -> Sequence[int]:
+        return range(num_layers)
+
+    @classmethod
+    def most(cls, num_patches: int) -> int:
+        return num_patches - 1
+
+    def __call__(self, seen: Observation, r: int) -> Reduction:
+        return drop_and_merge(
+            seen.tokens,
+            _given(seen.class_attention),
+            r,
+            self._num_dropped(r),
+            num_prefix_tokens=seen.num_prefix_tokens,
+        )
+
+    def multiply_accumulates(self, num_patches: int, r: int, width: int, heads: int) -> int:
+        return (r - self._num_dropped(r)) * (num_patches - r) * width
 
 
 def _bipartite(num_patches: int) -> int:

@@ -34,6 +34,16 @@ def check_tokens_fused(value: TokensFused) -> None:
             )
 
 
+def check_dropped(value: int | float | list[int | float]) -> None:
+    for entry in value if isinstance(value, list) else [value]:
+        if not is_number(entry) or entry < 0 or (entry >= 1 and entry != int(entry)):
+            raise ValueError(
+                f"dropped={value!r} is not allowed: it is a count of tokens (0, 1, 2, …), a "
+                "fraction between 0 and 1 of those that a layer loses, or a list with one of these "
+                "for each layer"
+            )
+
+
 def check_inflection(value: float) -> None:
     if not is_number(value) or not -1 <= value <= 1:
         raise ValueError(f"inflection={value!r} is not allowed: it is a number from -1 to 1")
@@ -99,7 +109,7 @@ class ScheduleMixin:
             fewer = [partial(_fewer_by_rate, rate=rate, added=added) for rate in rates]
         else:
             wanted = self._wanted_by_layer(self.r if r is None else r)
-            fewer = [partial(_fewer_by_count, want=want) for want in wanted]
+            fewer = [partial(count_or_fraction, want) for want in wanted]
         counts = []
         for count_of in fewer:
             patches = num_tokens - self.num_prefix_tokens
@@ -166,8 +176,9 @@ class ScheduleMixin:
         return amount
 
 
-def _fewer_by_count(patches: int, want: int | float) -> int:
-    return int(patches * want) if 0 < want < 1 else int(want)
+def count_or_fraction(amount: int | float, whole: int) -> int:
+    """A count as it is, or a fraction in (0, 1) of the whole, rounded down."""
+    return int(whole * amount) if 0 < amount < 1 else int(amount)
 
 
 def _fewer_by_rate(patches: int, rate: int | float, added: int) -> int:

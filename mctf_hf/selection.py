@@ -64,6 +64,34 @@ def merge_into_most_important(
     return reduction
 
 
+def drop_and_merge(
+    tokens: Tensor, importance: Tensor, r: int, dropped: int, *, num_prefix_tokens: int
+) -> Reduction:
+    """Drop the least important tokens, and merge the next ones into those that stay.
+
+    DiffRate (arXiv 2305.17997, section 3): each is merged into the one of highest cosine, by the
+    plain mean; its size counts by that cosine. What is left comes by descending importance.
+
+    Args:
+        tokens: (b, n, d).
+        importance: (b, n).
+        r: how many tokens fewer there are to be, fewer than the n - p patch tokens.
+        dropped: how many of them are dropped.
+    """
+    kept, others = _by_importance(importance, r, num_prefix_tokens)
+    merged = others[:, : r - dropped]
+    unit = unit_vectors(tokens)
+    with full_precision(unit):
+        cosines = _at(unit, merged) @ _at(unit, kept[:, num_prefix_tokens:]).mT
+    likeness, partner = cosines.max(2)  # [b, r - dropped]
+    reduction = Reduction.from_positions(
+        kept, merged, partner + num_prefix_tokens, importance.shape[1]
+    )
+    reduction.weigh(torch.ones_like(importance))
+    reduction.size_factors = likeness.flatten()
+    return reduction
+
+
 def _by_importance(importance: Tensor, fewer: int, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
     """Positions of prefix and most important tokens, and of the ``fewer`` least important ones."""
     order = importance[:, num_prefix_tokens:].argsort(1, descending=True) + num_prefix_tokens

@@ -173,7 +173,24 @@ def tome(layer: Layer, image: Image, r: int, prefix: int) -> Image:
     return image._replace(tokens=layer.think(image.tokens))
 
 
-METHODS = {"mctf": mctf, "tome": tome}
+def mctf_present(layer: Layer, image: Image, r: int, prefix: int) -> Image:
+    """A layer of MCTF's criteria on tokens after attention, judged by that attention."""
+    normed = layer.norm_attention(image.tokens)
+    maps = layer.maps(normed, image.sizes)
+    received = torch.stack([one.mean(0) for one in maps]).mean(0)
+    image = image._replace(tokens=layer.attend(maps, image.tokens, normed))
+    if r:
+        groups = match_by_many_criteria(image.tokens, received, image.sizes, r, prefix)
+        image = image.grouped(groups, received * image.sizes)
+    return image._replace(tokens=layer.think(image.tokens))
+
+
+METHODS = {"mctf": mctf, "present": mctf_present, "tome": tome}
+SETTINGS = {
+    "mctf": {"reduction": "mctf"},
+    "present": {"reduction": "mctf", "one_step_ahead": "present"},
+    "tome": {"reduction": "tome"},
+}
 
 
 def encode(

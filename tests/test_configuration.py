@@ -58,7 +58,7 @@ def test_r_of_one_call_replaces_the_setting() -> None:
         ({"fusion_layers": 3}, "'fusion_layers' with value 3"),
         (
             {"reduction": "prune"},
-            "reduction='prune' is not allowed: it is one of mctf, tome, evit",
+            "reduction='prune' is not allowed: it is one of mctf, tome, pitome, diffrate, evit",
         ),
         ({"pooling": "sum"}, "pooling='sum' is not allowed: it is one of attention_size"),
         ({"one_step_ahead": "future"}, "one_step_ahead='future' is not allowed: it is one of appr"),

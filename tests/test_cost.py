@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
 from mctf_hf.cost import multiply_accumulates, r_for_budget, resolve_budget
-from mctf_hf.presets import preset
+from mctf_hf.presets import PRESETS, diffrate_schedule, preset
 from tests.conftest import TINY
 
 FAST = {"r": 0.35, "fusion_layers": [3, 6, 9]}
@@ -30,6 +30,24 @@ def test_published_numbers(size: str, r: Any, published: float) -> None:
     assert 0.9995 < ratio < (1.0005 if r == 0 else 1.015)
 
 
+@pytest.mark.parametrize("name", [name for name in PRESETS if "_diffrate_" in name])
+def test_published_schedules_of_diffrate(name: str) -> None:
+    """What the authors call 0.6 G costs 0.66 G, by whichever count."""
+    ratio = multiply_accumulates(preset(name)) / 1e9 / float(name.rpartition("_")[2])
+    assert 0.999 < ratio < (1.1 if name == "deit_t_diffrate_0.6" else 1.05)
+    config = preset(name)
+    assert config.num_tokens() - sum(config.tokens_fused(197)) in (3, 21)
+
+
+def test_schedules_of_other_models() -> None:
+    schedule = diffrate_schedule("mae_l", 42.3)
+    config = MCTFViTConfig(**schedule, hidden_size=1024, num_hidden_layers=24,
+        num_attention_heads=16, intermediate_size=4096, num_labels=1000)  # fmt: skip
+    assert 42.3e9 < multiply_accumulates(config) < 42.4e9
+    with pytest.raises(ValueError, match="of DiffRate for deit_s at 2.8 is known, only deit_t at"):
+        diffrate_schedule("deit_s", 2.8)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -37,9 +55,15 @@ def test_published_numbers(size: str, r: Any, published: float) -> None:
         {"r": 6, "pooling": "max"},
         {"r": 6, "one_step_ahead": "precise"},
         {"r": 6, "one_step_ahead": "past", "fusion_layers": [0, 1, 4]},
+        {"r": 6, "one_step_ahead": "present"},
+        {"r": 6, "one_step_ahead": "present", "key_share": 0.3, "class_share": 0.5},
+        {"r": 6, "key_share": 1, "class_share": 1},
         {"r": 6, "tau_sim": 0},
         {"r": 6, "reduction": "tome"},
         {"r": (6, -1), "reduction": "tome"},
+        {"r": 6, "reduction": "pitome"},
+        {"r": 6, "reduction": "diffrate"},
+        {"r": [0, 9, 5, 7, 30], "dropped": [0, 9, 2, 0.5, 0], "reduction": "diffrate"},
         {"reduction": "evit"},
         {"reduction": "evit", "fuse_token": False, "keep_rate": [0.9, 0.8, 1, 1, 0.5]},
         {"reduction": "token_mergence", "keep_rate": 0.5},

@@ -135,7 +135,7 @@ WRONG: dict[str, dict[str, Any]] = {
         "fuse": True,
     },
     r"settings \['num_prefix_tokens'\] are not known": {"num_prefix_tokens": 3},
-    "reduction='pca' is not allowed: it is one of mctf, tome, evit, token_mergence, ": {
+    "reduction='pca' is not allowed: it is one of mctf, tome, pitome, diffrate, evit, ": {
         "reduction": "pca"
     },
     "r=-1 is not allowed: r is a count": {"r": -1},
@@ -157,7 +157,7 @@ WRONG: dict[str, dict[str, Any]] = {
     r"fusion_layers=\[1, 1\] is not allowed: it names a layer twice": {"fusion_layers": [1, 1]},
     "tau_sim=-1 is not allowed: it is a number of at least 0": {"tau_sim": -1},
     "min_tokens=0 is not allowed: it is a number of at least 1": {"min_tokens": 0},
-    "one_step_ahead='future' is not allowed: it is one of approximate, precise, past": {
+    "one_step_ahead='future' is not allowed: it is one of approximate, precise, present, past": {
         "one_step_ahead": "future"
     },
     "pooling='median' is not allowed: it is one of attention_size, size, mean, max": {

@@ -28,7 +28,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "precise, sizes": {"one_step_ahead": "precise", "pooling": "size"},
     "past, mean": {"one_step_ahead": "past", "pooling": "mean", "proportional_attention": False},
     "maximum, all forward": {"pooling": "max", "bidirectional": False, "r": [0.3, 5]},
+    "present": {"one_step_ahead": "present", "key_share": 0.2, "class_share": 0.5},
     "tome": {"reduction": "tome"},
+    "pitome": {"reduction": "pitome"},
+    "diffrate": {"reduction": "diffrate", "dropped": 4, "restore": False},
     "none": {"reduction": "none"},
 }
 

@@ -18,10 +18,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "approximate": {"r": 7},
     "precise": {"r": 7, "one_step_ahead": "precise"},
     "past": {"r": 7, "one_step_ahead": "past", "fusion_layers": [0, 1, 2, 3]},
+    "present": {"r": 7, "one_step_ahead": "present", "key_share": 0.3, "class_share": 0.5},
     "maximum": {"r": 7, "pooling": "max"},
     "one direction": {"r": 7, "bidirectional": False, "proportional_attention": False},
     "fraction": {"r": 0.4, "min_tokens": 20},
     "tome": {"reduction": "tome", "r": (7, -1)},
+    "pitome": {"reduction": "pitome", "r": 7},
+    "diffrate": {"reduction": "diffrate", "r": 7},
     "evit": {"reduction": "evit"},
     "token_mergence": {"reduction": "token_mergence", "keep_rate": 0.6},
 }
@@ -143,7 +146,7 @@ def test_fusion_is_that_of_the_papers(name: str, method: str, counts: list[int])
     pooled = rows[:, 0] if pool == "post_layernorm" else rows
 
     plain = model(**inputs).last_hidden_state
-    fuse_tokens(model, reduction=method, r=counts)
+    fuse_tokens(model, **literal.SETTINGS[method], r=counts)
     for attention in ("sdpa", "eager"):
         model.set_attn_implementation(attention)
         found = model(**inputs, output_fusion=True)

@@ -80,8 +80,11 @@ def test_a_fused_layer_calls_few_operators() -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"one_step_ahead": "precise"}]
-    + [{"reduction": reduction} for reduction in ("tome", "evit", "token_mergence")],
+    [{}, {"one_step_ahead": "precise"}, {"one_step_ahead": "present"}]
+    + [
+        {"reduction": reduction}
+        for reduction in ("tome", "pitome", "diffrate", "evit", "token_mergence")
+    ],
 )
 def test_nothing_larger_than_the_map_or_the_mlp_is_made(settings: dict[str, Any]) -> None:
     n, batch = 65, 2
@@ -125,7 +128,10 @@ def test_memory_of_a_large_image_stays_bounded() -> None:
         MCTFViTConfig(**TINY, r=6, drop_path_rate=0.1),
         MCTFViTConfig(**TINY, r=6, one_step_ahead="precise", pooling="max"),
         MCTFViTConfig(**TINY, r=6, one_step_ahead="past", class_token=False),
+        MCTFViTConfig(**TINY, r=6, one_step_ahead="present", key_share=0.2, class_share=0.5),
         MCTFViTConfig(**TINY, r=6, reduction="tome"),
+        MCTFViTConfig(**TINY, r=6, reduction="pitome"),
+        MCTFViTConfig(**TINY, r=6, reduction="diffrate", dropped=2, restore=False),
         MCTFViTConfig(**TINY, reduction="evit", keep_rate=0.7),
         MCTFViTConfig(**TINY, reduction="token_mergence", keep_rate=0.7, multi_scale=[2]),
         MCTFT2TViTConfig(**SMALL, r=1, min_tokens=1, tokens_type="transformer"),

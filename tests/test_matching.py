@@ -9,7 +9,7 @@ from torch import Tensor
 from mctf_hf import MCTFViTConfig
 from mctf_hf.fusion import Reduction, fuse, fuse_attention, fuse_sizes
 from mctf_hf.matching import attraction, bipartite_soft_matching, bipartition, similarity
-from mctf_hf.reducers import Observation, build_reducer
+from mctf_hf.reducers import Observation, Stage, build_reducer
 from tests.conftest import Golden
 
 GOLDEN = Golden("fusion")
@@ -21,8 +21,16 @@ def reduce(
 ) -> Reduction:
     reducer = build_reducer(MCTFViTConfig(**fusion))
     assert reducer is not None
-    received = attention.mean((1, 2), dtype=torch.promote_types(tokens.dtype, torch.float32))
-    return reducer(Observation(tokens, sizes, prefix, attention_received=received), r)
+    precision = torch.promote_types(tokens.dtype, torch.float32)
+    seen = Observation(
+        tokens,
+        sizes,
+        prefix,
+        keys=tokens[:, :, : max(1, tokens.shape[2] // 2)],
+        attention_received=attention.mean((1, 2), dtype=precision),
+        class_attention=attention[:, :, 0].mean(1, dtype=precision),
+    )
+    return reducer(seen, r)
 
 
 @pytest.mark.parametrize("case", GOLDEN.cases)
@@ -69,6 +77,8 @@ def layers(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, int, int, dict[str,
         "tau_sim": draw(st.sampled_from([0, 1, 2.5])),
         "tau_info": draw(st.sampled_from([0, 1, 20])),
         "tau_size": draw(st.sampled_from([0, 1, 40])),
+        "key_share": draw(st.sampled_from([0, 0.3, 1])),
+        "class_share": draw(st.sampled_from([0, 0.5, 1])),
     }
     return tokens, attention, sizes, r, prefix, fusion
 
@@ -174,6 +184,38 @@ def test_criteria_by_hand() -> None:
     assert scores(0, 0, 1) == pytest.approx(1 / 8)
     assert scores(0, 0, 0) == 1
     assert scores(1, 3, 3) == pytest.approx(1 / 8)
+
+
+def test_shares_by_hand() -> None:
+    """Geometric means: of tokens' and keys' similarity, of attention from all and from the class.
+
+    Tokens 1 (beta) and 2 (alpha) are orthogonal, similarity 1/2; their keys are opposite by 60°,
+    cosine -1/2, similarity 1/4. All attend to them 0.25 and 0.5, the class token 0.04 and 0.09.
+    """
+    tokens = torch.tensor([[[9.0, 9.0], [1.0, 0.0], [0.0, 2.0]]])
+    keys = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [-1.0, 3**0.5]]])
+    none = {"tau_info": 0, "tau_size": 0, "num_prefix_tokens": 1}
+
+    def similar(share: float, sim: float = 1) -> float:
+        received = torch.ones(1, 3)
+        scores = attraction(tokens, received, None, tau_sim=sim, keys=keys, key_share=share, **none)
+        return scores.item()
+
+    assert similar(0) == 0.5
+    assert similar(1) == pytest.approx(1 / 4)
+    assert similar(0.5) == pytest.approx((1 / 2 * 1 / 4) ** 0.5)
+    assert similar(0.25, sim=2) == pytest.approx(((1 / 2) ** 0.75 * (1 / 4) ** 0.25) ** 0.5)
+
+    received = torch.tensor([[0.25, 0.25, 0.5]])
+    from_class = torch.tensor([[0.87, 0.04, 0.09]])
+    for share, first, second in ((0, 0.25, 0.5), (1, 0.04, 0.09), (0.5, 0.1, 0.045**0.5)):
+        reducer = build_reducer(MCTFViTConfig(one_step_ahead="present", class_share=share))
+        assert reducer is not None and reducer.stage is Stage.AFTER_ATTENTION
+        seen = Observation(tokens, None, 1, attention_received=received, class_attention=from_class)
+        fused = fuse(tokens, reducer(seen, 1))  # the beta token joins the alpha token
+        total = first + second
+        expected = torch.tensor([[[9.0, 9.0], [first / total, 2 * second / total]]])
+        torch.testing.assert_close(fused, expected)
 
 
 def test_similarity_tells_similar_tokens_apart_under_autocast() -> None:

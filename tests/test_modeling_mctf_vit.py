@@ -21,7 +21,7 @@ from mctf_hf.modeling_mctf_vit import drop_path
 from tests.conftest import TINY, Golden, tiny_model
 
 GOLDEN = Golden("deit")
-TOME = Golden("tome")
+TOME, PITOME, DIFFRATE = Golden("tome"), Golden("pitome"), Golden("diffrate")
 FUSION = (
     "tau_sim", "tau_info", "tau_size", "bidirectional", "one_step_ahead", "pooling",
     "proportional_attention", "r",
@@ -38,8 +38,8 @@ def golden_model(case: dict[str, Any], **settings: Any) -> MCTFViTForImageClassi
 
 
 def test_all_reference_cases_are_there() -> None:
-    files = (GOLDEN, TOME, Golden("fusion"), Golden("train"))
-    assert [len(file.cases) for file in files] == [13, 3, 48, 3]
+    files = (GOLDEN, TOME, PITOME, DIFFRATE, Golden("fusion"), Golden("train"))
+    assert [len(file.cases) for file in files] == [13, 3, 3, 3, 48, 3]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -57,22 +57,49 @@ def test_output_equals_the_official_one(name: str, attention: str) -> None:
         assert torch.equal(output.assignment, GOLDEN[f"{name}/source"])
 
 
+def peer_settings(case: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a case of ToMe, PiToMe or DiffRate."""
+    settings: dict[str, Any] = {
+        "reduction": case["kind"],
+        "proportional_attention": case["proportional_attention"],
+        "min_tokens": 1,
+        "restore": False,
+    }
+    if case["kind"] == "pitome":
+        ratios = case["kept_ratio_by_layer"]
+        return settings | {"r": [round(1 - ratio, 9) for ratio in ratios]}
+    if case["kind"] == "diffrate":
+        left = case["kept_after_merging_by_layer"]
+        entering = [65, *left[:-1]]
+        dropped = zip(entering, case["kept_after_dropping_by_layer"], strict=True)
+        return settings | {
+            "r": [before - after for before, after in zip(entering, left, strict=True)],
+            "dropped": [before - after for before, after in dropped],
+        }
+    return settings | {"r": case["r"]}
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", TOME.cases)
+@pytest.mark.parametrize(
+    ("golden", "name"),
+    [(golden, name) for golden in (TOME, PITOME, DIFFRATE) for name in golden.cases],
+)
 @torch.no_grad()
-def test_tome_equals_the_official_one(name: str, attention: str) -> None:
-    case = TOME.cases[name]
-    model = tiny_model(
-        reduction="tome",
-        r=case["r"],
-        proportional_attention=case["proportional_attention"],
-        attn_implementation=attention,
-    )
-    model.load_state_dict(convert_state_dict(TOME.weights("tome/model."), source="timm"))
-    output = model(TOME[f"{name}/pixel_values"], output_fusion=True)
-    torch.testing.assert_close(output.logits, TOME[f"{name}/logits"], **EXACT)
-    torch.testing.assert_close(output.token_sizes, TOME[f"{name}/token_size"], **EXACT)
-    assert torch.equal(output.assignment, TOME[f"{name}/source"])
+def test_peers_equal_their_authors_code(golden: Golden, name: str, attention: str) -> None:
+    case = golden.cases[name]
+    model = tiny_model(**peer_settings(case), attn_implementation=attention)
+    weights = golden.weights(f"{case['kind']}/model.")
+    model.load_state_dict(convert_state_dict(weights, source="timm"))
+    images = golden[f"{name}/pixel_values"]
+    output = model(images, output_fusion=True, output_hidden_states=True)
+    torch.testing.assert_close(output.logits, golden[f"{name}/logits"], **EXACT)
+    torch.testing.assert_close(output.token_sizes, golden[f"{name}/token_size"], atol=1e-4, rtol=0)
+    assert torch.equal(output.assignment, golden[f"{name}/source"])
+    if "tokens_after_layer" in case:
+        assert [h.shape[1] for h in output.hidden_states[1:]] == case["tokens_after_layer"]
+    if f"{name}/last_hidden" in golden.names:
+        last = model.vit(images).last_hidden_state
+        torch.testing.assert_close(last, golden[f"{name}/last_hidden"], **EXACT)
 
 
 def test_tome_fuses_in_all_layers_by_default() -> None:
@@ -315,7 +342,10 @@ VARIANTS = (
     {"r": 8, "one_step_ahead": "past"},
     {"r": 8, "pooling": "max"},
     {"r": 0.3, "fusion_layers": [1, 3]},
+    {"r": 8, "one_step_ahead": "present", "key_share": 0.2, "class_share": 0.5},
     {"r": 8, "reduction": "tome"},
+    {"r": 8, "reduction": "pitome"},
+    {"r": 8, "reduction": "diffrate", "dropped": 0.5, "restore": False},
     {"reduction": "none"},
 )
 

@@ -1,5 +1,6 @@
 """The methods of token reduction behind one contract: EViT, token mergence, ToMe's schedule."""
 
+import math
 from typing import Any
 
 import pytest
@@ -19,9 +20,10 @@ from mctf_hf.cost import (
     resolve_budget,
 )
 from mctf_hf.fusion import Reduction, compose, fuse, fuse_sizes, images_rows
+from mctf_hf.pairing import energy, merge_within_ranking, pair_highest
 from mctf_hf.presets import preset
 from mctf_hf.reducers import REDUCERS, Observation, Reducer, Stage, build_reducer, register
-from mctf_hf.selection import keep_most_important, merge_into_most_important
+from mctf_hf.selection import drop_and_merge, keep_most_important, merge_into_most_important
 from tests.conftest import TINY, Golden, tiny_model
 from tests.test_backbones import MODELS, pictures, small
 
@@ -183,6 +185,113 @@ def test_evit_by_hand() -> None:
     assert fuse_sizes(torch.ones(1, 5), dropped).tolist() == [[1, 1, 1]]
 
 
+def test_energy_by_hand() -> None:
+    """Of four patches, three are alike; the margin is 1/2.
+
+    Cosines of the first three with one another are 1, those with the last 0; with itself 1. So
+    their energy is (3 · ELU(1/2) + ELU(-1/2)) / 4, the last one's (ELU(1/2) + 3 · ELU(-1/2)) / 4,
+    with ELU(1/2) = 1/2 and ELU(-1/2) = 1 / √e - 1.
+    """
+    cosines = torch.ones(1, 4, 4)
+    cosines[0, 3, :3] = cosines[0, :3, 3] = 0
+    low = math.exp(-0.5) - 1
+    expected = torch.tensor([[(1.5 + low) / 4] * 3 + [(0.5 + 3 * low) / 4]])
+    torch.testing.assert_close(energy(cosines, 0.5), expected)
+
+
+def test_pitome_by_hand() -> None:
+    """A class token and five patches, of which two are to go; the ranking is 4, 0, 3, 1, 2.
+
+    In pairs, ranks 0 and 2 (patches 4 and 3) join one of ranks 1 and 3 (patches 0 and 1); patch 2
+    is left alone and comes first. Within the ranking, ranks 0, 2, 4 (patches 4, 3, 2) may join 0 or
+    1: their best cosines are 0.9, 0.5 and 0.7, so 4 and 2 leave.
+    """
+    cosines = torch.zeros(1, 5, 5)
+    for leaving, staying, cosine in ((4, 1, 0.9), (4, 0, 0.8), (3, 0, 0.5), (2, 1, 0.7)):
+        cosines[0, leaving, staying] = cosines[0, staying, leaving] = cosine
+    order = torch.tensor([[4, 0, 3, 1, 2]])
+    pairs = pair_highest(cosines, order, 2, num_prefix_tokens=1)
+    # Class token, patch 2, patch 0 with 3, patch 1 with 4.
+    assert pairs.assignment.tolist() == [[0, 2, 3, 1, 2, 3]]
+    ranking = merge_within_ranking(cosines, order, 2, num_prefix_tokens=1)
+    # Class token, patch 3, patch 0, patch 1 with 2 and 4.
+    assert ranking.assignment.tolist() == [[0, 2, 3, 3, 1, 3]]
+
+
+def test_diffrate_by_hand() -> None:
+    """Of five patches one is dropped, the next one is merged, and three stay.
+
+    Importance is 0.1, 0.3, 0.05, 0.2, 0.25, so patch 3 is dropped and patch 1 is merged. Its
+    cosines with 2, 5 and 4 are 1 / √2, 0 and -1 / √2: it joins 2, whose size grows by 3 / √2.
+    """
+    tokens = torch.tensor(
+        [[[9.0, 9.0], [1.0, 1.0], [2.0, 0.0], [7.0, 7.0], [0.0, -2.0], [1.0, -1.0]]]
+    )
+    importance = torch.tensor([[0.1, 0.1, 0.3, 0.05, 0.2, 0.25]])
+    reduction = drop_and_merge(tokens, importance, 2, 1, num_prefix_tokens=1)
+    assert reduction.assignment.tolist() == [[0, 1, 1, -1, 3, 2]]
+    expected = torch.tensor([[[9.0, 9.0], [1.5, 0.5], [1.0, -1.0], [0.0, -2.0]]])
+    torch.testing.assert_close(fuse(tokens, reduction), expected)
+    sizes = fuse_sizes(torch.tensor([[1.0, 3.0, 1.0, 1.0, 2.0, 1.0]]), reduction)
+    torch.testing.assert_close(sizes, torch.tensor([[1.0, 1 + 3 / 2**0.5, 1.0, 2.0]]))
+
+
+@given(
+    seed=st.integers(0, 2**16),
+    patches=st.integers(2, 30),
+    prefix=st.sampled_from([0, 1, 2, 5]),
+    layer=st.integers(0, 11),
+    data=st.data(),
+)
+def test_pitome_discards_nothing(
+    seed: int, patches: int, prefix: int, layer: int, data: st.DataObject
+) -> None:
+    r, n = data.draw(st.integers(1, patches // 2)), prefix + patches
+    torch.manual_seed(seed)
+    tokens, sizes = torch.randn(2, n, 6), torch.randint(1, 5, (2, n)).float()
+    reducer = build_reducer(MCTFViTConfig(reduction="pitome"))
+    assert reducer is not None
+    seen = Observation(tokens, sizes, prefix, keys=tokens)
+    reduction = reducer.for_layer(layer, 12)(seen, r)
+    for image in reduction.assignment:
+        assert image[:prefix].tolist() == list(range(prefix))
+        assert set(image.tolist()) == set(range(n - r))
+    assert torch.equal(fuse_sizes(sizes, reduction).sum(1), sizes.sum(1))
+    mass = fuse(tokens, reduction) * fuse_sizes(sizes, reduction)[:, :, None]
+    torch.testing.assert_close(mass.sum(1), (tokens * sizes[:, :, None]).sum(1))
+    single = fuse_sizes(torch.ones(2, n), reduction) == 1
+    for image in range(2):
+        kept = reduction.kept.view(2, -1)[image] - image * n
+        same = fuse(tokens, reduction)[image][single[image]]
+        torch.testing.assert_close(same, tokens[image][kept[single[image]]])
+
+
+@given(
+    seed=st.integers(0, 2**16),
+    patches=st.integers(2, 30),
+    prefix=st.sampled_from([0, 1, 2, 5]),
+    data=st.data(),
+)
+def test_diffrate_drops_and_merges_so_many(
+    seed: int, patches: int, prefix: int, data: st.DataObject
+) -> None:
+    r, n = data.draw(st.integers(1, patches - 1)), prefix + patches
+    dropped = data.draw(st.integers(0, r))
+    torch.manual_seed(seed)
+    tokens, importance = torch.randn(2, n, 6), torch.rand(2, n)
+    config = MCTFViTConfig(reduction="diffrate", dropped=dropped, restore=False)
+    reducer = build_reducer(config)
+    assert reducer is not None
+    reduction = reducer(Observation(tokens, None, prefix, class_attention=importance), r)
+    for image, weight in zip(reduction.assignment, importance, strict=True):
+        ranked = weight[prefix:].argsort(descending=True) + prefix
+        assert image[:prefix].tolist() == list(range(prefix))
+        assert image[ranked[: patches - r]].tolist() == list(range(prefix, n - r))
+        merged = image[ranked[patches - r : patches - dropped]]
+        assert ((merged >= prefix) & (merged < n - r)).all()
+        assert (image[ranked[patches - dropped :]] == -1).all()
+
+
 @given(
     seed=st.integers(0, 2**16),
     patches=st.integers(2, 30),
@@ -238,7 +347,7 @@ def test_keep_rate_one_is_the_unreduced_model(reduction: str, images: Tensor) ->
 @pytest.mark.parametrize("kind", ["t2t transformer", "t2t performer", "lv", "vit"])
 @settings(max_examples=4, deadline=None)
 @given(
-    reduction=st.sampled_from(["mctf", "tome", "evit", "token_mergence"]),
+    reduction=st.sampled_from(["mctf", "tome", "pitome", "evit", "token_mergence"]),
     r=st.integers(1, 8),
     seed=st.integers(0, 99),
 )

@@ -46,6 +46,7 @@ CODE = {
     "modeling_mctf_vit.py",
     "own_reducers.py",
     "reducers.py",
+    "pairing.py",
     "selection.py",
 }
 FILES = CODE | {
