@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch.fx.experimental.symbolic_shapes import guard_scalar
+
 if TYPE_CHECKING:
     from .reducers import Reducer
 
@@ -93,6 +96,8 @@ class ScheduleMixin:
                 effect on the method.
         """
         reducer = self.reducer_class
+        if torch.compiler.is_compiling():
+            r, keep_rate = _constant(r), _constant(keep_rate)
         if r is not None and keep_rate is not None:
             raise ValueError(f"r={r!r} and keep_rate={keep_rate!r}: give one of them")
         by_rate = reducer is not None and reducer.amount == "keep_rate"
@@ -179,6 +184,17 @@ class ScheduleMixin:
 def count_or_fraction(amount: int | float, whole: int) -> int:
     """A count as it is, or a fraction in (0, 1) of the whole, rounded down."""
     return int(whole * amount) if 0 < amount < 1 else int(amount)
+
+
+def _constant(amount: Any) -> Any:
+    """The same numbers, each a constant of the program that is compiled and a guard of it.
+
+    Where a number differs at a second call, the compiler would else take it for a variable, and
+    numbers of tokens with it.
+    """
+    if isinstance(amount, (list, tuple)):
+        return type(amount)([guard_scalar(number) for number in amount])
+    return amount if amount is None else guard_scalar(amount)
 
 
 def _fewer_by_rate(patches: int, rate: int | float, added: int) -> int:
