@@ -24,6 +24,7 @@ from mctf_hf.cost import resolve_budget
 from mctf_hf.losses import (
     Distillation,
     TokenReductionConsistency,
+    check_compiled,
     mix_seed,
     teacher_amount,
     teacher_limit,
@@ -182,12 +183,8 @@ class MCTFFinetuner(L.LightningModule):
         self._new_head = pretrained is not None and num_labels is not None
         self._training_pass: Callable[..., Pass] = self._pass
         self._unchecked: Tensor | float = 0.0  # sum of losses since the last optimizer step
-        if compile and self.r_max and "keep_rate" in self.model.config.own_amount():
-            raise ValueError(
-                f"compile={compile!r} is not allowed with reduction="
-                f"{self.model.config.reduction!r}, whose teacher keeps another number of tokens in "
-                "each step: leave it out, or set r_max to 0 (no teacher)"
-            )
+        if compile and self.r_max:
+            check_compiled(self.model.config, f"compile={compile!r}", "set r_max to 0 (no teacher)")
         counting = {"average": "micro", "ignore_index": NOT_COUNTED}
         metrics = {"accuracy": MulticlassAccuracy(self.num_labels, **counting)}
         if self.num_labels > 5:
@@ -349,7 +346,7 @@ class MCTFFinetuner(L.LightningModule):
         by_label = by_guide = logits
         if guide_logits is not None and output.distillation_logits is not None:
             by_label, by_guide = output.label_logits, output.distillation_logits
-        loss = self.loss.cross_entropy(by_label, labels)
+        loss = self.loss.label_loss(by_label, labels)
         if guide_logits is not None:
             loss = self.distillation(loss, by_guide, guide_logits)
         return Pass(logits, token, loss)

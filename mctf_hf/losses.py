@@ -1,6 +1,7 @@
 """What a model with fusion is finetuned by: token-reduction consistency, and distillation."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .modeling_mctf_vit import MCTFViTConfig
+from .problems import MULTI, REGRESSION, SINGLE
 
 
 class ConsistencyLoss(NamedTuple):
@@ -16,11 +18,11 @@ class ConsistencyLoss(NamedTuple):
 
     Attributes:
         total: student + teacher_weight * teacher + consistency_weight * consistency.
-        student: cross-entropy of the pass that fuses most.
-        teacher: cross-entropy of the pass that fuses less.
+        student: loss of the labels of the pass that fuses most.
+        teacher: loss of the labels of the pass that fuses less.
         consistency: mean squared distance of the two class tokens over the images that pass.
         passing: fraction of images that the student is confident about.
-        confidence: mean probability that the student gives to the labels.
+        confidence: mean of :func:`label_probability` of the student.
     """
 
     total: Tensor
@@ -38,11 +40,12 @@ class TokenReductionConsistency(nn.Module):
     those images whose label the student already gives more than ``confidence_threshold``.
 
     Args:
-        teacher_weight: weight of the teacher's cross-entropy.
+        teacher_weight: weight of the teacher's loss of the labels.
         consistency_weight: weight of the distance between class tokens.
-        confidence_threshold: probability of the label, of both labels together for mixed images,
-            above which an image counts for consistency.
-        label_smoothing: of both cross-entropies.
+        confidence_threshold: an image counts for consistency if :func:`label_probability` is more.
+            In regression, which knows no probability, all images count.
+        label_smoothing: of both losses of the labels, see :func:`label_loss`.
+        class_weights: of both losses of the labels, likewise.
     """
 
     def __init__(
@@ -51,12 +54,35 @@ class TokenReductionConsistency(nn.Module):
         consistency_weight: float = 3.0,
         confidence_threshold: float = 0.4,
         label_smoothing: float = 0.0,
+        class_weights: Sequence[float] | None = None,
     ):
         super().__init__()
         self.teacher_weight = teacher_weight
         self.consistency_weight = consistency_weight
         self.confidence_threshold = confidence_threshold
         self.label_smoothing = label_smoothing
+        self.class_weights = class_weights
+
+    def check(self, problem_type: str, num_labels: int) -> None:
+        """Raise ValueError for settings that are not those of such a head."""
+        weights = self.class_weights
+        if weights is not None:
+            if problem_type == REGRESSION:
+                raise ValueError(
+                    f"class_weights={list(weights)!r} has no effect with {problem_type=!s}: leave "
+                    "it out"
+                )
+            wrong = [one for one in weights if not (one >= 0 and math.isfinite(one))]
+            if len(weights) != num_labels or wrong or not any(weights):
+                raise ValueError(
+                    f"class_weights={list(weights)!r} is not allowed: it is one number of at least "
+                    f"0 for each of {num_labels} classes, not all 0"
+                )
+        if self.label_smoothing and problem_type == REGRESSION:
+            raise ValueError(
+                f"label_smoothing={self.label_smoothing!r} has no effect with {problem_type=!s}: "
+                "leave it out"
+            )
 
     def forward(
         self,
@@ -66,6 +92,7 @@ class TokenReductionConsistency(nn.Module):
         teacher_token: Tensor,
         labels: Tensor,
         *,
+        problem_type: str = SINGLE,
         student_loss: Tensor | None = None,
         teacher_loss: Tensor | None = None,
         mean_over_processes: Callable[[Tensor], Tensor] = lambda value: value,
@@ -75,18 +102,21 @@ class TokenReductionConsistency(nn.Module):
         Args:
             student_logits, teacher_logits: (b, c).
             student_token, teacher_token: (b, d), class tokens after the final LayerNorm.
-            labels: (b,) int64, or (b, c) probabilities that are positive for an image's labels.
-            student_loss, teacher_loss: scalars to use instead of the cross-entropies.
+            labels: see :func:`label_loss`.
+            problem_type: what labels are, as ``config.problem_type`` has it.
+            student_loss, teacher_loss: scalars to use instead of the losses of the labels.
             mean_over_processes: mean of a scalar over the processes that train together, if there
                 are several. Their consistencies, averaged as gradients are, are then a mean over
                 the passing images of all processes, not a mean of means.
         """
         if student_loss is None:
-            student_loss = self.cross_entropy(student_logits, labels)
+            student_loss = self.label_loss(student_logits, labels, problem_type)
         if teacher_loss is None:
-            teacher_loss = self.cross_entropy(teacher_logits, labels)
-        confidence = label_probability(student_logits, labels)
+            teacher_loss = self.label_loss(teacher_logits, labels, problem_type)
+        confidence = label_probability(student_logits, labels, problem_type)
         passing = confidence > self.confidence_threshold
+        if problem_type == REGRESSION:
+            passing = torch.ones_like(passing)
         distance = (teacher_token.detach() - student_token).square().mean(1)  # [b]
         count = mean_over_processes(passing.sum().float())
         consistency = (distance * passing).sum() / torch.where(count > 0, count, 1)
@@ -100,9 +130,76 @@ class TokenReductionConsistency(nn.Module):
             confidence=confidence.mean(),
         )
 
-    def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """With label smoothing, mean over images: (b, c), labels -> scalar."""
-        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+    def label_loss(self, logits: Tensor, labels: Tensor, problem_type: str = SINGLE) -> Tensor:
+        """:func:`label_loss` with these settings, mean over images: a scalar."""
+        return label_loss(
+            logits,
+            labels,
+            problem_type,
+            label_smoothing=self.label_smoothing,
+            class_weights=self.class_weights,
+        )
+
+
+def label_loss(
+    logits: Tensor,
+    labels: Tensor,
+    problem_type: str = SINGLE,
+    *,
+    label_smoothing: float = 0.0,
+    class_weights: Sequence[float] | Tensor | None = None,
+    reduction: Literal["mean", "none"] = "mean",
+) -> Tensor:
+    """How far logits are from labels, as transformers' losses for each ``problem_type`` tell.
+
+    Args:
+        logits: (b, c).
+        labels: of one label per image (b,) int64, -100 where there is none, or (b, c) probabilities
+            that are positive for an image's labels; of several (b, c), 1 or 0; of regression
+            (b, c), or (b,) of one value.
+        problem_type: cross-entropy of one label per image, mean of the binary cross-entropies of
+            several, mean squared error of regression.
+        label_smoothing: part of a label that all classes share; with several labels per image it
+            draws 1 and 0 that far to 0.5.
+        class_weights: how much each class counts; with several labels per image, where it is there.
+        reduction: ``mean`` over images, by their weights, or ``none``.
+
+    Returns:
+        A scalar, or (b,).
+
+    Raises:
+        ValueError: for labels of another shape.
+    """
+    weights = None
+    if class_weights is not None:
+        weights = torch.as_tensor(class_weights, dtype=logits.dtype, device=logits.device)
+    if problem_type == SINGLE:
+        if labels.ndim != 1 and labels.shape != logits.shape:
+            raise ValueError(_misshapen(labels, problem_type, logits))
+        return F.cross_entropy(
+            logits, labels, weights, label_smoothing=label_smoothing, reduction=reduction
+        )
+    if labels.ndim == 1 and logits.shape[1] == 1:
+        labels = labels[:, None]
+    if labels.shape != logits.shape:
+        raise ValueError(_misshapen(labels, problem_type, logits))
+    labels = labels.to(logits.dtype)
+    if problem_type == MULTI:
+        labels = labels * (1 - label_smoothing) + label_smoothing / 2
+        losses = F.binary_cross_entropy_with_logits(
+            logits, labels, pos_weight=weights, reduction="none"
+        )
+    else:
+        losses = F.mse_loss(logits, labels, reduction="none")
+    losses = losses.mean(1)
+    return losses if reduction == "none" else losses.mean()
+
+
+def _misshapen(labels: Tensor, problem_type: str, logits: Tensor) -> str:
+    return (
+        f"labels of shape {tuple(labels.shape)} are not allowed with problem_type={problem_type} "
+        f"and logits of shape {tuple(logits.shape)}"
+    )
 
 
 class Distillation(nn.Module):
@@ -129,7 +226,7 @@ class Distillation(nn.Module):
         """Join the loss of the labels with that of the guide.
 
         Args:
-            supervised: scalar, the cross-entropy of the labels.
+            supervised: scalar, the loss of the labels.
             logits: (b, c), of the head that learns from the guide.
             guide_logits: (b, c), of the guide.
 
@@ -150,8 +247,26 @@ class Distillation(nn.Module):
 
 
 @torch.no_grad()
-def label_probability(logits: Tensor, labels: Tensor) -> Tensor:
-    """Probability given to each image's label, or labels: (b, c), (b,) or (b, c) -> (b,)."""
+def label_probability(logits: Tensor, labels: Tensor, problem_type: str = SINGLE) -> Tensor:
+    """How sure a model is of each image's label.
+
+    Args:
+        logits: (b, c).
+        labels: see :func:`label_loss`.
+
+    Returns:
+        (b,): the probability of the label, of both labels together for mixed images. With several
+        labels per image, the mean of their probabilities; where there is none, the mean
+        probability that the classes are not there. In regression 1.
+    """
+    if problem_type == REGRESSION:
+        return logits.new_ones(len(logits))
+    if problem_type == MULTI:
+        probability, there = logits.sigmoid(), labels > 0
+        some = there.any(1)
+        probability = torch.where(some[:, None], probability, 1 - probability)
+        counted = there | ~some[:, None]
+        return (probability * counted).sum(1) / counted.sum(1)
     probability = logits.softmax(-1)
     if labels.ndim == 1:
         return probability.gather(1, labels[:, None]).squeeze(1)
@@ -211,6 +326,15 @@ def teacher_limit(config: MCTFViTConfig, r_max: int | None) -> int:
             "what the student's layers fuse"
         )
     return r_max
+
+
+def check_compiled(config: MCTFViTConfig, setting: str, otherwise: str) -> None:
+    """Raise ValueError, with a way out, where the teacher needs a new program in each step."""
+    if _by_rate(config):
+        raise ValueError(
+            f"{setting} is not allowed with reduction={config.reduction!r}, whose teacher keeps "
+            f"another number of tokens in each step: leave it out, or {otherwise}"
+        )
 
 
 def told_limit(config: MCTFViTConfig, limit: int) -> int | None:

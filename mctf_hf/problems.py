@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 SINGLE, MULTI, REGRESSION = (
@@ -18,6 +19,18 @@ def problem_type(config: Any) -> str:
     integers, which losses see as well, are for ``problem_type`` itself to tell.
     """
     return config.problem_type or (REGRESSION if config.num_labels == 1 else SINGLE)
+
+
+def problem_of(config: Any, labels: Tensor) -> str:
+    """What training with these labels is; where a configuration does not say, it is told.
+
+    As in transformers' losses: labels that are not integers are several per image, of a head with
+    more than one output.
+    """
+    if config.problem_type is None:
+        several = config.num_labels > 1 and labels.dtype not in (torch.long, torch.int)
+        config.problem_type = MULTI if several else problem_type(config)
+    return config.problem_type
 
 
 def scores(logits: Tensor, config: Any) -> Tensor:

@@ -1,23 +1,34 @@
 """Token-reduction consistency for those who train with transformers' ``Trainer``."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from torch import Tensor
 from transformers import Trainer
 
+from .checks import check_weights
 from .files import write_text
 from .hub import TRAINING
-from .losses import TokenReductionConsistency, teacher_amount, teacher_limit, told_limit
+from .losses import (
+    TokenReductionConsistency,
+    check_compiled,
+    teacher_amount,
+    teacher_limit,
+    told_limit,
+)
+from .problems import SINGLE, problem_of, problem_type
 
 
 class ConsistencyTrainer(Trainer):
     """A ``Trainer`` whose training steps run the model twice, fusing much and fusing little.
 
     MCTF (arXiv 2403.10030), section 3.4. Evaluation, saving, ``accelerate launch`` and all else is
-    the ``Trainer``'s; datasets yield ``pixel_values`` and ``labels``.
+    the ``Trainer``'s; datasets yield ``pixel_values`` and ``labels``, which the loss takes for what
+    the configuration's ``problem_type`` says, or transformers' losses take them for.
 
     Args:
         args, kwargs: those of ``Trainer``; the model is one for image classification of this
@@ -29,8 +40,9 @@ class ConsistencyTrainer(Trainer):
             method that goes by ``keep_rate``, whose teacher keeps more than the student.
 
     Raises:
-        ValueError: if the teacher could fuse more than the student, the model fuses nothing, or
-            there is a ``compute_loss_func``.
+        ValueError: if the teacher could fuse more than the student, the model fuses nothing, there
+            is a ``compute_loss_func``, or a setting that is not allowed, or has no effect, with the
+            model's ``problem_type`` or method.
     """
 
     def __init__(
@@ -45,9 +57,13 @@ class ConsistencyTrainer(Trainer):
             raise ValueError(
                 "compute_loss_func is not allowed: the objective is this class's own, set by loss"
             )
+        if not math.isfinite(self.args.learning_rate):
+            raise ValueError(f"learning_rate={self.args.learning_rate!r} is not allowed: no number")
         smoothing = self.args.label_smoothing_factor
         self.consistency = loss or TokenReductionConsistency(label_smoothing=smoothing)
-        self.r_max = teacher_limit(self.accelerator.unwrap_model(self.model).config, r_max)
+        config = self.accelerator.unwrap_model(self.model).config
+        self._check(config, problem_type(config))
+        self.r_max = teacher_limit(config, r_max)
         if not self.r_max:
             raise ValueError(
                 f"r_max={r_max!r}: without a teacher there is no consistency. Choose an r of the "
@@ -56,6 +72,22 @@ class ConsistencyTrainer(Trainer):
             )
         # Its loss is a mean over the images of one batch, whatever is accumulated.
         self.model_accepts_loss_kwargs = False
+        if self.args.torch_compile:
+            check_compiled(config, "torch_compile=True", "use transformers' Trainer")
+            # Programs for the student and each r of the teacher, for whole batches and the last.
+            torch._dynamo.config.recompile_limit += 2 * (1 + self.r_max)
+            # Shapes that are variables take many times as long to compile.
+            self.accelerator.state.dynamo_plugin.dynamic = False
+
+    def _check(self, config: Any, problem: str) -> None:
+        """Raise ValueError for settings that are not those of such a head."""
+        self.consistency.check(problem, config.num_labels)
+        if self.args.label_smoothing_factor and problem != SINGLE:
+            raise ValueError(
+                f"label_smoothing_factor={self.args.label_smoothing_factor!r} is not allowed with "
+                f"problem_type={problem}: in evaluation, the Trainer smooths one label per image "
+                "(loss=TokenReductionConsistency(label_smoothing=…) smooths several in training)"
+            )
 
     def compute_loss(
         self,
@@ -64,11 +96,17 @@ class ConsistencyTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        """The consistency objective in training, the ``Trainer``'s own loss in evaluation."""
+        """The consistency objective in training, the ``Trainer``'s own loss in evaluation.
+
+        Raises:
+            FloatingPointError: for a loss in training that is not finite.
+        """
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         images, labels = inputs["pixel_values"], inputs["labels"]
         config = self.accelerator.unwrap_model(model).config
+        if config.problem_type is None:
+            self._check(config, problem_of(config, labels))
         amount = teacher_amount(config, self.r_max, self.args.seed, self.state.global_step)
         student = model(images, output_fusion=True)
         teacher = model(images, **amount, output_fusion=True)
@@ -78,12 +116,24 @@ class ConsistencyTrainer(Trainer):
             teacher.logits,
             teacher.class_token,
             labels,
+            problem_type=config.problem_type,
             mean_over_processes=lambda value: self.accelerator.reduce(value, "mean"),
         )
+        total = losses.total.item()
+        if not math.isfinite(total):
+            raise FloatingPointError(
+                f"the loss is {total} at step {self.state.global_step}: training stops, "
+                "checkpoints saved so far are untouched"
+            )
         return (losses.total, student) if return_outputs else losses.total
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save as every ``Trainer`` does, along with a record of the training."""
+        """Save as every ``Trainer`` does, along with a record of the training.
+
+        Raises:
+            ValueError: for weights that are not finite.
+        """
+        check_weights(self.accelerator.unwrap_model(self.model), "the model")
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             limit = told_limit(self.accelerator.unwrap_model(self.model).config, self.r_max)
@@ -93,6 +143,7 @@ class ConsistencyTrainer(Trainer):
                 "consistency_weight": self.consistency.consistency_weight,
                 "confidence_threshold": self.consistency.confidence_threshold,
                 "label_smoothing": self.consistency.label_smoothing,
+                "class_weights": self.consistency.class_weights,
                 "learning_rate": self.args.learning_rate,
                 "lr_scheduler_type": str(self.args.lr_scheduler_type),
                 "weight_decay": self.args.weight_decay,
