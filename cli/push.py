@@ -6,25 +6,26 @@ import re
 import shutil
 import tempfile
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from jsonargparse import ActionYesNo
-from rich.console import Console
 
 from cli.evaluation import evaluate, open_labelled
 from cli.files import open_images
 from cli.models import load, parse
+from cli.options import command, read, refuse
 from cli.parsing import ArgumentParser
 from lightning_modules.callbacks import public_name
 from lightning_modules.data import HFImageDataModule
 from mctf_hf import MCTFViTForImageClassification
+from mctf_hf.files import read_object
 from mctf_hf.hub import (
     CARD,
     EVALUATION,
-    HUB_ID,
     PICTURE,
     TRAINING,
     check_folder,
@@ -32,11 +33,13 @@ from mctf_hf.hub import (
     loadable_files,
     push,
     save,
+    stays_within,
 )
-from mctf_hf.model_card import make_card
+from mctf_hf.model_card import check_base_model, make_card
 from mctf_hf.visualization import contact_sheet, enlarge, fused_tokens
 
-console = Console()
+OF_AS_IS = {"model", "repo_id", "as_is", "private", "revision", "message"}
+OF_DATASET = {"name", "dataset_revision", "split", "image_column", "label_column", "max_images"}
 
 
 def main(args: Sequence[str]) -> None:
@@ -55,7 +58,12 @@ def main(args: Sequence[str]) -> None:
     for name, meaning in flags.items():
         parser.add_argument(f"--{name}", action=ActionYesNo, default=False, help=meaning)
     parser.add_function_arguments(push_model, skip={"model", "repo_id", *flags})
-    push_model(**parser.parse_args(list(args)).as_dict())
+    settings, given = read(parser, args)
+    if settings["as_is"]:
+        refuse(given - OF_AS_IS, given, "beside --as-is, which measures and writes nothing")
+    if settings["dataset"] is None:
+        refuse(given, OF_DATASET, "without --dataset, which it is of")
+    push_model(**settings)
 
 
 def push_model(
@@ -106,20 +114,23 @@ def push_model(
         dry_run: folder to write what would go up to, instead of pushing it.
     """
     check_repo_id(repo_id)
+    to = {"private": private, "revision": revision, "message": message}
     if as_is:
-        _send(Path(model), repo_id, private, revision, message)
+        _send(Path(model), repo_id, to)
         return
     if license is None or not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
         raise ValueError(
             f"license={license!r} is not allowed: it is an identifier of the Hub, such as "
             "apache-2.0, mit, cc-by-4.0 or other"
         )
+    if base_model is not None:
+        check_base_model(base_model)
     numbers = {"max_images": max_images, "batch_size": batch_size, "rounds": rounds}
     for setting, value in numbers.items():
         if value is not None and value < 1:
             raise ValueError(f"{setting}={value!r} is not allowed: it is at least 1")
     if dry_run is not None:
-        check_folder(dry_run)
+        check_folder(dry_run, alone=True)
     loaded, processor = load(model)
     source = parse(model)[0]
     training = _training(source)
@@ -137,7 +148,7 @@ def push_model(
         )
         images = open_labelled(data, split, max_images, loaded, processor)
 
-    console.print(f"Measuring {model} …")
+    print(f"Measuring {model} …")
     evaluation = evaluate(loaded, images, batch_size=batch_size, rounds=rounds)
     if dataset is not None:
         evaluation.dataset, evaluation.split = public_name(dataset), split
@@ -161,27 +172,38 @@ def push_model(
     save(loaded, processor, folder, files=files)
     if dry_run is not None:
         _list(folder)
-        console.print(f"Would go to {repo_id}, revision {revision}: {folder}", highlight=False)
+        print(f"Would go to {repo_id}, revision {revision}, by\n{_as_is(folder, repo_id, to)}")
         return
-    _send(folder, repo_id, private, revision, message)
+    _send(folder, repo_id, to)
     shutil.rmtree(folder.parent)
 
 
-def _send(folder: Path, repo_id: str, private: bool, revision: str, message: str) -> None:
+def _send(folder: Path, repo_id: str, to: dict[str, Any]) -> None:
+    """Push a folder as it is; ``to`` holds the further arguments of :func:`push`."""
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is not a folder, which --as-is pushes as it lies there")
     _list(folder)
     try:
-        commit = push(folder, repo_id, private=private, revision=revision, message=message)
-    except ConnectionError as error:
-        raise ConnectionError(
-            f"{error}\nWhat was to go up lies in {folder}: `mctf push {folder} {repo_id} --as-is` "
-            "pushes it without measuring again"
+        commit = push(folder, repo_id, **to)
+    except (ConnectionError, ValueError) as error:
+        kind = ConnectionError if isinstance(error, ConnectionError) else ValueError
+        raise kind(
+            f"{error}\nWhat was to go up lies in {folder}. This pushes it without measuring again:"
+            f"\n{_as_is(folder, repo_id, to)}"
         ) from error
-    console.print(f"{commit.commit_url}\nrevision={commit.oid!r} pins it", highlight=False)
+    print(f"{commit.commit_url}\nrevision={commit.oid!r} pins it")
+
+
+def _as_is(folder: Path, repo_id: str, to: dict[str, Any]) -> str:
+    """The command that pushes a folder as it is, to the same place."""
+    usual = {name: option.default for name, option in signature(push).parameters.items()}
+    asked = {name: value for name, value in to.items() if value != usual[name]}
+    return command("push", folder, repo_id, as_is=True, **asked)
 
 
 def _list(folder: Path) -> None:
     for file in loadable_files(folder):
-        console.print(f"  {file.stat().st_size:>12,} bytes  {file.name}", highlight=False)
+        print(f"  {file.stat().st_size:>12,} bytes  {file.name}")
 
 
 def _training(name: str) -> dict[str, Any]:
@@ -192,12 +214,14 @@ def _training(name: str) -> dict[str, Any]:
             file = Path(hf_hub_download(name, TRAINING))
         except EntryNotFoundError:
             return {}
-    if not file.is_file():
+    elif not file.exists():
         return {}
-    record = json.loads(file.read_text())
+    elif not stays_within(file):
+        raise ValueError(f"{file} is not allowed: it is a link out of the folder")
+    local = ("pretrained", "dataset", "distill_from")
     return {
-        key: public_name(value) if key in ("pretrained", "dataset") else value
-        for key, value in record.items()
+        key: public_name(value) if key in local and isinstance(value, str) else value
+        for key, value in read_object(file).items()
     }
 
 
@@ -220,5 +244,10 @@ def _origin(name: str, training: dict[str, Any], repo_id: str) -> str | None:
     return None if Path(name).exists() or name == repo_id else _hub_id(name)
 
 
-def _hub_id(name: str | None) -> str | None:
-    return name if name is not None and HUB_ID.fullmatch(name) else None
+def _hub_id(name: object) -> str | None:
+    """What a file names, if it may be an id on the Hub."""
+    try:
+        check_repo_id(str(name))
+    except ValueError:
+        return None
+    return str(name)

@@ -30,7 +30,7 @@ from transformers.utils import ModelOutput, cached_file
 from .anatomy import check_layer
 from .configuration_mctf import ROPE_POSITIONS, FusionConfigMixin, TokenFusion
 from .families import Encoder, explain, find_encoders, supported
-from .files import write_text
+from .files import drop_links, read_object, write_text
 from .fused_encoder import FusedLayers, check_mask, exchange_class, fuse_layers, fused_class
 from .fused_layer import Tokens
 from .modeling_mctf_dinov3_vit import FusedRotaryEmbedding
@@ -222,6 +222,8 @@ class FusedModel:
                 "push_to_hub=True is not allowed in save_pretrained of a model with fusion: use "
                 "its push_to_hub(), which takes the settings of fusion along"
             )
+        if is_main_process:
+            drop_links(save_directory, {FILE})
         super().save_pretrained(save_directory, is_main_process, **kwargs)
         if is_main_process:
             settings = self.fused_layers[0].settings
@@ -651,12 +653,9 @@ def _class_of(config: Any) -> Any:
 
 def _read(file: str) -> dict[str, Any]:
     try:
-        saved = json.loads(Path(file).read_text(encoding="utf-8"))
+        return read_object(file)
     except ValueError as error:
         raise ValueError(f"{file} cannot be read: it holds no settings of fusion") from error
-    if not isinstance(saved, dict):
-        raise ValueError(f"{file} holds a {type(saved).__name__}, not settings by name")
-    return saved
 
 
 __all__ = ["from_pretrained", "fuse_tokens", "fusion_of", "supported", "unfuse_tokens"]

@@ -1,11 +1,17 @@
-"""Files that appear whole or not at all."""
+"""Files of a folder: read with suspicion, written whole or not at all."""
 
+import json
 import os
+import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+# A model's weights, as transformers names them.
+WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+_MOST_JSON = 2**26  # bytes
 _MODE = "r+b" if os.name == "nt" else "rb"  # that a file's content can be seen to the disk in
 
 
@@ -57,3 +63,45 @@ def replace(file: str | os.PathLike, write: Callable[[Path], object]) -> None:
 def write_text(file: str | os.PathLike, text: str) -> None:
     """Put a text, in UTF-8, in the place of a file."""
     replace(file, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def read_object(file: str | os.PathLike) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it holds something else.
+    """
+    file = Path(file)
+    if file.exists() and not file.is_file():  # a pipe would be waited for
+        raise ValueError(f"{file} is not allowed: it is no file")
+    if (size := file.stat().st_size) > _MOST_JSON:
+        raise ValueError(f"{file} is not allowed: {size:,} bytes of JSON, more than {_MOST_JSON:,}")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # not of its encoding, no JSON, nested too deep
+        raise ValueError(f"{file} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is not allowed: it holds {_kind(content)}, not a JSON object")
+    return content
+
+
+def _kind(content: Any) -> str:
+    return "a list" if isinstance(content, list) else json.dumps(content)[:40]
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether something is the name of a file in a folder, and leads nowhere else."""
+    return isinstance(name, str) and re.fullmatch(r"\w[\w.-]*", name) is not None
+
+
+def drop_links(folder: str | os.PathLike, names: Collection[str]) -> None:
+    """Remove links in the place of a model's configuration, weights and files of some names.
+
+    What is written there by a library that follows links then stays in the folder.
+    """
+    configurations = {"config.json", "generation_config.json"}
+    for file in Path(folder).glob("*"):
+        ours = file.name in {*configurations, *names} or WEIGHTS.fullmatch(file.name)
+        if ours and file.is_symlink():
+            file.unlink()

@@ -1,10 +1,14 @@
 """Model folders that load anywhere, and their way to the Hub."""
 
+import ast
+import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Collection, Mapping
 from contextlib import suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +24,37 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
-from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.dynamic_module_utils import get_relative_imports
 
 # Older releases hide the top-level name where torchvision is missing, though this needs none.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .checks import check_processor, check_weights
-from .files import drafts
+from .files import WEIGHTS, drafts, is_plain_name, read_object
+from .reducers import REDUCERS
+from .registry import BACKBONES
+
+logger = logging.getLogger(__name__)
 
 # How the weights were trained, what was measured of them, what was drawn, and the page of it all.
 TRAINING, EVALUATION = "training.json", "evaluation.json"
 PICTURE, CARD = "fused_tokens.png", "README.md"
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # organisation/name; a local path may look the same
-_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+PROCESSOR = "preprocessor_config.json"
+RECORD = ".mctf_hf.json"  # digests of the code that was saved, by name
+_LFS = b"version https://git-lfs"
+# What nobody means to publish: keys, certificates and passwords; states of a training, whose
+# pickles run code. In lower case.
+_PRIVATE = (
+    *("*.pem", "*.key", "*.crt", "*.cer", "*.der", "*.p12", "*.pfx", "*.jks", "*.kdbx", "*.ppk"),
+    *("id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "*credentials*", "*secret*", "*password*"),
+    *(".env", ".env.*", "*.env", ".netrc", ".pypirc", ".git-credentials", "token", "*.token"),
+    *("*.ckpt", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth"),
+    "training_args.bin",
+)
 
 
 def load_image_processor(name: str) -> Any:
@@ -63,9 +83,9 @@ def save(
 ) -> Path:
     """Write a model, its code and its image processor to a folder, or leave the folder as it was.
 
-    Everything is written beside the folder first and then moved file by file, the configuration
-    last. Weights and code of an earlier save that the new one lacks, and what was recorded of
-    them, are removed; nothing else is.
+    Everything is written to a draft first and then moved file by file, the configuration last.
+    Removed are weights of an earlier save that the new one lacks, what was recorded of them, and
+    code that an earlier save has written, by its record, and nobody has changed; nothing else is.
 
     Args:
         files: contents of further files by name, such as ``README.md``.
@@ -76,10 +96,10 @@ def save(
     Raises:
         FileExistsError: see :func:`check_folder`.
         ValueError: for a model that would not load anywhere, or whose weights are not finite.
+        OSError: if it cannot be written, for one because the disk is full.
     """
     check_weights(model, "the model")
     folder = check_folder(folder)
-    code = _code(folder, _classes(folder).values())
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -90,15 +110,35 @@ def save(
                 data = content if isinstance(content, bytes) else content.encode()
                 Path(draft, name).write_bytes(data)
             loadable_files(draft)
+            code = {file.name: _digest(file) for file in draft.glob("*.py")}
+            Path(draft, RECORD).write_text(json.dumps(code, indent=2) + "\n")
             names = os.listdir(draft)
+            earlier = _recorded(folder)
     except BaseException:
         with suppress(OSError):
             for path in made:
                 path.rmdir()
         raise
-    for name in {*_stale(os.listdir(folder), names), *code} - set(names):
-        (folder / name).unlink(missing_ok=True)
+    for name in {*_stale(os.listdir(folder), names), *earlier} - set(names):
+        if not (folder / name).is_dir():
+            (folder / name).unlink(missing_ok=True)
     return folder
+
+
+def _recorded(folder: Path) -> set[str]:
+    """Code that an earlier save has written to a folder, as far as it is what was written."""
+    try:
+        record = read_object(folder / RECORD)
+    except (OSError, ValueError):
+        return set()
+    names = {name for name in record if is_plain_name(name) and name.endswith(".py")}
+    files = [folder / name for name in names]
+    files = [file for file in files if file.is_file() and not file.is_symlink()]
+    return {file.name for file in files if _digest(file) == record[file.name]}
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _stale(present: Collection[str], new: Collection[str]) -> list[str]:
@@ -108,23 +148,41 @@ def _stale(present: Collection[str], new: Collection[str]) -> list[str]:
     """
     told = {TRAINING, EVALUATION} | ({CARD, PICTURE} if EVALUATION in present else set())
     return sorted(
-        name for name in present if name not in new and (name in told or _WEIGHTS.fullmatch(name))
+        name for name in present if name not in new and (name in told or WEIGHTS.fullmatch(name))
     )
 
 
-def check_folder(folder: str | os.PathLike) -> Path:
+def check_folder(folder: str | os.PathLike, *, alone: bool = False) -> Path:
     """The folder, if a model may be saved there.
 
+    Args:
+        alone: whether no file may stay there that is not the new model's, as before a push.
+
     Raises:
-        FileExistsError: if it is a file, or holds files but no model.
+        FileExistsError: if it is a file, or holds files but no model, or others beside it.
     """
     folder = Path(folder)
     occupied = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
-    if occupied and not (folder / "config.json").exists():
+    if occupied and not (folder / "config.json").is_file():
         raise FileExistsError(
             f"{folder} holds something else than a model: name a new folder or that of a model"
         )
+    if alone and (foreign := _foreign(folder)):
+        raise FileExistsError(
+            f"{folder} holds files that are not the model's and would go up with it "
+            f"({', '.join(foreign)}): remove them, or name another folder"
+        )
     return folder
+
+
+def _foreign(folder: Path) -> list[str]:
+    """Files that neither are replaced by a model that is saved to a folder nor removed."""
+    modules = {file.name for file in Path(__file__).parent.glob("*.py")}
+    usual = {"config.json", PROCESSOR, TRAINING, EVALUATION, CARD, PICTURE}
+    own = usual | modules | _recorded(folder)
+    names = sorted(file.name for file in folder.glob("*") if not file.is_dir())
+    seen = [name for name in names if not name.startswith(".")]
+    return [name for name in seen if name not in own and not WEIGHTS.fullmatch(name)]
 
 
 def push(
@@ -144,7 +202,8 @@ def push(
     folder lacks, and what was recorded of them, are removed by the same commit.
 
     Args:
-        folder: as :func:`save` writes it; all files that lie in it go up but hidden ones.
+        folder: as :func:`save` writes it; all files that lie in it go up but hidden ones and
+            those that :func:`held_back` names, which a warning tells.
         repo_id: ``organisation/name``.
         private: make a new repository private.
         revision: branch to commit to.
@@ -158,6 +217,8 @@ def push(
     """
     check_repo_id(repo_id)
     additions = [CommitOperationAdd(file.name, file) for file in loadable_files(folder)]
+    if held := held_back(folder):
+        logger.warning("held back, for they may be private: %s", ", ".join(held))
     api = api or HfApi()
     head, made = None, False
     try:
@@ -193,49 +254,169 @@ def check_repo_id(repo_id: str) -> None:
 
 
 def loadable_files(folder: str | os.PathLike) -> list[Path]:
-    """The files of a model's folder, by name, hidden ones left out.
+    """The files of a model's folder that go up, by name.
+
+    Hidden files and folders do not, nor does what :func:`held_back` names.
 
     Raises:
-        ValueError: if a file is missing without which nobody can load it.
+        ValueError: if nobody could load it: a file is missing, or is not what it should be, or is
+            a link out of the folder.
     """
     folder = Path(folder)
-    names = {file.name for file in folder.glob("*") if file.is_file()}
-    missing = {"config.json", "preprocessor_config.json"} - names
-    if "config.json" in names:
-        classes = _classes(folder)
-        missing |= _code(folder, classes.values()) - names
-        if not classes:
+    files = {file.name: file for file in sorted(folder.glob("*")) if file.is_file()}
+    files = {name: file for name, file in files.items() if not name.startswith(".")}
+    for file in files.values():
+        if not stays_within(file):
+            raise ValueError(
+                f"{file} is not allowed: it is a link out of the folder, to {file.resolve()}. Put "
+                "a copy in its place, or remove it"
+            )
+    missing = {"config.json", PROCESSOR} - files.keys()
+    code = set()
+    for name in {"config.json", PROCESSOR} - missing:
+        classes = _classes(files[name])
+        code |= _code(folder, classes)
+        if name == "config.json" and not classes:
             missing.add("the auto_map of config.json")
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        missing |= set(json.loads(index.read_text())["weight_map"].values()) - names
-    elif "model.safetensors" not in names:
-        missing.add("model.safetensors")
+    missing |= (code | _weights(folder)) - files.keys()
     if missing:
         raise ValueError(
             f"{folder} is not a model's folder that loads anywhere: {', '.join(sorted(missing))} "
             "missing. mctf_hf.hub.save writes one"
         )
-    return [folder / name for name in sorted(names) if not name.startswith(".")]
+    _check_config(files["config.json"])
+    _check_image_processor(files[PROCESSOR])
+    held = held_back(folder)
+    return [file for name, file in files.items() if name not in held]
 
 
-def _classes(folder: Path) -> dict[str, str]:
-    """The ``auto_map`` of a folder; empty where there is none."""
-    config = folder / "config.json"
-    return json.loads(config.read_text()).get("auto_map", {}) if config.exists() else {}
+def held_back(folder: str | os.PathLike) -> list[str]:
+    """Names of files in a folder that do not go up: keys, passwords, states of a training."""
+    names = sorted(file.name for file in Path(folder).glob("*") if not file.is_dir())
+    names = [name for name in names if not name.endswith(".py")]
+    return [name for name in names if any(fnmatch(name.lower(), kind) for kind in _PRIVATE)]
+
+
+def stays_within(file: Path) -> bool:
+    """Whether a file lies in its folder, and is no link to elsewhere."""
+    return file.resolve().is_relative_to(file.parent.resolve())
+
+
+def _check_config(file: Path) -> None:
+    """Raise ValueError unless a configuration of this library can be read."""
+    settings = read_object(file)
+    backbone = BACKBONES.get(str(settings.get("model_type")))
+    if backbone is None or str(settings.get("reduction")) not in REDUCERS:
+        return  # it takes the code beside it
+    try:
+        backbone.config.from_dict(settings)
+    except Exception as error:  # of any kind, for what a file says may be anything
+        raise ValueError(f"{file} makes no configuration: {error}") from error
+
+
+def _check_image_processor(file: Path) -> None:
+    """Raise ValueError unless an image processor of transformers can be read."""
+    if "auto_map" in read_object(file):
+        return  # it takes the code beside it
+    try:
+        load_image_processor(str(file.parent))
+    except Exception as error:
+        raise ValueError(f"{file} makes no image processor: {error}") from error
+
+
+def _weights(folder: Path) -> set[str]:
+    """Names of the files of a model's weights, of which those that are there are sound.
+
+    Raises:
+        ValueError: for one that is not.
+    """
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    holds: dict[str, set[str]] = {single.name: set()}
+    if index.exists():
+        names = read_object(index).get("weight_map")
+        if not isinstance(names, dict) or not names or not all(map(is_plain_name, names.values())):
+            raise ValueError(
+                f"{index} is not allowed: its weight_map is to name a file of the folder for each "
+                "weight"
+            )
+        holds = {name: set() for name in names.values()}
+        for weight, name in names.items():
+            holds[name].add(weight)
+    for name, weights in holds.items():
+        if (folder / name).is_file():
+            _check_weights(folder / name, weights)
+    return set(holds)
+
+
+def _check_weights(file: Path, weights: Collection[str]) -> None:
+    """Raise ValueError unless a file of weights is whole and has those of some names."""
+    with file.open("rb") as content:
+        if content.read(len(_LFS)) == _LFS:
+            raise ValueError(
+                f"{file} is a pointer of Git LFS and no weights: `git lfs pull` fetches them"
+            )
+    try:
+        with safe_open(file, "pt") as found:
+            names = set(found.keys())
+    except SafetensorError as error:
+        raise ValueError(f"{file} holds no weights, or not all of them: {error}") from error
+    if not names or not names.issuperset(weights):
+        lacking = sorted(set(weights) - names) or ["any weight"]
+        raise ValueError(f"{file} lacks {', '.join(lacking[:3])}")
+
+
+def _classes(file: Path) -> set[str]:
+    """The classes that the ``auto_map`` of a JSON file names, each as ``module.Class``.
+
+    Raises:
+        ValueError: for one that is no class of a module in the folder.
+    """
+    auto_map = read_object(file).get("auto_map", {})
+    values = list(auto_map.values()) if isinstance(auto_map, dict) else [auto_map]
+    flat = [one for value in values for one in (value if isinstance(value, list) else [value])]
+    for one in flat:
+        if not (one is None or (isinstance(one, str) and re.fullmatch(r"\w+\.\w+", one))):
+            raise ValueError(
+                f"{file} is not allowed: auto_map names {one!r}, which is no class of a module in "
+                "the folder"
+            )
+    return {one for one in flat if one is not None}
 
 
 def _code(folder: Path, classes: Collection[str]) -> set[str]:
-    """Names of the modules that hold some classes, and of all that these import."""
+    """Names of the modules that hold some classes, and of all that these import.
+
+    Raises:
+        ValueError: for a module that is no Python, or imports from elsewhere than the folder.
+    """
     found: set[str] = set()
-    for name in {f"{reference.split('.')[0]}.py" for reference in classes}:
-        found.add(name)
-        if (folder / name).exists():
-            try:
-                found |= {Path(file).name for file in get_relative_import_files(folder / name)}
-            except FileNotFoundError as error:
-                found.add(Path(error.filename).name)
+    new = {f"{reference.split('.')[0]}.py" for reference in classes}
+    while new:
+        found |= new
+        present = [folder / name for name in new if (folder / name).is_file()]
+        new = {f"{module}.py" for file in present for module in _relative_imports(file)} - found
     return found
+
+
+def _relative_imports(file: Path) -> set[str]:
+    """The modules beside it that a module imports, as far as transformers finds them."""
+    try:
+        nodes = list(ast.walk(ast.parse(file.read_bytes())))
+        modules = set(get_relative_imports(file))
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"{file} is no Python that could be run: {error}") from error
+    imported = {
+        "." * node.level + (node.module or "")
+        for node in nodes
+        if isinstance(node, ast.ImportFrom) and node.level
+    }
+    for module in {f".{module}" for module in modules} | imported:
+        if not module[1:].isidentifier():
+            raise ValueError(
+                f"{file} is not allowed: it imports from {module}, where transformers finds but "
+                "modules beside it, as in from .module import name"
+            )
+    return modules
 
 
 def _open(api: HfApi, repo_id: str, private: bool) -> None:

@@ -1,11 +1,13 @@
 """The page that goes with a model on the Hub: what it is, how to load it, what was measured."""
 
 import json
+import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.utils import validate_repo_id
 
 from .configuration_mctf import EncoderConfigMixin, FusionConfigMixin
 from .cost import describe
@@ -133,6 +135,27 @@ class Evaluation:
         return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
 
 
+def check_base_model(base_model: str) -> None:
+    """Raise ValueError unless it may be the id of a model on the Hub."""
+    try:
+        validate_repo_id(base_model)
+    except ValueError as error:
+        raise ValueError(f"base_model={base_model!r} is not allowed: {error}") from error
+
+
+def code(value: object, most: int = 200) -> str:
+    """Any value as code in a cell of a Markdown table, on one line and with no way out of it."""
+    text = "".join(letter if letter.isprintable() else " " for letter in str(value)[:most])
+    text = " ".join(text.translate({ord("`"): "'", ord("|"): "/"}).split())
+    return f"`{text or ' '}{'…' if len(str(value)) > most else ''}`"
+
+
+def word(value: object) -> str:
+    """A name in a text of Markdown, as code unless it holds letters, digits and ``./-`` alone."""
+    text = str(value)
+    return text if re.fullmatch(r"[\w./-]{1,200}", text) else code(text)
+
+
 def make_card(
     repo_id: str,
     config: EncoderConfigMixin,
@@ -156,7 +179,12 @@ def make_card(
         training: settings of its training by name.
         picture: file beside the card that shows fused tokens.
         model: that the card is of; unset, the configuration's classifier.
+
+    Raises:
+        ValueError: for a base_model that cannot be an id.
     """
+    if base_model is not None:
+        check_base_model(base_model)
     output = "logits" if model is None else output_of(model)
     described = describe(config if model is None else model)
     results = None if evaluation is None else _results(evaluation, output)
@@ -186,6 +214,8 @@ def make_card(
         base_model=base_model,
         training=training,
         picture=picture,
+        code=code,
+        word=word,
     )
 
 

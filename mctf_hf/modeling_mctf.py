@@ -17,7 +17,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 
 from .downloads import checked_downloads
-from .files import write_text
+from .files import drop_links, read_object, write_text
 from .own_reducers import own_code
 from .reducers import REDUCERS
 
@@ -109,7 +109,8 @@ class MCTFPreTrainedMixin:
     ) -> None:
         """Save as every transformers model does, along with the code that a stranger needs.
 
-        ``auto_map`` names all classes of the family, so that what one of them saved loads as any
+        A link in the place of one of these files is replaced, not followed. ``auto_map`` names all
+        classes of the family, so that what one of them saved loads as any
         of them with ``trust_remote_code=True``. A reducer that somebody registered goes along.
 
         Raises:
@@ -128,10 +129,12 @@ class MCTFPreTrainedMixin:
         self.config.auto_map = classes
         # Not by the names that the weights were loaded by, which may be those of another class.
         kwargs.setdefault("save_original_format", False)
+        if is_main_process:
+            drop_links(save_directory, {*(f"{module}.py" for module in modules), *files})
         super().save_pretrained(save_directory, is_main_process, **kwargs)  # type: ignore[misc]
         if files and is_main_process:
             for name, content in files.items():
                 write_text(Path(save_directory, name), content)
             config = Path(save_directory, "config.json")
-            settings = json.loads(config.read_text(encoding="utf-8"))
-            write_text(config, json.dumps({**settings, "auto_map": auto_map}, indent=2) + "\n")
+            settings = {**read_object(config), "auto_map": auto_map}
+            write_text(config, json.dumps(settings, indent=2) + "\n")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from cli.evaluation import plain_model
 from cli.main import main
 from mctf_hf import MCTFViTForImageClassification
 from mctf_hf.cost import multiply_accumulates
-from mctf_hf.hub import push, save
+from mctf_hf.hub import RECORD, push, save
 from mctf_hf.model_card import make_card
 from tests.conftest import DIGITS, tiny_model
 from tests.e2e.test_commands import fit_words, mctf
@@ -304,7 +305,8 @@ def test_a_dry_run_writes_what_would_go_up_and_sends_nothing(
     main(["push", str(folder), REPO, *words, "--dry-run", str(tmp_path / "draft")])
     shown = capsys.readouterr().out
     expected = FILES - {".gitattributes", "fused_tokens.png"}  # no images were named to show
-    assert {path.name for path in (tmp_path / "draft").iterdir()} == expected
+    written = {path.name for path in (tmp_path / "draft").iterdir()}
+    assert written == {*expected, RECORD}
     assert all(name in shown for name in expected)
     assert f"Would go to {REPO}, revision main" in shown
     assert not hub.requests
@@ -461,14 +463,19 @@ def test_a_failed_push_keeps_what_was_measured(
     for name, value in hub.environment(tmp_path / "home", TOKEN).items():
         monkeypatch.setenv(name, value)
     hub.refuse_commits(403, times=1)
-    done = mctf("push", folder, REPO, "--license", "mit", "--rounds", "1")
+    asked = ["--private", "--revision", "dev", "--message", "It's $HOME"]
+    done = mctf("push", folder, REPO, "--license", "mit", "--rounds", "1", *asked)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    (kept,) = re.findall(r"lies in (\S+): ", done.stderr)
-    done = mctf("push", kept, REPO, "--as-is")
+    (command,) = re.findall(r"^mctf (push .*)$", done.stderr, re.MULTILINE)
+    words = shlex.split(command)
+    done = mctf(*words)
     assert done.returncode == 0, done.stderr
+    kept = Path(words[1])
     measured = Path(kept, "evaluation.json").read_bytes()
-    assert hub.files(REPO)["evaluation.json"] == measured
-    shutil.rmtree(kept)
+    assert hub.files(REPO, "dev")["evaluation.json"] == measured
+    assert set(hub.files(REPO)) == {".gitattributes"} and hub.repos[REPO].private
+    assert hub.repos[REPO].commits[hub.repos[REPO].branches["dev"]].title == asked[-1]
+    shutil.rmtree(kept.parent)
 
 
 def test_columns_of_a_dataset_can_be_named(
