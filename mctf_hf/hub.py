@@ -387,36 +387,44 @@ def _code(folder: Path, classes: Collection[str]) -> set[str]:
     """Names of the modules that hold some classes, and of all that these import.
 
     Raises:
-        ValueError: for a module that is no Python, or imports from elsewhere than the folder.
+        ValueError: for a module that is no Python, or imports what transformers does not find.
     """
-    found: set[str] = set()
-    new = {f"{reference.split('.')[0]}.py" for reference in classes}
+    new = {reference.split(".")[0] for reference in classes}
+    found, fetched = set(), set(new)
     while new:
         found |= new
-        present = [folder / name for name in new if (folder / name).is_file()]
-        new = {f"{module}.py" for file in present for module in _relative_imports(file)} - found
-    return found
+        present = [file for name in new if (file := folder / f"{name}.py").is_file()]
+        new = set()
+        for file in present:
+            imported, seen = _relative_imports(file)
+            fetched |= seen
+            new |= imported | seen
+        new -= found
+    if found != fetched:
+        raise ValueError(
+            f"{folder} is not allowed: transformers would not fetch {', '.join(found - fetched)}, "
+            "of which no module imports a name, as in from .module import name"
+        )
+    return {f"{name}.py" for name in found}
 
 
-def _relative_imports(file: Path) -> set[str]:
-    """The modules beside it that a module imports, as far as transformers finds them."""
+def _relative_imports(file: Path) -> tuple[set[str], set[str]]:
+    """The modules beside it that a module imports, and those of them that transformers sees."""
     try:
         nodes = list(ast.walk(ast.parse(file.read_bytes())))
-        modules = set(get_relative_imports(file))
+        seen = set(get_relative_imports(file))
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"{file} is no Python that could be run: {error}") from error
-    imported = {
-        "." * node.level + (node.module or "")
-        for node in nodes
-        if isinstance(node, ast.ImportFrom) and node.level
-    }
-    for module in {f".{module}" for module in modules} | imported:
-        if not module[1:].isidentifier():
-            raise ValueError(
-                f"{file} is not allowed: it imports from {module}, where transformers finds but "
-                "modules beside it, as in from .module import name"
-            )
-    return modules
+    imported = set()
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and node.level:
+            above = "." * (node.level - 1)
+            names = [node.module] if node.module else [name.name for name in node.names]
+            imported |= {f"{above}{name}" for name in names}
+    for module in imported | seen:
+        if not module.isidentifier():
+            raise ValueError(f"{file} is not allowed: it imports .{module}, which is not beside it")
+    return imported, seen
 
 
 def _open(api: HfApi, repo_id: str, private: bool) -> None:

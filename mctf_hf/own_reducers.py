@@ -5,22 +5,41 @@ reducer of its own this is a module that imports the reducer's first, which regi
 """
 
 import ast
+import functools
 import importlib.util
+import keyword
 import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Collection, Iterator, Mapping
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
-from .reducers import Reducer
+from .reducers import REDUCERS, Reducer
 
-# What a stranger's copy of these modules is imported by.
-_FROM_LIBRARY = re.compile(r"^(\s*from )mctf_hf(\.\w+ import )", re.MULTILINE)
+_LIBRARY = "mctf_hf"
+_HERE = Path(__file__).parent
+# What a stranger's process does with the module, in a package without this library.
+_LOAD = f"""
+import importlib, sys, types
+for name in ({_LIBRARY!r}, "lightning_modules", "cli"):
+    sys.modules[name] = None
+package = sys.modules["model"] = types.ModuleType("model")
+*package.__path__, module, reduction = sys.argv[1:]
+importlib.import_module(f"model.{{module}}")
+if reduction not in importlib.import_module("model.reducers").REDUCERS:
+    sys.exit(f"it registers no {{reduction!r}}")
+"""
+_SECONDS = 300.0  # for a stranger's process, which imports torch
 
 
 def own_code(
     reducer: type[Reducer] | None, classes: Mapping[str, str], modules: Collection[str]
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Files that a model needs beside this library's, and the ``auto_map`` with which it loads.
+
+    The reducer's module is loaded in a process of its own, as a stranger would.
 
     Args:
         reducer: of the model.
@@ -35,42 +54,55 @@ def own_code(
     """
     if reducer is None or reducer.__module__ == Reducer.__module__:
         return {}, dict(classes)
-    file = getattr(sys.modules[reducer.__module__], "__file__", None)
-    if reducer.__module__ == "__main__" or file is None:
+    source = Path(getattr(sys.modules.get(reducer.__module__), "__file__", None) or "")
+    if reducer.__module__ == "__main__" or source.suffix != ".py":
         raise ValueError(
             f"{reducer.__qualname__} is defined in {reducer.__module__}, which cannot go with the "
-            "weights: put it into a module of its own and import that"
+            "weights: put it into a module of its own, a .py file, and import that"
         )
-    source = Path(file)
-    text = source.read_text(encoding="utf-8")
-    reason = _hindrance(reducer, source, text, modules)
+    module = _module_name(reducer.__module__.rpartition(".")[2] or source.stem)
+    try:
+        text = source.read_text(encoding="utf-8-sig")
+        reason = _hindrance(reducer, source, text, module, modules)
+        text = text if reason else _beside_the_library(text)
+        (name,) = [name for name, known in REDUCERS.items() if known is reducer][:1] or [""]
+        reason = reason or _stranger(text, module, name)
+    except (SyntaxError, UnicodeDecodeError) as error:
+        reason = f"it is no Python in UTF-8 ({error})"
     if reason:
         raise ValueError(f"{source.name}, which defines {reducer.__qualname__}: {reason}")
-    entry = f"model_with_{source.stem}"
-    lines = [f"from .{source.stem} import {reducer.__qualname__}"]
+    entry = f"model_with_{module}"
+    lines = [f"from .{module} import {reducer.__qualname__}"]
     lines += [f"from .{module} import {name}" for module, name in map(_split, classes.values())]
     lines = ['"""The classes of this model, after its own method is registered."""', "", *lines, ""]
-    files = {source.name: _FROM_LIBRARY.sub(r"\1\2", text), f"{entry}.py": "\n".join(lines)}
+    files = {f"{module}.py": text, f"{entry}.py": "\n".join(lines)}
     return files, {auto: f"{entry}.{_split(name)[1]}" for auto, name in classes.items()}
 
 
+def _module_name(name: str) -> str:
+    """A name that a module can be imported by: ``by-norm`` becomes ``by_norm``."""
+    name = re.sub(r"\W", "_", name)
+    return f"_{name}" if keyword.iskeyword(name) or not name.isidentifier() else name
+
+
 def _hindrance(
-    reducer: type[Reducer], source: Path, text: str, modules: Collection[str]
+    reducer: type[Reducer], source: Path, text: str, module: str, modules: Collection[str]
 ) -> str | None:
     """Why a module cannot go with the weights; ``None`` if it can."""
     if "." in reducer.__qualname__:
         return "the class is to stand at the module's top level"
-    if source.stem in modules and source.parent != Path(__file__).parent:
+    travelled = source.parent == _HERE
+    if not travelled and {module, source.stem} & set(modules):
         return "a module of this library has that name"
-    for line, package, module in _imports(text):
-        if package == "mctf_hf" and module not in modules:
+    for line, package, inner in _imports(text):
+        if package == _LIBRARY and inner not in modules:
             return (
                 f"{line!r} names no module that goes with the weights: these are "
                 f"{', '.join(sorted(modules))}, as in from mctf_hf.fusion import Reduction"
             )
-        if package == "" and module not in modules:
+        if package == "" and not (travelled and inner in modules):
             return f"{line!r}, where all has to be in one file"
-        if package and _is_neighbour(package, source):
+        if package == reducer.__module__.partition(".")[0] or _is_neighbour(package, source):
             return f"{line!r} is a file beside it, where all has to be in one file"
     return None
 
@@ -78,23 +110,87 @@ def _hindrance(
 def _imports(text: str) -> Iterator[tuple[str, str, str]]:
     """Each import as it is written, its package (empty for relative ones) and module within."""
     for node in ast.walk(ast.parse(text)):
+        line = ast.unparse(node) if isinstance(node, (ast.Import, ast.ImportFrom)) else ""
         if isinstance(node, ast.Import):
             for name in node.names:
                 package, _, module = name.name.partition(".")
                 # import mctf_hf.fusion binds mctf_hf, which a stranger lacks
-                yield ast.unparse(node), package, "" if package == "mctf_hf" else module
+                bound = package == _LIBRARY and name.asname is None
+                yield line, package, "" if bound else module
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            yield line, "", "." * (node.level - 1) + (node.module or "")
+        elif isinstance(node, ast.ImportFrom) and node.module == _LIBRARY:
+            yield from ((line, _LIBRARY, name.name) for name in node.names)
         elif isinstance(node, ast.ImportFrom):
-            whole = node.module or ""
-            package, _, module = ("", "", whole) if node.level else whole.partition(".")
-            yield ast.unparse(node), package, module
+            package, _, module = str(node.module).partition(".")
+            yield line, package, module
 
 
 def _is_neighbour(package: str, source: Path) -> bool:
-    if package in sys.stdlib_module_names:
+    """Whether a package is a file of the user's, and nothing that is installed."""
+    if not package or package == _LIBRARY or package in sys.stdlib_module_names:
         return False
     found = importlib.util.find_spec(package)
-    origin = None if found is None else found.origin
-    return origin is not None and Path(origin).parent in (source.parent, source.parent / package)
+    if found is None:
+        return False
+    folder = Path(found.origin).parent if found.origin else None
+    beside = folder in (source.parent, source.parent / package)
+    return beside or package not in packages_distributions()
+
+
+def _beside_the_library(text: str) -> str:
+    """A module whose imports from this library are of the modules beside it; all else stays."""
+    lines = text.encode().splitlines(keepends=True)
+    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.stmt)]
+    for node in sorted(nodes, key=lambda node: (node.lineno, node.col_offset), reverse=True):
+        new = _relative(node)
+        if new is not None:
+            first, last = node.lineno - 1, (node.end_lineno or node.lineno) - 1
+            before, after = lines[first][: node.col_offset], lines[last][node.end_col_offset :]
+            lines[first : last + 1] = [before + new.encode() + after]
+    return b"".join(lines).decode()
+
+
+def _relative(node: ast.stmt) -> str | None:
+    """An import from this library as one of the modules beside it; ``None`` for anything else."""
+    if isinstance(node, ast.ImportFrom) and not node.level:
+        package, _, module = str(node.module).partition(".")
+        if package == _LIBRARY:
+            return ast.unparse(ast.ImportFrom(module or None, node.names, level=1))
+    elif isinstance(node, ast.Import):
+        split = [(name.name.partition("."), name) for name in node.names]
+        if any(package == _LIBRARY for (package, _, _), _ in split):
+            return "; ".join(
+                f"from . import {module} as {name.asname}"
+                if package == _LIBRARY
+                else ast.unparse(ast.Import([name]))
+                for (package, _, module), name in split
+            )
+    return None
+
+
+@functools.cache
+def _stranger(text: str, module: str, reduction: str) -> str | None:
+    """Why a process that lacks this library cannot load a module beside its copies, if so."""
+    with tempfile.TemporaryDirectory(prefix="mctf-") as folder:
+        place = Path(folder, "model")
+        place.mkdir()
+        (place / f"{module}.py").write_text(text, encoding="utf-8")
+        words = [str(place), str(_HERE), module, reduction]
+        done = subprocess.run(
+            [sys.executable, "-c", _LOAD, *words],
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            timeout=_SECONDS,
+        )
+    if not done.returncode:
+        return None
+    said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+    return f"where this library is not installed, it cannot be loaded ({said[-1]})"
 
 
 def _split(reference: str) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,9 +21,9 @@ from mctf_hf.cost import multiply_accumulates
 from mctf_hf.hub import loadable_files, save
 from mctf_hf.model_card import make_card
 from mctf_hf.reducers import REDUCERS, Reducer
-from tests.conftest import DIGITS, REPOSITORY, TINY, tiny_model
+from tests.conftest import DIGITS, REPOSITORY, TINY, environment_of_a_stranger, tiny_model
 from tests.test_cost import count
-from tests.test_loading import load_as_stranger
+from tests.test_loading import BLOCKED, load_as_stranger
 
 EXAMPLES = re.findall(
     r"```python\n(.*?)```", (REPOSITORY / "docs" / "reducers.md").read_text(), re.DOTALL
@@ -116,6 +117,115 @@ def test_what_cannot_travel_is_refused_before_anything_is_written(
     with pytest.raises(ValueError, match=reason):
         save(model, PROCESSOR, tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+# Ways to write a module that registers ``odd``: its file, the name it is imported by, its imports.
+ODD = [
+    ("by-odd.py", "by-odd", "\ufeff# é\nx = 'é'; import os, mctf_hf.fusion as f; f.Reduction"),
+    (
+        "class/__init__.py",
+        "class",
+        "from mctf_hf import fusion as f, matching\nimport os.path",
+    ),
+    (
+        "pack/odd.py",
+        "pack.odd",
+        "from  mctf_hf .fusion import (  # what it is\n    Reduction,\n)",
+    ),
+]
+BODY = """
+from mctf_hf.reducers import Reducer, Stage, register  # and keep "from mctf_hf.x import y" as it is
+
+TEXT = \'\'\'
+from mctf_hf.fusion import nothing
+\'\'\'
+
+
+@register("odd")
+class Odd(Reducer):
+    stage = Stage.AFTER_MLP
+
+    def __call__(self, seen, r):
+        raise NotImplementedError
+
+    def multiply_accumulates(self, num_patches, r, width, heads):
+        return 0
+"""
+
+
+@pytest.fixture
+def odd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """What writes a module and imports it."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def write(file: str, name: str, text: str) -> Any:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(text, encoding="utf-8")
+        return importlib.import_module(name).Odd
+
+    yield write
+    REDUCERS.pop("odd", None)
+    for name in {*sys.modules} - before:
+        if str(getattr(sys.modules[name], "__file__", None)).startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+def test_however_it_is_written_strangers_load_it(odd: Any, tmp_path: Path) -> None:
+    folders = []
+    for file, name, imports in ODD:
+        odd(file, name, f"{imports}\n{BODY}")
+        folders.append(save(tiny_model(reduction="odd", r=0), PROCESSOR, tmp_path / f"to-{name}"))
+        del REDUCERS["odd"]
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKED + OF_STRANGER, *folders],
+        env=environment_of_a_stranger(tmp_path / "home"),
+        cwd=folders[0],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    kept = """register  # and keep "from mctf_hf.x import y" as it is
+
+TEXT = \'\'\'
+from mctf_hf.fusion import nothing
+"""
+    for folder, name in zip(folders, ("by_odd", "_class", "odd"), strict=True):
+        text = (folder / f"{name}.py").read_text(encoding="utf-8")
+        assert f"from .reducers import Reducer, Stage, {kept}" in text
+
+
+OF_STRANGER = """
+from transformers import AutoModel
+
+for folder in sys.argv[1:]:
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    assert model.config.reduction == "odd"
+"""
+UNFIT = {
+    "import importlib; importlib.import_module('mctf_hf.fusion')": "cannot be loaded (ModuleNotFou",
+    "import os; os.environ['ONLY_MINE']": "cannot be loaded (KeyError: 'ONLY_MINE')",
+    "from pack.other import x": "'from pack.other import x' is a file beside it",
+    "from .fusion import x": "'from .fusion import x', where all has to be in one file",
+    "import elsewhere": "'import elsewhere' is a file beside it, where all has to be in one file",
+}
+
+
+@pytest.mark.parametrize("line", UNFIT)
+def test_what_a_stranger_cannot_load_is_refused(
+    line: str, odd: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ONLY_MINE", "1")
+    (tmp_path / "pack").mkdir()
+    for name in ("pack/other.py", "pack/fusion.py", "apart/elsewhere.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x = 1\n")
+    monkeypatch.syspath_prepend(tmp_path / "apart")
+    odd("pack/odd.py", "pack.odd", f"{line}\n{BODY}")
+    monkeypatch.delenv("ONLY_MINE")
+    with pytest.raises(ValueError, match="odd.py, which defines Odd: ") as refused:
+        save(tiny_model(reduction="odd", r=0), PROCESSOR, tmp_path / "model")
+    assert UNFIT[line] in str(refused.value) and not (tmp_path / "model").exists()
 
 
 def test_what_is_only_talked_of_is_no_import(by_norm: Any, tmp_path: Path) -> None:

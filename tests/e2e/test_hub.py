@@ -608,7 +608,10 @@ def test_a_model_without_its_head_is_not_pushed(
     [
         ([], "license=None is not allowed"),
         (["--license", "Apache 2.0"], "license='Apache 2.0' is not allowed"),
-        (["--license", "mit", "--max_images", "0"], "max_images=0 is not allowed"),
+        (
+            ["--license", "mit", "--dataset", DIGITS, "--max_images", "0"],
+            "max_images=0 is not allowed",
+        ),
         (["--license", "mit", "--dataset", "/nowhere"], "/nowhere"),
         (["--license", "mit", "--dataset", DIGITS, "--split", "val"], "has no split 'val'"),
         (["--license", "mit", "--dry-run", DIGITS], "holds something else than a model"),
