@@ -37,7 +37,7 @@ def open_labelled(
             f"accuracy on {data.dataset} is not allowed with {type(model).__name__}, which has no "
             "head for classes: finetune it with num_labels first"
         )
-    rows = data.rows(split)
+    rows = data.rows(split, list(model.config.id2label.values()))
     rows.check_labels(model.num_labels)
     if rows.label_names is not None and len(rows.label_names) == model.num_labels:
         check_order(model.config, rows.label_names)

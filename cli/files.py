@@ -5,9 +5,10 @@ from itertools import islice
 from pathlib import Path
 
 from datasets import Image as ImageFeature
-from datasets import load_dataset
 from PIL import Image
 
+from lightning_modules.images import find_image_column
+from lightning_modules.opening import NamedDataset
 from mctf_hf.images import decode
 
 
@@ -33,26 +34,33 @@ def open_images(
 
     Args:
         source: an image file, a folder of images or of parquet files, or a dataset's id on the
-            Hub, whose test, validation or only split with a column ``image`` is read.
+            Hub, whose test, validation or only split is read.
         count: how many; unset, all of them.
         exactly: whether fewer will not do.
 
     Raises:
-        ValueError: if there is no column ``image``, or fewer images than asked for.
-        OSError: for a file that holds no image, or a source that does not exist.
+        ValueError: if there is no column of images or more than one, fewer images than asked for,
+            or one that can't be read.
+        OSError: for a source that does not exist.
     """
+    if not source:
+        raise ValueError(
+            "images='' is not allowed: name an image, a folder of images or of a dataset, or a "
+            "dataset of the Hub"
+        )
     if os.path.isfile(source):
         images = [decode(source, source)]
     else:
-        splits = load_dataset(source)
-        preferred = [name for name in ("test", "validation") if name in splits]
-        rows = splits[(preferred or list(splits))[0]]
-        if "image" not in rows.column_names:
-            raise ValueError(f"{source} has no column 'image', only {rows.column_names}")
-        stored = rows.cast_column("image", ImageFeature(decode=False))["image"]
+        dataset = NamedDataset(source)
+        preferred = [name for name in ("test", "validation") if name in dataset.splits]
+        rows = dataset.load((preferred or dataset.splits)[0])
+        column = find_image_column(rows, source)
+        stored = rows.cast_column(column, ImageFeature(decode=False))[column]
         images = [
             decode(one, f"row {i} of {source}") for i, one in enumerate(islice(stored, count))
         ]
     if exactly and count is not None and len(images) < count:
         raise ValueError(f"{source} has {len(images)} images, not the {count} that are needed")
+    if not images:
+        raise ValueError(f"{source} has no images")
     return images

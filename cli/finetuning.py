@@ -1,5 +1,6 @@
 """``mctf fit``, ``validate``, ``test`` and ``predict``: Lightning's command line on our modules."""
 
+import inspect
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,17 @@ from lightning_modules import (
 from lightning_modules.checkpoint_files import LAST, PREVIOUS
 
 TOLD_TO_STOP = 128 + 15  # the exit status of what SIGTERM ends
+
+
+# Settings of data that a subcommand has a use for; `fit` has one for all but those of others.
+_LOADED = ("batch_size", "eval_batch_size", "num_workers", "on_bad_image")
+_LABELLED = ("dataset", "name", "revision", "image_column", "label_column", "streaming", *_LOADED)
+USED = {
+    "validate": ("train_split", "val_split", "val_fraction", *_LABELLED),
+    "test": ("test_split", *_LABELLED),
+    "predict": ("predict_folder", *_LOADED),
+}
+OF_OTHERS = {"predict_folder": "predict", "test_split": "test"}
 
 
 class FinetuningParser(BriefErrors, LightningArgumentParser):
@@ -89,7 +101,12 @@ class FinetuningCommandLine(LightningCLI):
 
 
 def finetuning(args: Sequence[str] | None = None) -> None:
-    """Run the subcommand that ``args``, or the command line, begins with."""
+    """Run the subcommand that ``args``, or the command line, begins with.
+
+    Raises:
+        ValueError: for an option that has no effect there.
+    """
+    _check_effect(sys.argv[1:] if args is None else args)
     try:
         FinetuningCommandLine(
             MCTFFinetuner,
@@ -105,3 +122,24 @@ def finetuning(args: Sequence[str] | None = None) -> None:
     except SIGTERMException as stopped:
         print(f"mctf: {stopped}", file=sys.stderr)
         sys.exit(TOLD_TO_STOP)
+
+
+def _check_effect(words: Sequence[str]) -> None:
+    """Raise ValueError for an option of the command line that its subcommand has no use for."""
+    command = next((word for word in words if word in ("fit", *USED)), None)
+    for word in words:
+        option = word.partition("=")[0]
+        group, _, name = option.removeprefix("--").partition(".")
+        if command is None or not option.startswith("--"):
+            continue
+        used = True
+        if group == "data" and name in inspect.signature(HFImageDataModule).parameters:
+            used = name in USED[command] if command in USED else name not in OF_OTHERS
+        elif group == "predictions":
+            used = command == "predict"
+        if not used:
+            told = f"settings of data there are {', '.join(USED.get(command, ()))}"
+            raise ValueError(
+                f"{option} is not allowed with `mctf {command}`, where it has no effect"
+                + (f": {told}" if group == "data" and command in USED else "")
+            )

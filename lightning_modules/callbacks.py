@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -156,15 +157,27 @@ def public_name(name: str | None) -> str | None:
 class PredictionFile(BasePredictionWriter):
     """Write predictions to a CSV or JSON Lines file, which appears when all of them are there.
 
+    Its columns are ``file``, ``label`` and ``score``, and where images that can't be read are
+    skipped ``error``, the reason. What a spreadsheet would take for a formula has ``'`` before it
+    in CSV. Bytes of a file's name that are no UTF-8 are written as ``\\udc80`` to ``\\udcff``.
+
     Args:
         path: of the file; it ends in ``.csv`` or ``.jsonl``.
+        top_k: labels of each image, each in a row of its own, from the highest score on. Regression
+            has all of its values.
     """
 
-    def __init__(self, path: str = "predictions.csv"):
+    def __init__(self, path: str = "predictions.csv", top_k: int = 1):
         super().__init__(write_interval="epoch")
         if Path(path).suffix not in (".csv", ".jsonl"):
             raise ValueError(f"path={path!r} is not allowed: it ends in .csv or .jsonl")
+        if top_k < 1:
+            raise ValueError(f"top_k={top_k!r} is not allowed: it is at least 1")
         self.path = Path(path)
+        self.top_k = top_k
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        pl_module.top_k = self.top_k
 
     def write_on_epoch_end(
         self,
@@ -177,19 +190,35 @@ class PredictionFile(BasePredictionWriter):
         if trainer.world_size > 1:  # each process has its share, some padded with repetitions
             shares: list[Any] = [None] * trainer.world_size
             torch.distributed.all_gather_object(shares, rows)
-            rows = list({row["file"]: row for share in shares for row in share}.values())
-            rows.sort(key=lambda row: Path(row["file"]))
+            by_file = {
+                file: list(group)
+                for share in shares
+                for file, group in groupby(share, key=lambda row: row["file"])
+            }
+            rows = [row for file in sorted(by_file, key=Path) for row in by_file[file]]
         if trainer.is_global_zero:
             self._write(rows)
-            rank_zero_info(f"{len(rows)} predictions: {self.path}")
+            skipped = sum(bool(row.get("error")) for row in rows)
+            told = f", and {skipped} images that can't be read" if skipped else ""
+            rank_zero_info(f"{len(rows) - skipped} predictions{told}: {self.path}")
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with draft(self.path) as path, path.open("w", newline="", encoding="utf-8") as file:
+        with (
+            draft(self.path) as path,
+            path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+        ):
             if self.path.suffix == ".csv":
-                writer = csv.DictWriter(file, fieldnames=["file", "label", "score"])
+                columns = list(rows[0]) if rows else ["file", "label", "score"]
+                writer = csv.DictWriter(file, fieldnames=columns)
                 writer.writeheader()
-                writer.writerows(rows)
+                writer.writerows({key: harmless(cell) for key, cell in row.items()} for row in rows)
             else:
                 lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows)
                 file.writelines(f"{line}\n" for line in lines)
+
+
+def harmless(cell: Any) -> Any:
+    """A cell of a CSV file that no spreadsheet takes for a formula."""
+    formula = isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r"))
+    return f"'{cell}" if formula else cell

@@ -1,7 +1,7 @@
 """Images of any Hugging Face dataset, or of a folder, as batches for an image classifier."""
 
-import os
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,20 +9,32 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from datasets import get_dataset_split_names, load_dataset
 from lightning.pytorch.strategies import ModelParallelStrategy
-from PIL import Image
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
+from mctf_hf.images import UnreadableImage, check_head
+
 from .augmentation import Crop, FlipAndCrop
 from .batch_augmentation import BatchAugmentation, Mixing, Normalization, RandomErasing
-from .images import AsBytes, ImageFolder, LabelledImages, OnBadImage, Process, Rows
+from .folders import find_images
+from .images import (
+    AsBytes,
+    ImageFolder,
+    LabelledImages,
+    OnBadImage,
+    Process,
+    Rows,
+    class_names,
+    find_columns,
+)
+from .opening import NamedDataset
 from .processors import output_size
 from .rand_augment import RandAugment
 from .sampling import ResumableDataLoader, ResumableSampler, stop_with_parent_only
 from .shares import EvaluationLoader, OwnShare
-from .streaming import Share, StreamedImages, StreamLoader, count_rows
+from .streaming import Share, StreamedImages, StreamLoader
 
 
 class HFImageDataModule(L.LightningDataModule):
@@ -36,7 +48,8 @@ class HFImageDataModule(L.LightningDataModule):
 
     Args:
         dataset: id of a dataset on the Hugging Face Hub, or a local folder of parquet files or of
-            images in one subfolder per class. Not needed for prediction.
+            images in one subfolder per class, in splits (``train/``, ``val/``, ``test/``) or not;
+            see :func:`open_image_folder`. Not needed for prediction.
         name: configuration of the dataset, if it has several.
         revision: branch, tag or commit of the dataset on the Hub.
         train_split: split to train on.
@@ -45,7 +58,8 @@ class HFImageDataModule(L.LightningDataModule):
         val_fraction: part of the training split to validate on where there is no other.
         test_split: split for the final test.
         image_column: column of the images. Unset: the only one of type image.
-        label_column: column of the labels. Unset: the only one of type class label.
+        label_column: column of the labels: integers, class labels or names. Unset: the only one of
+            type class label, or ``label``, or the only one of texts.
         batch_size: images per process and step in training.
         eval_batch_size: images per process and step otherwise. Unset: the same.
         num_workers: processes that load and augment images; 0 does it in the main process.
@@ -59,7 +73,8 @@ class HFImageDataModule(L.LightningDataModule):
         repeated_augmentation: copies of an image in a global batch, differently augmented; an
             epoch has as many samples as without.
         on_bad_image: ``error`` stops at an image that can't be read. ``skip`` warns and counts it;
-            in training, the next row that can be read takes its place, elsewhere it is left out.
+            in training, the next row that can be read takes its place, in evaluation it is left
+            out, and in prediction its row tells why.
         streaming: read the dataset as a stream, which takes no place on the disk: parquet files
             or tar files in WebDataset format, best with as many shards as a multiple of the
             processes times ``num_workers``.
@@ -146,6 +161,8 @@ class HFImageDataModule(L.LightningDataModule):
         self.predict_folder = predict_folder
         self.seed = seed
         self.label_names: list[str] | None = None
+        self._named: NamedDataset | None = None
+        self._fitting = False
         self._sets: dict[str, TorchDataset] = {}
         self._policy = None if rand_augment is None else RandAugment.parse(rand_augment)
         self._augmentation: BatchAugmentation | None = None
@@ -164,9 +181,12 @@ class HFImageDataModule(L.LightningDataModule):
                     "trainer.strategy: ModelParallelStrategy is not allowed for prediction, where "
                     "processes may have unequal numbers of batches: use ddp"
                 )
-            self._sets["predict"] = ImageFolder(self._image_files(), self._process(processor))
+            self._sets["predict"] = ImageFolder(
+                self._image_files(), self._process(processor), self.on_bad_image
+            )
             return
-        if stage == "fit":
+        self._fitting = stage == "fit"
+        if self._fitting:
             self._augmentation = BatchAugmentation(
                 Normalization.of(processor),
                 model.num_labels,
@@ -179,10 +199,13 @@ class HFImageDataModule(L.LightningDataModule):
         elif not self._sets.keys() >= ({"train", "val"} if stage == "fit" else {"val"}):
             self._open_train_and_val(processor, train=stage == "fit")
         self._check_labels(model.num_labels)
+        names = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}[stage]
+        for name in names:
+            rank_zero_info(f"{name}: {self._sets[name].told()}")
 
     def _open_train_and_val(self, processor: Any, *, train: bool) -> None:
         val_split = self.val_split
-        if val_split is None and "validation" in self._splits():
+        if val_split is None and "validation" in self.named.splits:
             val_split = "validation"
         if val_split is not None:
             self._sets["val"] = self._evaluated(val_split, processor)
@@ -192,9 +215,9 @@ class HFImageDataModule(L.LightningDataModule):
         if self.streaming:
             raise ValueError(
                 f"{self.dataset} has no validation split, and none can be cut from a stream: set "
-                f"val_split to one of {', '.join(self._splits())}"
+                f"val_split to one of {', '.join(self.named.splits)}"
             )
-        rows = self.rows(self.train_split)
+        rows = self._own_rows(self.train_split)
         order = np.random.default_rng([self.seed, len(rows)]).permutation(len(rows))
         cut = max(1, round(len(order) * self.val_fraction))
         if train and cut == len(order):
@@ -216,7 +239,7 @@ class HFImageDataModule(L.LightningDataModule):
         """A split as the image processor makes it."""
         if self.streaming:
             return self._stream(source, self._process(processor), self.eval_batch_size)
-        rows = self.rows(source) if isinstance(source, str) else source
+        rows = self._own_rows(source) if isinstance(source, str) else source
         options |= {"on_bad_image": self.on_bad_image, "leave_out": True}
         return LabelledImages(rows, self._process(processor), **options)
 
@@ -237,11 +260,11 @@ class HFImageDataModule(L.LightningDataModule):
             options |= {"shuffle_buffer": self.shuffle_buffer}
             return self._stream(self.train_split, process, self.batch_size, **options)
         options |= {"seed": self.seed, "on_bad_image": self.on_bad_image}
-        return LabelledImages(rows or self.rows(self.train_split), process, **options)
+        return LabelledImages(rows or self._own_rows(self.train_split), process, **options)
 
     def _stream(self, split: str, process: Any, batch_size: int, **options: Any) -> StreamedImages:
         images = StreamedImages(
-            self._load(split),
+            self.named.load(split, streaming=True),
             f"{self.dataset}, split {split}",
             process,
             share=Share(self.trainer.global_rank, self.trainer.world_size),
@@ -256,34 +279,38 @@ class HFImageDataModule(L.LightningDataModule):
         self.label_names = images.columns.label_names
         return images
 
-    def _splits(self) -> list[str]:
-        if self.dataset is None:
-            raise ValueError("dataset is not set: name a dataset of the Hub or a local folder")
-        if not os.path.exists(self.dataset) and self.dataset.startswith((".", "/", "~")):
-            raise FileNotFoundError(f"dataset={self.dataset!r}: there is no such folder")
-        return get_dataset_split_names(self.dataset, self.name, revision=self.revision)
+    @property
+    def named(self) -> NamedDataset:
+        """The dataset. Raises as :class:`NamedDataset` does."""
+        if self._named is None:
+            self._named = NamedDataset(self.dataset, self.name, self.revision)
+        return self._named
 
-    def rows(self, split: str) -> "Rows":
+    def rows(
+        self, split: str, known: Sequence[str] | None = None, *, all_of_them: bool = False
+    ) -> Rows:
         """Open a split.
+
+        Args:
+            known: names of a model's classes, see :func:`class_names`.
 
         Raises:
             ValueError: for a split or column that is missing.
             FileNotFoundError: for a folder that is missing.
         """
-        origin = f"{self.dataset}, split {split}"
-        return Rows(self._load(split), origin, self.image_column, self.label_column)
+        rows, origin = self.named.load(split), f"{self.dataset}, split {split}"
+        columns = find_columns(rows, origin, self.image_column, self.label_column)
+        if not columns.by_name:
+            return Rows(rows, origin, columns)
+        found = self.named.texts(columns.label)
+        return Rows(rows, origin, columns, class_names(found, known, all_of_them=all_of_them))
 
-    def _load(self, split: str) -> Any:
-        splits = self._splits()
-        if split not in splits:
-            raise ValueError(f"{self.dataset} has no split {split!r}: it has {', '.join(splits)}")
-        return load_dataset(
-            self.dataset,
-            self.name,
-            split=split,
-            revision=self.revision,
-            streaming=self.streaming,
-        )
+    def _own_rows(self, split: str) -> Rows:
+        """The same for the model that is trained or evaluated."""
+        model = self.trainer.lightning_module
+        config = getattr(getattr(model, "model", None), "config", None)
+        known = None if config is None else list(config.id2label.values())
+        return self.rows(split, known, all_of_them=self._fitting)
 
     def _check_labels(self, num_labels: int) -> None:
         """Compare the labels of all open splits with the model's classes."""
@@ -300,11 +327,16 @@ class HFImageDataModule(L.LightningDataModule):
             raise FileNotFoundError(
                 f"predict_folder={self.predict_folder!r}: there is no such folder"
             )
-        known = Image.registered_extensions()
-        files = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in known]
-        if not files:
-            raise ValueError(f"predict_folder={self.predict_folder!r} holds no images")
-        return files
+        found = find_images(folder)
+        if not found.images:
+            left_out = f": left out are {found.told()}" if found.left_out else ""
+            raise ValueError(f"predict_folder={self.predict_folder!r} holds no images{left_out}")
+        if found.left_out:
+            rank_zero_warn(f"{folder}: files are left out: {found.told()}")
+        if self.on_bad_image == "error":
+            _check_heads(found.images)
+        rank_zero_info(f"predict: {len(found.images):,} images")
+        return found.images
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Keep random numbers where they are needed: they decide what the device is told to do."""
@@ -347,9 +379,7 @@ class HFImageDataModule(L.LightningDataModule):
         )
 
     def _train_stream(self, images: StreamedImages, options: dict[str, Any]) -> StreamLoader:
-        rows = self.train_images or count_rows(
-            self.dataset, self.name, self.revision, self.train_split
-        )
+        rows = self.train_images or self.named.count(self.train_split)
         if rows is None:
             raise ValueError(
                 f"train_images is not set, and {images.origin} does not tell how many rows it "
@@ -395,3 +425,18 @@ class HFImageDataModule(L.LightningDataModule):
             share = OwnShare(images, trainer.world_size, trainer.global_rank, shuffle=False)
             return EvaluationLoader(images, sampler=share, **options)
         return DataLoader(images, **options)
+
+
+def _check_heads(files: Sequence[Path]) -> None:
+    """Raise ValueError for files that are no images, before any work is done."""
+    errors = []
+    for file in files:
+        try:
+            check_head(file)
+        except UnreadableImage as error:
+            errors.append(error)
+    if errors:
+        raise ValueError(
+            f"{len(errors)} of {len(files)} files can't be read, the first: {errors[0]}. "
+            "--data.on_bad_image skip classifies the others, and tells of these"
+        )

@@ -29,6 +29,7 @@ from mctf_hf.losses import (
     teacher_amount,
     teacher_limit,
 )
+from mctf_hf.problems import ranked
 
 Batch = dict[str, Any]
 LEARNING_RATE = 1.5e-5  # the paper's, for a global batch of 512
@@ -173,6 +174,7 @@ class MCTFFinetuner(L.LightningModule):
         self.r_max = teacher_limit(self.model.config, r_max)
         self.num_labels: int = self.model.config.num_labels
         self.num_channels: int = self.model.config.num_channels
+        self.top_k = 1  # labels of an image in prediction
         self.loss = TokenReductionConsistency(
             teacher_weight, consistency_weight, confidence_threshold, label_smoothing
         )
@@ -406,14 +408,20 @@ class MCTFFinetuner(L.LightningModule):
         self.log_dict(metrics, prog_bar=True, batch_size=len(labels))
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
+        """Rows of a file, a label and its score, ``top_k`` for each image, see :func:`ranked`.
+
+        An image that could not be read has one row, without label and score, that tells why.
+        """
         logits = self.model(batch["pixel_values"]).logits
         check_scores(logits, f"images from {batch['files'][0]} on")
-        scores, indices = logits.softmax(-1).max(-1)
-        names = self.model.config.id2label
-        found = zip(batch["files"], indices.tolist(), scores.tolist(), strict=True)
-        return [
-            {"file": file, "label": names[index], "score": score} for file, index, score in found
-        ]
+        files, errors = batch["files"], batch.get("errors")
+        rows: list[dict[str, Any]] = []
+        for i, found in enumerate(ranked(logits, self.model.config, self.top_k)):
+            told = {} if errors is None else {"error": errors[i]}
+            if errors is not None and errors[i]:
+                found = [(None, None)]
+            rows += [{"file": files[i], "label": a, "score": score} | told for a, score in found]
+        return rows
 
     def configure_optimizers(self) -> dict[str, Any]:
         hparams, trainer = self.hparams, self.trainer

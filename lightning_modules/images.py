@@ -53,12 +53,14 @@ class Columns(NamedTuple):
     Attributes:
         image: column of the images.
         label: column of the labels.
-        label_names: names of the classes, if the dataset has them.
+        label_names: names of the classes, if the dataset has them in an order.
+        by_name: whether labels are the names themselves, in no order.
     """
 
     image: str
     label: str
     label_names: list[str] | None
+    by_name: bool
 
 
 def find_columns(
@@ -75,22 +77,38 @@ def find_columns(
     Raises:
         ValueError: if a column is missing, can't be told from the others or holds something else.
     """
+    image = find_image_column(rows, origin, image_column)
+    label = label_column
+    if label is None and not _of_kind(rows, ClassLabel):
+        texts = [name for name, feature in rows.features.items() if _is_text(feature)]
+        plain = rows.features.get("label")
+        if _is_text(plain) or _is_integer(plain):
+            label = "label"
+        elif len(texts) == 1:
+            label = texts[0]
+    label = _column(rows, "label_column", label, ClassLabel, origin)
+    feature = rows.features[label]
+    if not (_is_integer(feature) or _is_text(feature) or isinstance(feature, ClassLabel)):
+        raise ValueError(
+            f"label_column={label_column!r} of {origin} holds {feature}: labels are integers, "
+            "names or class labels (datasets' class_encode_column makes them)"
+        )
+    names = list(feature.names) if isinstance(feature, ClassLabel) else None
+    return Columns(image, label, names, _is_text(feature))
+
+
+def find_image_column(
+    rows: Dataset | IterableDataset, origin: str, image_column: str | None = None
+) -> str:
+    """The column of images: the one that is named, or the only one. Raises as find_columns does."""
     if rows.features is None:
         raise ValueError(f"{origin} does not tell its columns: its files can't be streamed")
     image = _column(rows, "image_column", image_column, ImageFeature, origin)
-    label = _column(rows, "label_column", label_column, ClassLabel, origin)
-    feature = rows.features[label]
     if not isinstance(rows.features[image], ImageFeature):
         raise ValueError(
             f"image_column={image!r} of {origin} holds {rows.features[image]}: it is to hold images"
         )
-    integers = isinstance(feature, Value) and feature.dtype.startswith(("int", "uint"))
-    if not integers and not isinstance(feature, ClassLabel):
-        raise ValueError(
-            f"label_column={label_column!r} of {origin} holds {feature}: labels are integers "
-            "or class labels (datasets' class_encode_column makes them)"
-        )
-    return Columns(image, label, list(feature.names) if isinstance(feature, ClassLabel) else None)
+    return image
 
 
 def _column(
@@ -101,13 +119,42 @@ def _column(
         if column not in rows.features:
             raise ValueError(f"{setting}={column!r}: {origin} has the columns {known}")
         return column
-    fitting = [name for name, feature in rows.features.items() if isinstance(feature, kind)]
+    fitting = _of_kind(rows, kind)
     if len(fitting) != 1:
         raise ValueError(
             f"{setting} is not set, and {origin} has {len(fitting)} columns of type "
             f"{kind.__name__} among {known}: name the one to use"
         )
     return fitting[0]
+
+
+def _of_kind(rows: Dataset | IterableDataset, kind: type) -> list[str]:
+    return [name for name, feature in rows.features.items() if isinstance(feature, kind)]
+
+
+def _is_integer(feature: Any) -> bool:
+    return isinstance(feature, Value) and feature.dtype.startswith(("int", "uint"))
+
+
+def _is_text(feature: Any) -> bool:
+    return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
+
+
+def class_names(found: set[str], known: Sequence[str] | None, *, all_of_them: bool) -> list[str]:
+    """The classes, in order, where labels are names.
+
+    Args:
+        found: in a dataset.
+        known: a model's, if it has any.
+        all_of_them: whether the model's count only if all of them are in the dataset.
+
+    Returns:
+        The model's, in its order, if those of the dataset are among them; otherwise the dataset's,
+        sorted.
+    """
+    own = list(known or [])
+    agree = found == set(own) if all_of_them else found <= set(own)
+    return own if agree and len(set(own)) == len(own) else sorted(found)
 
 
 def check_label(label: int, num_labels: int, name: str) -> None:
@@ -122,19 +169,30 @@ def check_label(label: int, num_labels: int, name: str) -> None:
 class Rows:
     """Rows of one split: images, undecoded, and labels as integers.
 
+    Args:
+        rows: the split.
+        origin: what errors call it.
+        columns: of images and labels.
+        names: of the classes, where labels are names.
+
     Raises:
-        ValueError: if a column is missing or can't be told from the others.
+        ValueError: if there are no rows, or one without label.
     """
 
     def __init__(
-        self, rows: Dataset, origin: str, image_column: str | None, label_column: str | None
+        self, rows: Dataset, origin: str, columns: Columns, names: Sequence[str] | None = None
     ):
         self.origin = origin
-        columns = find_columns(rows, origin, image_column, label_column)
         self.image_column, self.label_names = columns.image, columns.label_names
         labels = rows[columns.label][:]
+        if not labels:
+            raise ValueError(f"{origin} has no rows")
         if None in labels:
             raise ValueError(f"row {labels.index(None)} of {origin} has no label")
+        if columns.by_name:
+            self.label_names = list(names or [])
+            numbers = {name: i for i, name in enumerate(self.label_names)}
+            labels = [numbers[name] for name in labels]
         self.labels = np.asarray(labels, dtype=np.int64)
         self.images = rows.select_columns([self.image_column]).cast_column(
             self.image_column, ImageFeature(decode=False)
@@ -200,6 +258,11 @@ class LabelledImages(TorchDataset):
     def __len__(self) -> int:
         return len(self.indices)
 
+    def told(self) -> str:
+        """How much it is, in words."""
+        classes = len(np.unique(self.rows.labels[np.asarray(self.indices)]))
+        return f"{len(self):,} images of {classes:,} classes"
+
     def __getitem__(self, key: int | tuple[int, ...]) -> Sample:
         epoch, index, *copy = key if isinstance(key, tuple) else (0, key)
         asked = int(self.indices[index])
@@ -240,18 +303,31 @@ def make_sample(
 
 
 class ImageFolder(TorchDataset):
-    """Images of files, with the files' names."""
+    """Images of files, with the files' names.
 
-    def __init__(self, files: Sequence[Path], process: Process):
+    Args:
+        files: in the order of the items.
+        process: reads an image and makes its tensor.
+        on_bad_image: ``"skip"`` gives a black image in the place of one that can't be read, and
+            tells the reason as ``errors``.
+    """
+
+    def __init__(self, files: Sequence[Path], process: Process, on_bad_image: OnBadImage = "error"):
         self.files = files
         self.process = process
+        self.on_bad_image = on_bad_image
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Sample:
-        file = self.files[index]
-        return {
-            "pixel_values": self.process(self.process.read(file, str(file))),
-            "files": str(file),
-        }
+        name, reason = str(self.files[index]), ""
+        try:
+            pixel_values = self.process(self.process.read(self.files[index], name))
+        except UnreadableImage as error:
+            if self.on_bad_image == "error":
+                raise
+            warnings.warn(f"{error}: skipped", stacklevel=2)
+            pixel_values, reason = self.process.black()["pixel_values"], str(error)
+        sample = {"pixel_values": pixel_values, "files": name}
+        return sample | ({"errors": reason} if self.on_bad_image == "skip" else {})

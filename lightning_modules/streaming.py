@@ -89,7 +89,13 @@ class StreamedImages(TorchIterableDataset):
         on_bad_image: OnBadImage = "error",
     ):
         self.columns: Columns = find_columns(rows, origin, image_column, label_column)
-        image, label, _ = self.columns
+        self.num_shards: int = rows.num_shards
+        image, label = self.columns.image, self.columns.label
+        if self.columns.by_name:
+            raise ValueError(
+                f"{origin} has names for labels in {label}, whose order a stream does not tell: "
+                "encode them before (datasets' class_encode_column does)"
+            )
         rows = rows.select_columns([image, label]).cast_column(image, ImageFeature(decode=False))
         world_size = share.world_size
         # In evaluation no process has to have as many rows as another one.
@@ -119,6 +125,10 @@ class StreamedImages(TorchIterableDataset):
         # What workers that live on have to know of the epoch: its number, that of the pass through
         # the stream, and how many batches of all workers nobody needs.
         self._epoch = torch.zeros(3, dtype=torch.int64).share_memory_()
+
+    def told(self) -> str:
+        """How much it is, in words."""
+        return f"a stream of images in {self.num_shards} shards"
 
     def begin(self, epoch: int, again: int = 0, unneeded: int = 0) -> None:
         """Say what the next iteration is: pass ``again`` of an epoch, without its first batches.

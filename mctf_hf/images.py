@@ -7,7 +7,8 @@ image or a processor's settings that would fill the memory are refused before th
 import io
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,28 @@ from torch import Tensor
 from .checks import LARGEST_EDGE, check_processor
 
 MODES = {1: "L", 3: "RGB"}  # Pillow's, by the number of channels
+HEIF = (".heic", ".heif", ".hif")
+# Pillow knows their names, but holds no decoder, or runs a program to draw them.
+NOT_READ = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
+
+try:
+    import pillow_heif
+except ImportError:
+    pillow_heif = None
+else:
+    pillow_heif.register_heif_opener()
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file of this name is one of those that can be read, by its ending."""
+    ending = os.path.splitext(name)[1].lower()
+    kind = Image.registered_extensions().get(ending)
+    return kind in Image.OPEN and kind not in NOT_READ
+
+
+def needs_heif(name: str) -> bool:
+    """Whether it takes pillow-heif, which is not installed, to read a file of this name."""
+    return pillow_heif is None and os.path.splitext(name)[1].lower() in HEIF
 
 
 class UnreadableImage(ValueError):
@@ -36,6 +59,14 @@ def read_image(source: Any, channels: int = 3) -> Image.Image:
         ValueError: for more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``, for what is no regular file
             and for numbers that have no highest one: 32-bit integers and real numbers.
     """
+    with _opened(source) as stored:
+        ImageOps.exif_transpose(stored, in_place=True)
+        return in_channels(stored, channels)
+
+
+@contextmanager
+def _opened(source: Any) -> Iterator[Image.Image]:
+    """An image file, of which no more than the head is read yet."""
     if isinstance(source, str | Path) and os.path.exists(source) and not os.path.isfile(source):
         raise ValueError("it is no file")  # a pipe would be waited for
     with Image.open(source) as stored:
@@ -44,10 +75,9 @@ def read_image(source: Any, channels: int = 3) -> Image.Image:
             raise ValueError(
                 f"{stored.height} x {stored.width} pixels are more than {most:,}, Pillow's limit"
             )
-        if stored.format == "EPS":
-            raise ValueError("EPS files are programs, which are not run")
-        ImageOps.exif_transpose(stored, in_place=True)
-        return in_channels(stored, channels)
+        if stored.format in NOT_READ:
+            raise ValueError(f"{stored.format} files are not read")
+        yield stored
 
 
 def in_channels(image: Image.Image, channels: int = 3) -> Image.Image:
@@ -81,8 +111,25 @@ def decode(stored: dict[str, Any] | str | Path | None, name: str, channels: int 
     if isinstance(stored, dict):
         name += f" ({stored['path']})" if stored["path"] else ""
         source = stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"])
-    try:
+    with _named(name):
         return read_image(source, channels)
+
+
+def check_head(file: Path) -> None:
+    """Look at the head of an image file alone, which tells its format and size.
+
+    Raises:
+        UnreadableImage: if it is none, or none that is read; what follows the head may be damaged.
+    """
+    with _named(str(file)), _opened(file):
+        pass
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Tell the name of an image that can't be read."""
+    try:
+        yield
     except MemoryError:
         raise
     except Exception as error:  # of a damaged file Pillow may raise anything

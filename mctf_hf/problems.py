@@ -43,3 +43,18 @@ def scores(logits: Tensor, config: Any) -> Tensor:
     if problem == REGRESSION:
         return logits
     return logits.sigmoid() if problem == MULTI else logits.softmax(-1)
+
+
+def ranked(logits: Tensor, config: Any, top_k: int = 1) -> list[list[tuple[str, float]]]:
+    """Names and scores of the labels of images, of their logits (b, num_labels).
+
+    The ``top_k`` highest scores, highest first; for regression all values, in their order.
+    """
+    found, names = scores(logits, config), config.id2label
+    if problem_type(config) == REGRESSION:
+        return [[(names[i], value) for i, value in enumerate(row)] for row in found.tolist()]
+    best, indices = found.topk(min(top_k, found.shape[-1]))
+    return [
+        [(names[i], score) for i, score in zip(*row, strict=True)]
+        for row in zip(indices.tolist(), best.tolist(), strict=True)
+    ]

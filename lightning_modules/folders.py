@@ -1,0 +1,218 @@
+"""Folders of images, read as they are laid out: one subfolder per class, or splits of such folders.
+
+``datasets`` guesses splits from words anywhere in a path and takes paths for patterns; here names
+mean nothing but what :func:`open_image_folder` says.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet
+from datasets import Dataset
+from datasets import Image as ImageFeature
+from lightning.pytorch.utilities import rank_zero_warn
+
+from mctf_hf.images import is_image_name, needs_heif
+
+LABEL = "label"  # the column of the classes' names
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+TABLES = (".parquet", ".arrow")  # where one lies, images beside it are of its page
+
+
+@dataclass
+class Found:
+    """What lies in a folder.
+
+    Attributes:
+        images: files that hold images by their names, in order.
+        tables: files that ``datasets`` reads.
+        left_out: how many files are not used, by reason.
+    """
+
+    images: list[Path] = field(default_factory=list)
+    tables: list[Path] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    def told(self) -> str:
+        """What is left out, in words; empty if it is nothing."""
+        return ", ".join(f"{count} {reason}" for reason, count in sorted(self.left_out.items()))
+
+
+def find_images(folder: Path) -> Found:
+    """Look for images in a folder and its subfolders, through links, in the order of their paths.
+
+    Hidden files, and those whose names begin with two underscores, are left out.
+    """
+    found = Found()
+    for path in _walk(folder, (), found):
+        if needs_heif(path.name):
+            found.left_out["HEIC (pip install 'mctf-hf[heic]' for them)"] += 1
+        elif is_image_name(path.name):
+            found.images.append(path)
+        elif path.suffix.lower() in TABLES and path.name not in METADATA:
+            found.tables.append(path)
+        elif path.name not in METADATA:
+            found.left_out["that are no images by their names"] += 1
+    return found
+
+
+def _walk(folder: Path, above: tuple[tuple[int, int], ...], found: Found) -> Iterator[Path]:
+    """The regular files of a folder; ``above`` are the folders that it lies in."""
+    own = folder.stat()
+    identity = (own.st_dev, own.st_ino)
+    if identity in above:
+        found.left_out["that are links to a folder around them"] += 1
+        return
+    with os.scandir(folder) as entries:
+        listed = sorted(entries, key=lambda entry: entry.name)
+    for entry in listed:
+        if entry.name.startswith((".", "__")):
+            if is_image_name(entry.name):
+                found.left_out["hidden"] += 1
+        elif entry.is_dir():
+            yield from _walk(folder / entry.name, (*above, identity), found)
+        elif entry.is_file():
+            yield folder / entry.name
+        elif entry.is_symlink():
+            found.left_out["that are links to nothing"] += 1
+        else:
+            found.left_out["that are no regular files"] += 1
+
+
+def open_image_folder(folder: Path) -> dict[str, Dataset] | None:
+    """The splits of a folder of images, by their canonical names; None if it is no such folder.
+
+    Subfolders that are all named as splits are (``train``, ``val``, ``validation``, ``test``, …),
+    if one of them has subfolders with images, or a metadata file, are splits. Otherwise all is one
+    split, ``train``. The subfolders of a split are its classes, with all images below them. Where
+    a ``metadata.csv``, ``.jsonl`` or ``.parquet`` lies in a split, its rows count instead: files by
+    ``file_name``, and further columns.
+
+    Returns:
+        Rows with a column ``image`` and, unless there are no classes, ``label``: a class's name.
+
+    Raises:
+        ValueError: if some subfolders look like splits and others like classes, or for a metadata
+            file that is wrong.
+    """
+    found = find_images(folder)
+    if found.tables or not found.images or _is_configured(folder):
+        return None
+    subfolders: dict[str, list[Path]] = {}
+    for path in found.images:
+        first, *below = path.relative_to(folder).parts
+        if below:
+            subfolders.setdefault(first, []).append(path)
+    divided = [
+        name
+        for name, images in subfolders.items()
+        if name.lower() in SPLITS and _is_divided(folder / name, images)
+    ]
+    if _metadata_file(folder) is not None:
+        divided = []
+    others = [name for name in subfolders if name.lower() not in SPLITS]
+    if divided and others:
+        raise ValueError(
+            f"{folder} holds {', '.join(divided)} with subfolders, as splits have them, and "
+            f"{', '.join(others)}: name all subfolders as splits or none"
+        )
+    if not divided:
+        splits = {"train": _rows(folder, found.images, found.left_out)}
+    else:
+        names = [SPLITS[name.lower()] for name in subfolders]
+        if len(set(names)) < len(names):
+            raise ValueError(f"{folder} holds {', '.join(subfolders)}: two of them are one split")
+        splits = {
+            SPLITS[name.lower()]: _rows(folder / name, images, found.left_out)
+            for name, images in subfolders.items()
+        }
+        outside = len(found.images) - sum(map(len, subfolders.values()))
+        found.left_out["that are in no split"] += outside
+    found.left_out = +found.left_out
+    if found.left_out:
+        rank_zero_warn(f"{folder}: files are left out: {found.told()}")
+    return splits
+
+
+def _is_configured(folder: Path) -> bool:
+    """Whether a dataset's card says how its files are to be read."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return False
+    text = card.read_text(errors="replace")
+    return text.startswith("---") and "\nconfigs:" in text.split("\n---")[0]
+
+
+def _is_divided(folder: Path, images: Sequence[Path]) -> bool:
+    """Whether a folder has subfolders with images, or a metadata file."""
+    nested = any(path.parent != folder for path in images)
+    return nested or _metadata_file(folder) is not None
+
+
+def _metadata_file(folder: Path) -> Path | None:
+    """The metadata file of a split, if it has one."""
+    present = [folder / name for name in METADATA if (folder / name).is_file()]
+    if len(present) > 1:
+        raise ValueError(f"{' and '.join(map(str, present))} are not allowed: one of them is")
+    return present[0] if present else None
+
+
+def _rows(folder: Path, images: Sequence[Path], left_out: Counter[str]) -> Dataset:
+    """The rows of one split."""
+    metadata = _metadata_file(folder)
+    usable = [path for path in images if _is_text(str(path))]
+    left_out["whose names are not UTF-8"] += len(images) - len(usable)
+    if metadata is not None:
+        columns = _metadata(metadata, usable, left_out)
+    else:
+        classes = [path.relative_to(folder).parts[:-1] for path in usable]
+        if any(classes):
+            left_out["that are in no class folder"] += classes.count(())
+            usable = [path for path, parts in zip(usable, classes, strict=True) if parts]
+            columns = {LABEL: [parts[0] for parts in classes if parts]}
+        else:
+            columns = {}
+        columns = {"image": list(map(str, usable)), **columns}
+    return Dataset.from_dict(columns).cast_column("image", ImageFeature())
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _metadata(file: Path, images: Sequence[Path], left_out: Counter[str]) -> dict[str, list[Any]]:
+    """Columns of a split, of which a metadata file tells the images."""
+    folder = file.parent
+    read = {".csv": pa.csv.read_csv, ".jsonl": pa.json.read_json, ".parquet": pa.parquet.read_table}
+    try:
+        columns = read[file.suffix](file).to_pydict()
+    except pa.ArrowException as error:
+        raise ValueError(f"{file} can't be read: {error}") from error
+    if "file_name" not in columns or "image" in columns:
+        raise ValueError(
+            f"{file} has the columns {', '.join(columns)}: it has a column file_name, and none "
+            "called image"
+        )
+    known = {path.relative_to(folder).as_posix() for path in images}
+    names = columns.pop("file_name")
+    for row, told in enumerate(names):
+        if told not in known:
+            raise ValueError(f"row {row} of {file}: there is no image {told!r} in {folder}")
+    left_out[f"that {file.name} does not tell of"] += len(known - set(names))
+    return {"image": [str(folder / told) for told in names], **columns}
