@@ -30,7 +30,7 @@ class Guide:
     """
 
     def __init__(self, name: str, config: MCTFViTConfig, image_processor: Any):
-        self.model = AutoModelForImageClassification.from_pretrained(name)
+        self.model = AutoModelForImageClassification.from_pretrained(name, dtype=torch.float32)
         self.model.eval().requires_grad_(False)
         _check_classes(name, self.model.config, config)
         own = load_image_processor(name)

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Collection
 from typing import Any
 
+import torch
 from transformers import ViTImageProcessorPil
 
 from lightning_modules.processors import settle_size
@@ -70,6 +71,7 @@ def load_or_make(
         **labels,
         **fusion,
         **size,
+        dtype=torch.float32,  # whatever the file holds: trainer.precision decides
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )

@@ -1,0 +1,94 @@
+"""What ``mctf fit`` makes of checkpoints, settings and folders, seen from the keyboard."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+
+from cli.main import main
+from tests.conftest import DIGITS, TINY
+from tests.test_conversion import in_timm_names
+
+FEW_STEPS: tuple[Any, ...] = (
+    "--data.dataset", DIGITS, "--data.num_workers", 0, "--data.batch_size", 16,
+    "--trainer.accelerator", "cpu", "--trainer.max_epochs", 1, "--trainer.limit_train_batches", 3,
+    "--trainer.limit_val_batches", 1, "--summary.enabled", "false",
+    "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false",
+)  # fmt: skip
+
+
+def run(command: str, *words: Any) -> None:
+    main([command, *map(str, words)])
+
+
+def refused(command: str, *words: Any, capsys: pytest.CaptureFixture) -> str:
+    """What a command prints that is refused."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        run(command, *words)
+    assert stopped.value.code == 1
+    return capsys.readouterr().err
+
+
+def plain_vit(folder: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Save a plain ViT, and return its weights in float32."""
+    torch.manual_seed(0)
+    model = ViTForImageClassification(ViTConfig(**{**TINY, "num_labels": 10})).to(dtype)
+    model.save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return {name: weight.float() for name, weight in model.state_dict().items()}
+
+
+def part_changed(found: dict[str, Tensor], before: dict[str, Tensor]) -> float:
+    same = sum((found[name].float() == weight).sum().item() for name, weight in before.items())
+    return 1 - same / sum(weight.numel() for weight in before.values())
+
+
+@pytest.mark.parametrize(
+    ("stored", "precision", "kept", "least", "most"),
+    [
+        (torch.bfloat16, "bf16-mixed", torch.float32, 0.9, 1),
+        (torch.float16, "32-true", torch.float32, 0.9, 1),
+        (torch.bfloat16, "bf16-true", torch.bfloat16, 0, 0.5),  # rounded away, as asked for
+    ],
+)
+def test_training_holds_float32_weights_unless_told_otherwise(
+    stored: torch.dtype, precision: str, kept: torch.dtype, least: float, most: float
+) -> None:
+    before = plain_vit("plain", stored)
+    run("fit", "--model.pretrained", "plain", "--model.r", 6, "--export.folder", "trained",
+        "--trainer.precision", precision, "--last.folder", "kept", *FEW_STEPS)  # fmt: skip
+    found = load_file("trained/model.safetensors")
+    assert {weight.dtype for weight in found.values()} == {kept}
+    assert least <= part_changed(found, before) <= most
+    assert all(torch.isfinite(weight).all() for weight in found.values())
+    state = torch.load("kept/last.ckpt")
+    moments = [
+        value for one in state["optimizer_states"][0]["state"].values() for value in one.values()
+    ]
+    assert {weight.dtype for weight in state["state_dict"].values() if weight.ndim} == {kept}
+    assert {moment.dtype for moment in moments if moment.ndim} == {kept}
+
+
+def test_a_converted_file_in_float16_trains_too() -> None:
+    before = plain_vit("plain", torch.float16)
+    weights = {name: weight.half() for name, weight in before.items()}
+    torch.save(in_timm_names(weights), "timm.pth")
+    run("convert", "timm.pth,r=6", "--output", "converted", "--num-heads", 2)
+    assert load_file("converted/model.safetensors").popitem()[1].dtype == torch.float16
+    run("fit", "--model.pretrained", "converted", "--export.folder", "trained", *FEW_STEPS)
+    found = load_file("trained/model.safetensors")
+    assert {weight.dtype for weight in found.values()} == {torch.float32}
+    assert part_changed(found, before) > 0.9
+
+
+def test_a_guide_in_float16_teaches_a_mixed_training() -> None:
+    plain_vit("guide", torch.float16)
+    plain_vit("plain", torch.float32)
+    run("fit", "--model.pretrained", "plain", "--model.r", 6, "--model.distill_from", "guide",
+        "--trainer.precision", "bf16-mixed", "--export.folder", "trained", *FEW_STEPS)  # fmt: skip
+    assert Path("trained/config.json").exists()
