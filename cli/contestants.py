@@ -15,7 +15,14 @@ from mctf_hf.configuration_mctf import as_pair
 from mctf_hf.cost import multiply_accumulates
 from mctf_hf.hub import HUB_ID, load_image_processor
 from mctf_hf.presets import PRESETS, preset, preset_class
-from mctf_hf.registry import BACKBONES, class_of, plain_class, plain_config
+from mctf_hf.registry import (
+    BACKBONES,
+    class_of,
+    only_if_asked,
+    plain_class,
+    plain_config,
+    settings_for,
+)
 
 SETTINGS = ("attn_implementation", "compile", "slice")
 
@@ -94,14 +101,12 @@ def _from_preset(
 ) -> tuple[nn.Module, Any, int]:
     """A model with random weights, its configuration, and what it costs."""
     sizes = {} if image_size is None else {"image_size": image_size}
-    settings = resolve(preset(name, **sizes), settings, image_size)
-    config = preset(name, **sizes, **settings)
-    config.check_effect(settings)
+    chosen = resolve(preset(name, **sizes), only_if_asked(settings), image_size)
+    config = preset(name, **sizes, **chosen)
+    config.check_effect(chosen)
     own = preset_class(name)
     special = getattr(config, "distillation_token", False)
     if settings or plain_class(own) is None or special:
-        if not settings:
-            config.reduction = "none"
         model = own._from_config(config, **attention)
         return model, config, multiply_accumulates(model, image_size=image_size)
     plain = plain_class(own)._from_config(plain_config(own, config), **attention)
@@ -120,7 +125,7 @@ def _from_checkpoint(
     plain = plain_class(own)
     stored = AutoConfig.from_pretrained(name).model_type
     if settings or plain is None or stored in BACKBONES:
-        settings = resolve(config, settings, image_size)
+        settings = resolve(config, settings_for(name, settings), image_size)
         model, report = own.from_pretrained(
             name, **settings, **size, **attention, output_loading_info=True
         )

@@ -11,7 +11,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from cli.models import parse, resolve
 from cli.parsing import ArgumentParser
-from lightning_modules.evaluation import told
+from lightning_modules.evaluation import told_fusion
 from lightning_modules.processors import settle_size
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
 from mctf_hf.checkpoints import SUFFIXES, read_checkpoint
@@ -19,7 +19,7 @@ from mctf_hf.configuration_mctf import as_pair
 from mctf_hf.conversion import build_model, infer_config, load_pretrained
 from mctf_hf.cost import describe
 from mctf_hf.hub import HUB_ID, check_folder, load_image_processor, save
-from mctf_hf.registry import backbone_of, output_of
+from mctf_hf.registry import backbone_of, only_if_asked, output_of, settings_for
 from mctf_hf.sources import SOURCES, detect_source
 
 BICUBIC = 3
@@ -112,7 +112,7 @@ def _source(name: str, source: str | None) -> str | None:
 def _from_folder(name: str, settings: dict[str, Any], processor: str | None) -> tuple[Any, Lines]:
     config = backbone_of(name).config.from_pretrained(name)
     size = settle_size(config, load_image_processor(processor or name))
-    settings = resolve(config, settings)
+    settings = resolve(config, settings_for(name, settings))
     model = load_pretrained(name, **settings, **size)
     return model, {"read": f"{len(model.state_dict())} weights of {name}"}
 
@@ -128,7 +128,7 @@ def _from_file(
     source = source or detect_source(found.weights)
     try:
         config = infer_config(found.weights, source, num_heads)
-        settings = resolve(config, settings)
+        settings = resolve(config, only_if_asked(settings))
         config = infer_config(found.weights, source, num_heads, **settings)
         model = build_model(found.weights, source, config)
     except ValueError as error:
@@ -217,8 +217,6 @@ def evaluation_processor(config: MCTFViTConfig) -> ViTImageProcessorPil:
 def _summary(model: Any, processor: str) -> Lines:
     config, described = model.config, describe(model)
     height, width = config.usual_size
-    fused, own = config.tokens_fused(config.num_tokens()), config.own_amount()
-    plain, cost = (described.of(config, r=r) for r in (0, None))
     read = output_of(model)
     return {
         "architecture": f"{config.hidden_size} wide, {config.num_hidden_layers} layers, "
@@ -226,9 +224,7 @@ def _summary(model: Any, processor: str) -> Lines:
         + (f"{config.num_labels} labels" if read == "logits" else read),
         "images": f"{_by((config.num_channels, height, width))}, patches of "
         f"{_by(as_pair(config.patch_size))}",
-        "fusion": f"{config.reduction}, {told(own)}: {config.num_tokens()} tokens become "
-        f"{config.num_tokens() - sum(fused)}",
-        "GMACs": f"{plain / 1e9:.4f} without fusion, {cost / 1e9:.4f} with it",
+        "fusion": told_fusion(config, described),
         "image processor": processor,
     }
 

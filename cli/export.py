@@ -22,6 +22,7 @@ from mctf_hf.export import TOLERANCE, Agreement
 from mctf_hf.files import draft
 from mctf_hf.images import ImageReader
 from mctf_hf.presets import PRESETS, preset, preset_class
+from mctf_hf.registry import only_if_asked
 
 WRITE = {".onnx": exporting.to_onnx, ".pt2": exporting.to_torch_export}
 RUNTIME = {".onnx": "onnxruntime", ".pt2": "torch.export"}
@@ -97,7 +98,7 @@ def _load(words: str) -> tuple[Any, Any]:
     if name not in PRESETS:
         model, processor = load(words)
         return model.float(), processor
-    config = preset(name, **resolve(preset(name), settings))
+    config = preset(name, **resolve(preset(name), only_if_asked(settings)))
     config.check_effect(settings)
     torch.manual_seed(0)
     return preset_class(name)(config).eval(), None

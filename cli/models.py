@@ -14,7 +14,7 @@ from mctf_hf.conversion import load_pretrained
 from mctf_hf.cost import resolve_budget
 from mctf_hf.hub import load_image_processor
 from mctf_hf.registry import FUSION_SETTINGS as FUSION
-from mctf_hf.registry import backbone_of
+from mctf_hf.registry import backbone_of, settings_for
 
 
 def parse(words: str, more: Sequence[str] = ()) -> tuple[str, dict[str, Any]]:
@@ -83,7 +83,8 @@ def load(words: str) -> tuple[Any, Any]:
     """A model for inference and its image processor, from ``NAME[,setting=value…]``.
 
     Args:
-        words: NAME is a local folder or an id on the Hub, of this library's models or plain ones.
+        words: NAME is a local folder or an id on the Hub, of this library's models or plain ones,
+            which fuse nothing unless a setting of fusion is given.
 
     Raises:
         ValueError: for an unknown setting, a value that is not allowed, or weights that are not
@@ -94,7 +95,7 @@ def load(words: str) -> tuple[Any, Any]:
     config = backbone_of(name).config.from_pretrained(name)
     processor = load_image_processor(name)
     size = settle_size(config, processor)
-    settings = resolve(config, settings)
+    settings = resolve(config, settings_for(name, settings))
     model = load_pretrained(name, **settings, **size)
     model.config.check_effect(settings)
     return model, processor

@@ -8,17 +8,31 @@ import torch
 from lightning_modules.images import NOT_COUNTED
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
 from mctf_hf.checks import check_scores
-from mctf_hf.cost import keep_rate_for_budget, r_for_budget
+from mctf_hf.cost import Description, keep_rate_for_budget, r_for_budget
+from mctf_hf.registry import NOTHING
 
 BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5)
 
 Amount = dict[str, Any]  # r or keep_rate, as an argument of the model
-NOTHING: Amount = {"r": 0}
 
 
 def told(amount: Amount) -> str:
     """An amount in words, such as ``r 16``."""
     return ", ".join(f"{name} {value}" for name, value in amount.items())
+
+
+def told_fusion(config: MCTFViTConfig, described: Description) -> str:
+    """What a model fuses, and what that saves of its cost, in a line."""
+    tokens, plain = config.num_tokens(), described.of(config, **NOTHING) / 1e9
+    fused = config.tokens_fused(tokens)
+    if not any(fused):
+        return f"none: all {tokens} tokens stay, {plain:.4f} GMACs"
+    cost = described.of(config) / 1e9
+    saved = f"{cost:.4f} GMACs, {plain:.4f} without ({100 * (cost / plain - 1):+.0f}%)"
+    return (
+        f"{config.reduction}, {told(config.own_amount())}: {tokens} tokens become "
+        f"{tokens - sum(fused)} (by layer: {', '.join(map(str, fused))} fewer); {saved}"
+    )
 
 
 def sweep(config: MCTFViTConfig) -> list[Amount]:

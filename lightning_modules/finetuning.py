@@ -15,12 +15,13 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_modules.distillation import Guide
+from lightning_modules.evaluation import told_fusion
 from lightning_modules.images import NOT_COUNTED
 from lightning_modules.pretrained import load_or_make
 from lightning_modules.schedule import cosine_with_cooldown, parameter_groups
 from mctf_hf import MCTFViTConfig
 from mctf_hf.checks import check_scores
-from mctf_hf.cost import resolve_budget
+from mctf_hf.cost import describe, resolve_budget
 from mctf_hf.losses import (
     Distillation,
     TokenReductionConsistency,
@@ -63,8 +64,9 @@ class MCTFFinetuner(L.LightningModule):
         config: settings of ``MCTFViTConfig`` for training from scratch.
         num_labels: give the model a new head with so many classes. Unset: keep its own.
         reduction: method of token reduction, ``mctf``, ``tome``, ``evit``, ``token_mergence`` or
-            ``none``. Unset, here and in the next four: as ``pretrained`` has it, or the defaults of
-            ``MCTFViTConfig`` (``mctf`` with an ``r`` of 16) where it is a plain ViT.
+            ``none``. Unset, here and in the next four: as ``pretrained`` has it. Nothing is fused
+            where that is a plain model, or unset, and all of them are; what only some of them set
+            has the defaults of ``MCTFViTConfig`` for the others.
         r: tokens that each fusing layer fuses: a count, a fraction, a list with one per layer, or
             ``auto:0.56`` for the list that leaves 56% of the multiply-accumulates.
         keep_rate: instead of ``r`` with ``evit`` and ``token_mergence``: part of the patch tokens
@@ -231,8 +233,7 @@ class MCTFFinetuner(L.LightningModule):
                 has them in another order.
         """
         config = self.model.config
-        fused = ", ".join(map(str, config.tokens_fused(config.num_tokens())))
-        rank_zero_info(f"reduction={config.reduction}: the layers fuse {fused} tokens")
+        rank_zero_info(f"fusion: {told_fusion(config, describe(config))}")
         if stage == "fit":
             weights = [(weight.numel(), weight.requires_grad) for weight in self.model.parameters()]
             trained = sum(count for count, learns in weights if learns)

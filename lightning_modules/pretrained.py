@@ -11,7 +11,14 @@ from lightning_modules.processors import settle_size
 from mctf_hf import MCTFViTConfig
 from mctf_hf.checks import check_weights
 from mctf_hf.hub import load_image_processor
-from mctf_hf.registry import BACKBONES, FUSION_SETTINGS, backbone_of, build
+from mctf_hf.registry import (
+    BACKBONES,
+    FUSION_SETTINGS,
+    backbone_of,
+    build,
+    only_if_asked,
+    settings_for,
+)
 
 
 def load_or_make(
@@ -27,7 +34,8 @@ def load_or_make(
         config: settings of ``MCTFViTConfig`` for a model from scratch, or those of another
             configuration of this library with its ``model_type``, or None.
         num_labels: give the model a new head with so many classes; None keeps its own.
-        fusion: settings of fusion by name, which replace those of the model.
+        fusion: settings of fusion by name, which replace those of the model. Without any, a plain
+            checkpoint and a model from scratch fuse nothing.
 
     Raises:
         ValueError: for settings that do not exist, or weights that do not fit or are not finite;
@@ -51,7 +59,7 @@ def load_or_make(
         config_class = BACKBONES[model_type].config
         names = [field.name for field in dataclasses.fields(config_class)]
         _check_names("config", config, (*names, "num_labels"))
-        model_config = config_class(**{**config, **labels, **fusion})
+        model_config = config_class(**only_if_asked({**config, **labels, **fusion}))
         height, width = model_config.usual_size
         half = [0.5] * model_config.num_channels
         processor = ViTImageProcessorPil(
@@ -65,6 +73,7 @@ def load_or_make(
     if "drop_path_rate" not in known and not fusion.get("drop_path_rate"):
         fusion = {name: value for name, value in fusion.items() if name != "drop_path_rate"}
     _check_names(f"fusion with {pretrained}", fusion, known)
+    fusion = settings_for(pretrained, fusion)
     size = settle_size(backbone.config.from_pretrained(pretrained), processor)
     model, report = backbone.classifier.from_pretrained(
         pretrained,

@@ -166,6 +166,28 @@ FUSION_SETTINGS: tuple[str, ...] = tuple(
     )
 )
 
+NOTHING: dict[str, Any] = {"r": 0}  # the amount that fuses nothing, whatever the method
+
+
+def only_if_asked(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings for a plain model, which fuse nothing where none of them is one of fusion."""
+    asked = settings.keys() & {field.name for field in fields(FusionConfigMixin)}
+    return dict(settings) if asked else {**settings, **NOTHING}
+
+
+def settings_for(name: str | os.PathLike, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings to load a folder or Hub id with, of this library's models or plain ones.
+
+    A plain checkpoint is the plain model unless a setting of fusion is given; one of this library
+    fuses as its configuration says.
+
+    Raises:
+        OSError: if there is no such model.
+    """
+    stored, _ = PreTrainedConfig.get_config_dict(name)
+    own = str(stored.get("model_type")) in BACKBONES
+    return dict(settings) if own else only_if_asked(settings)
+
 
 def backbone_of(name: str | os.PathLike) -> Backbone:
     """The backbone that loads a folder or Hub id: for all that is of none, the ViT.

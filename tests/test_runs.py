@@ -1,15 +1,19 @@
 """What ``mctf fit`` makes of checkpoints, settings and folders, seen from the keyboard."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import load_dataset
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from cli.main import main
+from lightning_modules import MCTFFinetuner
+from mctf_hf import MCTFViTForImageClassification
 from tests.conftest import DIGITS, TINY
 from tests.test_conversion import in_timm_names
 
@@ -92,3 +96,51 @@ def test_a_guide_in_float16_teaches_a_mixed_training() -> None:
     run("fit", "--model.pretrained", "plain", "--model.r", 6, "--model.distill_from", "guide",
         "--trainer.precision", "bf16-mixed", "--export.folder", "trained", *FEW_STEPS)  # fmt: skip
     assert Path("trained/config.json").exists()
+
+
+def plain_accuracy(folder: str) -> float:
+    """Of transformers' own model on the test images of the digits."""
+    model = ViTForImageClassification.from_pretrained(folder).eval()
+    rows = load_dataset(DIGITS, split="test")
+    processor = ViTImageProcessorPil.from_pretrained(folder)
+    pixels = processor([row.convert("RGB") for row in rows["image"]], return_tensors="pt")
+    with torch.inference_mode():
+        found = model(**pixels).logits.argmax(-1)
+    return (found == torch.tensor(rows["label"][:])).float().mean().item()
+
+
+def test_a_plain_checkpoint_is_the_plain_model_for_every_command(
+    capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain_vit("plain", torch.float32)
+    expected = plain_accuracy("plain")
+    data = ("--data.dataset", DIGITS, "--data.num_workers", 0, "--trainer.accelerator", "cpu",
+            "--trainer.logger", "false")  # fmt: skip
+    capsys.readouterr()
+    run("test", "--model.pretrained", "plain", *data)
+    accuracy = re.search(r"test/accuracy\W+([\d.]+)", capsys.readouterr().out)
+    assert accuracy is not None and float(accuracy[1]) == pytest.approx(expected)
+    run("convert", "plain", "--output", "converted")
+    assert "none: all 65 tokens stay" in capsys.readouterr().out
+    assert MCTFViTForImageClassification.from_pretrained("converted").config.r == 0
+    run("visualize", "plain", "plain,r=4", "--images", DIGITS, "--output", "drawn.png")
+    shown = capsys.readouterr().out
+    assert "plain: 65 -> 65 tokens" in shown and "r=4: 65 -> 49 tokens" in shown
+    with caplog.at_level("INFO"):
+        run("fit", "--model.pretrained", "plain", "--export.folder", "trained", *FEW_STEPS)
+    assert "fusion: none: all 65 tokens stay, 0.0034 GMACs" in caplog.text
+    trained = MCTFViTForImageClassification.from_pretrained("trained")
+    assert not any(trained.config.tokens_fused(65))
+    run("fit", "--model.pretrained", "trained", "--model.r", 6, "--export.folder", "fused",
+        *FEW_STEPS)  # fmt: skip
+    assert "fusion: mctf, r 6: 65 tokens become 41 (by layer: 0, 6, 6, 6, 6 fewer)" in caplog.text
+    capsys.readouterr()
+    run("visualize", "fused", "--images", DIGITS, "--output", "drawn.png")  # as its config says
+    assert "fused: 65 -> 41 tokens" in capsys.readouterr().out
+
+
+def test_a_model_from_scratch_fuses_what_is_asked_for() -> None:
+    config = {**TINY, "num_labels": 10}
+    assert not any(MCTFFinetuner(config=config).model.config.tokens_fused(65))
+    assert MCTFFinetuner(config=config | {"r": 3}).model.config.r == 3
+    assert MCTFFinetuner(config=config, reduction="tome").model.config.r == 16

@@ -137,7 +137,7 @@ def test_validate_and_test_report_accuracy(
         split = {"validate": "val", "test": "test"}[command]
         (shown,) = re.findall(rf"{split}/accuracy +│ +([\d.]+)", capsys.readouterr().out)
         assert 0 <= float(shown) <= 1
-        assert "the layers fuse 0, 6, 6, 6, 6 tokens" in caplog.text
+        assert "by layer: 0, 6, 6, 6, 6 fewer" in caplog.text
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
