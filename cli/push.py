@@ -19,8 +19,8 @@ from cli.files import open_images
 from cli.models import load, parse
 from cli.options import command, read, refuse
 from cli.parsing import ArgumentParser
-from lightning_modules.callbacks import public_name
 from lightning_modules.data import HFImageDataModule
+from lightning_modules.run_settings import public_name
 from mctf_hf import MCTFViTForImageClassification
 from mctf_hf.files import read_object
 from mctf_hf.hub import (

@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import re
 from collections.abc import Sequence
 from functools import partial
 from itertools import groupby
@@ -19,8 +18,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule
 
 from lightning_modules.checkpoint_files import SafeCheckpointIO
-from lightning_modules.checkpoints import AveragedWeights, by_the_first, is_there
+from lightning_modules.checkpoints import by_the_first, is_there
 from lightning_modules.locks import FolderLock
+from lightning_modules.run_settings import ema_decay, public_name
 from mctf_hf.files import draft
 from mctf_hf.hub import TRAINING, check_folder, save
 from mctf_hf.losses import told_limit
@@ -126,7 +126,7 @@ def training_record(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[st
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
         "gradient_clip_val": trainer.gradient_clip_val,
         "precision": str(trainer.precision),
-        "ema_decay": _ema_decay(trainer),
+        "ema_decay": ema_decay(trainer),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "lightning": L.__version__,
@@ -140,18 +140,6 @@ def training_record(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[st
         for name in ("teacher_weight", "consistency_weight", "confidence_threshold"):
             del record[name]
     return {name: value for name, value in record.items() if value is not None}
-
-
-def _ema_decay(trainer: L.Trainer) -> float | None:
-    averages = (call for call in trainer.callbacks if isinstance(call, AveragedWeights))
-    return next((average.decay for average in averages), None)
-
-
-def public_name(name: str | None) -> str | None:
-    """A model's or dataset's name for strangers: its Hub id, or the last part of a local path."""
-    if name is None or (re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not os.path.exists(name)):
-        return name
-    return Path(name).resolve().name
 
 
 class PredictionFile(BasePredictionWriter):

@@ -19,7 +19,10 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_modules.checkpoint_files import LAST, PREVIOUS, SafeCheckpointIO
 from lightning_modules.locks import FolderLock
+from lightning_modules.run_settings import compare, settings_of
 from mctf_hf.files import replace
+
+SETTINGS = "settings"  # what a checkpoint tells of its run
 
 T = TypeVar("T")
 
@@ -82,7 +85,8 @@ class LastCheckpoint(Checkpoint):
     batch systems do before they take a machine away. Every state that is saved resumes to the
     weights of a run that was never interrupted, so it is saved neither between batches whose
     gradients are accumulated, nor before a validation that would then be left out. The folder is
-    locked while the run lasts: another one that is to write there is refused.
+    locked while the run lasts: another one that is to write there is refused. Settings that are
+    not those of the run that a checkpoint is of are told when it is resumed, or refused.
 
     Args:
         every_n_train_steps: optimizer steps between two saves.
@@ -116,6 +120,17 @@ class LastCheckpoint(Checkpoint):
             _check_before_loading(trainer, files)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = files
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint[SETTINGS] = settings_of(trainer, pl_module)
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if trainer.state.fn == "fit" and SETTINGS in checkpoint:
+            compare(checkpoint[SETTINGS], settings_of(trainer, pl_module), trainer.ckpt_path)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         path = self.path(trainer)

@@ -203,6 +203,12 @@ class HFImageDataModule(L.LightningDataModule):
         for name in names:
             rank_zero_info(f"{name}: {self._sets[name].told()}")
 
+    @property
+    def num_train_images(self) -> int | None:
+        """How many images there are to train on, where that is known and they are opened."""
+        images = self._sets.get("train")
+        return len(images) if isinstance(images, LabelledImages) else None
+
     def _open_train_and_val(self, processor: Any, *, train: bool) -> None:
         val_split = self.val_split
         if val_split is None and "validation" in self.named.splits:

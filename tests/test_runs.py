@@ -1,6 +1,7 @@
 """What ``mctf fit`` makes of checkpoints, settings and folders, seen from the keyboard."""
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -144,3 +145,53 @@ def test_a_model_from_scratch_fuses_what_is_asked_for() -> None:
     assert not any(MCTFFinetuner(config=config).model.config.tokens_fused(65))
     assert MCTFFinetuner(config=config | {"r": 3}).model.config.r == 3
     assert MCTFFinetuner(config=config, reduction="tome").model.config.r == 16
+
+
+RUN: tuple[Any, ...] = (
+    "--model.pretrained", "plain", "--last.folder", "kept", *FEW_STEPS, "--trainer.max_epochs", 3,
+)  # fmt: skip
+
+
+def test_a_resumed_run_tells_what_is_different_or_refuses_it(
+    capsys: pytest.CaptureFixture,
+) -> None:
+    plain_vit("plain", torch.float32)
+    few = ("--model.r", 6, "--trainer.max_epochs", 1)
+    run("fit", *RUN, *few)
+    resumed = (*RUN, "--ckpt_path", "kept/last.ckpt")
+    with pytest.warns(UserWarning, match="is resumed with other settings than its run had") as told:
+        run("fit", *resumed, "--model.reduction", "tome", "--model.r", 5, "--trainer.precision",
+            "bf16-mixed", "--model.consistency_weight", 1, "--trainer.max_epochs", 1)  # fmt: skip
+    (shown,) = [str(one.message) for one in told if "resumed with other" in str(one.message)]
+    for line in (
+        "model.reduction: mctf → tome",
+        "model.r: 6 → 5",
+        "trainer.precision: 32-true → bf16-mixed",
+        "model.consistency_weight: 3.0 → 1.0",
+    ):
+        assert f"\n  {line}" in shown
+    assert shown.count("→") == 5  # and r_max, which follows r
+    run("fit", *RUN, *few, "--last.folder", "other")
+    shown = refused(
+        "fit", *RUN, "--model.r", 6, "--ckpt_path", "other/last.ckpt", "--data.batch_size", 8,
+        "--seed_everything", 3, "--model.learning_rate", 1e-3, "--data.val_fraction", 0.5,
+        "--ema.decay", 0.9, capsys=capsys,
+    )  # fmt: skip
+    assert "other/last.ckpt can't be resumed with other settings than its run had" in shown
+    for line in (
+        "images per batch, over all processes: 16 → 8",
+        "images to train on: 1167 → 649",
+        "data.seed: 0 → 3",
+        "model.seed: 0 → 3",
+        "data.val_fraction: 0.1 → 0.5",
+        "model.learning_rate: 1.5e-05 → 0.001",
+        "ema.decay: None → 0.9",
+    ):
+        assert f"\n  {line}\n" in shown
+    shutil.copytree(DIGITS, "letters")
+    shown = refused("fit", *RUN, "--model.r", 6, "--data.dataset", "letters", "--ckpt_path",
+                    "other/last.ckpt", capsys=capsys)  # fmt: skip
+    assert "data.dataset: digits → letters" in shown
+    shutil.copytree(DIGITS, "moved/digits")  # the same, elsewhere
+    run("fit", *RUN, "--model.r", 6, "--data.dataset", "moved/digits", "--ckpt_path",
+        "other/last.ckpt", "--trainer.max_epochs", 1)  # fmt: skip
