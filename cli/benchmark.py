@@ -1,6 +1,7 @@
 """``mctf benchmark``: cost, speed, memory and accuracy of models, measured side by side."""
 
 import json
+import re
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -52,7 +53,7 @@ def main(args: Sequence[str]) -> None:
 
 def benchmark(
     models: list[str],
-    batch_sizes: Sequence[int] = (1, 16),
+    batch_sizes: str = "1,16",
     image_size: int | None = None,
     images: str | None = None,
     dtype: str = "float32",
@@ -69,7 +70,7 @@ def benchmark(
 
     Args:
         models: see above.
-        batch_sizes: images per call, one table for each.
+        batch_sizes: images per call, one table for each: 1,16.
         image_size: height and width; unset, those of the first model.
         images: an image, a folder of images or of a dataset, or a dataset's id on the Hub, whose
             first images are used; unset, random numbers.
@@ -96,8 +97,7 @@ def benchmark(
     }.items():
         if value is not None and value < 1:
             raise ValueError(f"{name}={value!r} is not allowed: it is at least 1")
-    if not batch_sizes or min(batch_sizes) < 1:
-        raise ValueError(f"batch_sizes={batch_sizes!r} is not allowed: each is at least 1")
+    batches = _counts("batch_sizes", batch_sizes)
     for file, suffix in ((output, ".json"), (plot, ".png")):
         if file is not None:
             check_output(file, suffix)
@@ -111,19 +111,19 @@ def benchmark(
     labelled: list[LabelledImages] = []
     if accuracy is not None:
         labelled = [_labelled(one, accuracy, split, max_images) for one in contestants]
-    pixels = _pixel_values(images, max(batch_sizes), contestants[0].image_size)
+    pixels = _pixel_values(images, max(batches), contestants[0].image_size)
     pixels = pixels.to(device, DTYPES[dtype])
 
     console = Console()
     environment = _environment(device, dtype, pixels.shape[-1], images, rounds)
     rows: list[Row] = []
     measured_by_batch = [
-        compare(contestants, pixels[:batch], rounds=rounds, device=device) for batch in batch_sizes
+        compare(contestants, pixels[:batch], rounds=rounds, device=device) for batch in batches
     ]
     if labelled:
         top1 = _accuracies(contestants, labelled, device, DTYPES[dtype])
         environment |= {"accuracy": accuracy, "split": split, "num_images": len(labelled[0])}
-    for batch, measured in zip(batch_sizes, measured_by_batch, strict=True):
+    for batch, measured in zip(batches, measured_by_batch, strict=True):
         for row, fraction in zip(measured, top1, strict=True):
             row["accuracy"] = fraction
         console.print(_table(measured, batch, environment))
@@ -214,6 +214,14 @@ def _accuracies(
                 found = check_scores(scores, contestants[i].name).argmax(-1).cpu()
                 right[i] += (found == batch["labels"]).sum()
     return [float(count) / len(labelled[0]) for count in right]
+
+
+def _counts(setting: str, text: str) -> list[int]:
+    """The numbers of ``1,16``, ``1 16`` or ``[1, 16]``."""
+    words = re.split(r"[\s,]+", text.strip("[] "))
+    if not all(word.isdecimal() and int(word) for word in words):
+        raise ValueError(f"{setting}={text!r} is not allowed: it is counts such as 1,16, from 1 on")
+    return list(dict.fromkeys(map(int, words)))
 
 
 def _percentile(values: list[float], percent: int) -> float:

@@ -157,7 +157,10 @@ def test_a_budget_counts_the_images_as_they_are(tiny_folder: Path) -> None:
         (["deit_t,slice=0"], "slice=0 of 'deit_t,slice=0' is not allowed: it is a count"),
         (["deit_t", "--dtype", "int8"], "dtype='int8' is not allowed: it is one of float32,"),
         (["deit_t", "--rounds", "0"], "rounds=0 is not allowed: it is at least 1"),
-        (["deit_t", "--batch_sizes", "[0]"], "is not allowed: each is at least 1"),
+        (
+            ["deit_t", "--batch_sizes", "[0]"],
+            "is not allowed: it is counts such as 1,16",
+        ),
         (["deit_t", "--device", "tpu"], "device='tpu' is not allowed: it is cpu"),
         (["deit_t", "--plot", "speed.jpg"], "speed.jpg is not allowed: the file's name ends in"),
         (["deit_t,reduction=none,r=8"], "r=8 has no effect with reduction='none'"),

@@ -1,16 +1,129 @@
-"""The README's code runs as it stands, but for the model that it downloads."""
+"""What README and docs show runs as it stands, but for the models that it downloads."""
 
 import re
+import shlex
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
+import pytest
+import torch
 import yaml
-from transformers import Dinov2Config, Dinov2Model
+from PIL import Image
+from transformers import (
+    Dinov2Config,
+    Dinov2Model,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+)
 
+from cli.main import COMMANDS, main
 from mctf_hf.registry import BACKBONES
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, TINY, Golden
+from tests.test_conversion import in_timm_names
 
 README = (REPOSITORY / "README.md").read_text()
+PAGES = ("README.md", *sorted(f"docs/{page.name}" for page in (REPOSITORY / "docs").glob("*.md")))
+
+# What stands in for what would be downloaded, or would take long.
+INSTEAD = {
+    "facebook/deit-tiny-patch16-224": "plain",
+    "facebook/dinov2-small": "dinov2",
+    "ethz/food101": "data/digits",
+    "uoft-cs/cifar10": "data/digits",
+    "--model.num_labels 101": "--model.num_labels 10",
+    "deit_s ": "deep ",
+    "deit_s,": "deep,",
+    "deit_s.onnx": "deit_s.pt2",
+    "1,16,64": "1,2,4",
+    "1,16": "1,2",
+}
+SHORTENED = {
+    "fit": "--trainer.max_epochs 3 --trainer.limit_train_batches 2 --trainer.limit_val_batches 1",
+    "test": "--trainer.limit_test_batches 1",
+    "benchmark": "--rounds 1",
+    "benchmark-data": "--batches 2 --warmup 1 --data.num_workers 0",
+    "convert": "--num_heads 2",
+    "export": "--count 3",
+    "push": "--rounds 1 --max_images 8",
+}
+# By the words that they contain: lines whose options are read, and what they would do is not done.
+ONLY_READ = {"_imagenet.yaml": "ImageNet is not here"}
+# Lines that are left out.
+LEFT_OUT = {
+    "make ": "sets up an environment, and `make test` is this",
+    "pip install": "installs what is installed",
+    "--as-is": "needs the Hub, and tests/e2e/test_hub.py has one",
+    "status=$?": "of a batch system's script",
+    "if [ $status": "of a batch system's script",
+    "exit $status": "of a batch system's script",
+}
+
+
+def shown_commands(page: str) -> list[str]:
+    """The lines of a page's console blocks, and commands with all their words within its text."""
+    text = (REPOSITORY / page).read_text().replace("\\\n", " ")
+    blocks = r"^```(?:console|bash|sh|shell)\n(.*?)^```"
+    lines = "".join(re.findall(blocks, text, re.MULTILINE | re.DOTALL)).splitlines()
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    inline = [" ".join(code.split()) for code in re.findall(r"`(mctf\s[^`]+)`", prose)]
+    whole = [code for code in inline if "…" not in code and "--" in code]
+    lines += [code for code in whole if not code.split()[-1].startswith("--")]
+    return [line for line in lines if line.strip() and not line.startswith("#")]
+
+
+@pytest.fixture
+def checkout(tiny_folder: Path) -> Iterator[None]:
+    """A folder with what a checkout has, and stand-ins for what the pages download."""
+    for name in ("configs", "data"):
+        Path(name).symlink_to(REPOSITORY / name)
+    Path("plain").symlink_to(tiny_folder)
+    dino = Dinov2Config(
+        hidden_size=24, num_attention_heads=2, num_hidden_layers=4, image_size=32, patch_size=4
+    )
+    Dinov2Model(dino).save_pretrained("dinov2")
+    deep = ViTConfig(**{**TINY, "num_hidden_layers": 12})
+    ViTForImageClassification(deep).save_pretrained("deep")
+    for folder in ("deep", "dinov2"):
+        ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+    Path("photos").mkdir()
+    for i in range(4):
+        Image.effect_noise((40, 40), 60 + i).convert("RGB").save(f"photos/{i}.png")
+    weights = in_timm_names(Golden("deit").weights("deit/model."))
+    torch.save(weights, "deit_small_patch16_224.pth")
+    names = [f"class {i}" for i in range(len(weights["head.bias"]))]
+    Path("imagenet_classes.txt").write_text("\n".join(names))
+    yield
+    for name in ("configs", "data", "plain"):
+        Path(name).unlink()
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("page", PAGES)
+def test_the_commands_run(page: str, checkout: None, capsys: pytest.CaptureFixture) -> None:
+    for line in shown_commands(page):
+        if any(part in line for part in LEFT_OUT):
+            continue
+        for shown, used in INSTEAD.items():
+            line = line.replace(shown, used)
+        words = shlex.split(line, comments=True)
+        start = words.index("cli.main" if "cli.main" in words else "mctf") + 1
+        words = words[start:]
+        (command, *_) = (word for word in words if word in COMMANDS)
+        only_read = any(part in line for part in ONLY_READ)
+        added = "--print_config" if only_read else SHORTENED.get(command, "")
+        try:
+            main([*words, *shlex.split(added)])
+        except SystemExit as stopped:
+            assert only_read and not stopped.code, f"{line}\n{capsys.readouterr().err}"
+
+
+def test_no_shell_takes_a_word_for_a_pattern() -> None:
+    for page in PAGES:
+        for line in shown_commands(page):
+            bare = re.sub(r"'[^']*'|\"[^\"]*\"", "", line)
+            assert "if [" in line or not re.search(r"[][*?{}]", bare.replace("$?", "")), line
 
 
 def test_the_code_runs_and_its_comments_are_true(tiny_folder: Path) -> None:
