@@ -33,10 +33,13 @@ INSTEAD = {
     "ethz/food101": "data/digits",
     "uoft-cs/cifar10": "data/digits",
     "--model.num_labels 101": "--model.num_labels 10",
+    "export outputs/digits/model ": "export plain ",
+    "export deit_s,": "export plain,",
     "deit_s ": "deep ",
     "deit_s,": "deep,",
     "deit_s.onnx": "deit_s.pt2",
     "1,16,64": "1,2,4",
+    "slice=16": "slice=2",
     "1,16": "1,2",
 }
 SHORTENED = {
