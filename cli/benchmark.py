@@ -21,11 +21,12 @@ from cli.files import check_output, open_images
 from cli.measuring import machine_name, peak_bytes, seconds_in_rounds
 from cli.parsing import ArgumentParser
 from lightning_modules.data import HFImageDataModule, LabelledImages
-from lightning_modules.processors import output_size
+from lightning_modules.processors import fit_shape, output_size
 from mctf_hf.checks import check_scores
 from mctf_hf.files import replace, write_text
 from mctf_hf.hub import load_image_processor
 from mctf_hf.images import ImageReader
+from mctf_hf.problems import QUALITIES, Quality, quality
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Row = dict[str, Any]
@@ -78,7 +79,9 @@ def benchmark(
         device: cpu or cuda, which is the current GPU.
         threads: threads of the CPU; unset, PyTorch's own choice.
         rounds: timings of each model, whose median counts.
-        accuracy: folder of a dataset or its id on the Hub, for the models' top-1 accuracy.
+        accuracy: folder of a dataset or its id on the Hub, for the models' top-1 accuracy. Of
+            several labels per image it is the part of images of which all are right, and in
+            regression the mean absolute error.
         split: of that dataset.
         max_images: so many evenly spaced ones of that split; unset, all.
         output: JSON file to write.
@@ -111,6 +114,7 @@ def benchmark(
     labelled: list[LabelledImages] = []
     if accuracy is not None:
         labelled = [_labelled(one, accuracy, split, max_images) for one in contestants]
+        judged = _judged(contestants)
     pixels = _pixel_values(images, max(batches), contestants[0].image_size)
     pixels = pixels.to(device, DTYPES[dtype])
 
@@ -122,7 +126,12 @@ def benchmark(
     ]
     if labelled:
         top1 = _accuracies(contestants, labelled, device, DTYPES[dtype])
-        environment |= {"accuracy": accuracy, "split": split, "num_images": len(labelled[0])}
+        environment |= {
+            "accuracy": accuracy,
+            "metric": judged.name,
+            "split": split,
+            "num_images": len(labelled[0]),
+        }
     for batch, measured in zip(batches, measured_by_batch, strict=True):
         for row, fraction in zip(measured, top1, strict=True):
             row["accuracy"] = fraction
@@ -184,6 +193,7 @@ def _labelled(
             + (f" ({', '.join(contestant.missing)})" if contestant.missing else "")
         )
     processor = load_image_processor(contestant.folder)
+    fit_shape(processor)
     if output_size(processor) != (contestant.image_size,) * 2:
         raise ValueError(
             f"accuracy={dataset!r} is not allowed with images of {contestant.image_size} pixels: "
@@ -200,8 +210,9 @@ def _accuracies(
     device: str,
     dtype: torch.dtype,
 ) -> list[float | None]:
-    """Fraction of its images that each model classifies right."""
-    right = torch.zeros(len(contestants))
+    """Mean over its images of each model's :class:`.Quality`."""
+    judged = _judged(contestants)
+    sums = torch.zeros(len(contestants), dtype=torch.float64)
     by_processor: dict[str, list[int]] = {}
     for i, images in enumerate(labelled):
         by_processor.setdefault(images.process.processor.to_json_string(), []).append(i)
@@ -211,9 +222,22 @@ def _accuracies(
             pixels = batch["pixel_values"].to(device, dtype)
             for i in members:
                 scores = contestants[i].model(pixels)
-                found = check_scores(scores, contestants[i].name).argmax(-1).cpu()
-                right[i] += (found == batch["labels"]).sum()
-    return [float(count) / len(labelled[0]) for count in right]
+                found = check_scores(scores, contestants[i].name).float().cpu()
+                sums[i] += judged.of(found, batch["labels"]).sum()
+    return [float(one) / len(labelled[0]) for one in sums]
+
+
+def _judged(contestants: Sequence[Contestant]) -> Quality:
+    """What tells how good the models are.
+
+    Raises:
+        ValueError: if that is not the same for all.
+    """
+    by_name = {one.name: quality(one.model.model.config) for one in contestants}
+    if len({judged.name for judged in by_name.values()}) > 1:
+        told = ", ".join(f"{judged.long_title} of {name}" for name, judged in by_name.items())
+        raise ValueError(f"accuracy is not allowed with models of different problems: {told}")
+    return next(iter(by_name.values()))
 
 
 def _counts(setting: str, text: str) -> list[int]:
@@ -254,8 +278,9 @@ def _table(rows: list[Row], batch: int, environment: dict[str, Any]) -> Table:
     where = f"{environment['device']}, {environment['threads']} threads, {environment['dtype']}"
     table = Table(title=f"batches of {batch}, {environment['image_size']} px; {where}")
     table.add_column("model", overflow="fold")
+    judged = QUALITIES[environment.get("metric", "accuracy")]
     headings = ["GMACs", "images/s", "p50 ms", "p95 ms", "peak MiB", "ratio", "efficiency"]
-    for heading in (*headings, *(["top-1"] if "accuracy" in environment else [])):
+    for heading in (*headings, *([judged.title] if "metric" in environment else [])):
         table.add_column(heading, justify="right")
     for row in rows:
         table.add_row(
@@ -267,7 +292,7 @@ def _table(rows: list[Row], batch: int, environment: dict[str, Any]) -> Table:
             f"{row['peak_memory_mib']:,.1f}",
             f"{row['ratio']:.2f}x",
             f"{row['efficiency']:.2f}",
-            *([] if row["accuracy"] is None else [f"{100 * row['accuracy']:.2f}%"]),
+            *([] if row["accuracy"] is None else [judged.told(row["accuracy"])]),
         )
     return table
 

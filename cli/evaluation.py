@@ -11,11 +11,12 @@ from torch.utils.data import DataLoader
 
 from cli.measuring import images_per_second, machine_name
 from lightning_modules.data import HFImageDataModule, LabelledImages, Process
-from lightning_modules.evaluation import NOTHING, Amount, count_right, sweep, told
-from lightning_modules.finetuning import check_order
+from lightning_modules.evaluation import NOTHING, Amount, add_up, sweep, told
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
+from mctf_hf.classes import check_classes
 from mctf_hf.cost import describe
 from mctf_hf.model_card import Evaluation, Measurement
+from mctf_hf.problems import quality
 from mctf_hf.registry import plain_class, plain_config
 
 
@@ -39,8 +40,8 @@ def open_labelled(
         )
     rows = data.rows(split, list(model.config.id2label.values()))
     rows.check_labels(model.num_labels)
-    if rows.label_names is not None and len(rows.label_names) == model.num_labels:
-        check_order(model.config, rows.label_names)
+    if rows.label_names is not None:
+        check_classes(model.config, rows.label_names, "the model", data.dataset)
     count = min(max_images or len(rows), len(rows))
     indices = np.linspace(0, len(rows), count, endpoint=False).astype(int)
     process = Process(processor, model.config.num_channels)
@@ -94,6 +95,7 @@ def evaluate(
         f"{str(model.dtype).removeprefix('torch.')}, PyTorch {torch.__version__}, "
         f"transformers {transformers.__version__}",
         num_images=0 if images is None else len(images),
+        metric=quality(config).name,
     )
 
 
@@ -129,7 +131,7 @@ def _accuracies(
     images: LabelledImages,
     settings: dict[str, Amount],
 ) -> list[float]:
-    """Fraction of images classified right without fusion, and by setting."""
+    """Mean over images of their :class:`.Quality` without fusion, and by setting."""
     batches = DataLoader(images, batch_size=64, num_workers=2)
-    right, total = count_right(model, batches, [NOTHING, *settings.values()])
-    return (right / total).tolist()
+    sums, total = add_up(model, batches, [NOTHING, *settings.values()])
+    return (sums / total).tolist()

@@ -325,6 +325,13 @@ class HFImageDataModule(L.LightningDataModule):
                 images.rows.check_labels(num_labels)
                 self.label_names = images.rows.label_names
 
+    def training_labels(self) -> np.ndarray | None:
+        """Labels of the rows to train on, (rows,) or (rows, labels); None of a stream."""
+        images = self._sets.get("train")
+        if not isinstance(images, LabelledImages):
+            return None
+        return images.rows.labels[np.asarray(images.indices)]
+
     def _image_files(self) -> list[Path]:
         if self.predict_folder is None:
             raise ValueError("predict_folder is not set: name the folder of images to predict")

@@ -1,6 +1,5 @@
 """The classifier that another one learns from."""
 
-import re
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from transformers import AutoModelForImageClassification
 
 from lightning_modules.processors import output_size
 from mctf_hf import MCTFViTConfig
+from mctf_hf.classes import differing, names_of
 from mctf_hf.hub import load_image_processor
 from mctf_hf.images import scaling
 
@@ -61,27 +61,12 @@ def _check_classes(name: str, guide: Any, config: MCTFViTConfig) -> None:
             f"distill_from={name!r} has {guide.num_labels} classes, the model that learns from it "
             f"{config.num_labels}: they are to have the same ones, in the same order"
         )
-    pairs = [(guide.id2label[i], config.id2label[i]) for i in range(config.num_labels)]
-    wrong = [
-        (i, *pair) for i, pair in enumerate(pairs) if all(map(_named, pair)) and not _same(*pair)
-    ]
-    if wrong:
-        index, theirs, ours = wrong[0]
+    theirs, ours = names_of(guide), names_of(config)
+    if wrong := differing(theirs, ours):
+        index = wrong[0]
         raise ValueError(
-            f"distill_from={name!r} calls class {index} {theirs!r}, the model that learns from it "
-            f"{ours!r}, and {len(wrong)} of {config.num_labels} classes differ: they are to be the "
-            "same ones, in the same order (where only their spelling differs, change id2label in "
-            "its config.json)"
+            f"distill_from={name!r} calls class {index} {theirs[index]!r}, the model that learns "
+            f"from it {ours[index]!r}, and {len(wrong)} of {config.num_labels} classes differ: "
+            "they are to be the same ones, in the same order (where only their spelling differs, "
+            "change id2label in its config.json)"
         )
-
-
-def _named(label: str) -> bool:
-    return re.fullmatch(r"LABEL_\d+", label) is None
-
-
-def _same(label: str, other: str) -> bool:
-    """Whether two names of a class agree, but for case and the synonyms after a comma."""
-    first, second = (
-        re.sub(r"[\W_]+", " ", name.split(",")[0]).casefold() for name in (label, other)
-    )
-    return first.strip() == second.strip()

@@ -1,37 +1,44 @@
 """Finetuning a Vision Transformer with token fusion, by token-reduction consistency."""
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.nn import functional as F
-from torchmetrics import MeanMetric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics import MeanMetric, Metric, MetricCollection
 
 from lightning_modules.distillation import Guide
-from lightning_modules.evaluation import told_fusion
-from lightning_modules.images import NOT_COUNTED
+from lightning_modules.evaluation import (
+    accuracy_by_class,
+    are_counted,
+    make_counts,
+    make_metrics,
+    told_fusion,
+)
 from lightning_modules.pretrained import load_or_make
 from lightning_modules.schedule import cosine_with_cooldown, parameter_groups
-from mctf_hf import MCTFViTConfig
 from mctf_hf.checks import check_scores
+from mctf_hf.classes import check_classes, give_names, has_names, names_of
 from mctf_hf.cost import describe, resolve_budget
 from mctf_hf.losses import (
     Distillation,
     TokenReductionConsistency,
     check_compiled,
+    label_loss,
     mix_seed,
     teacher_amount,
     teacher_limit,
 )
-from mctf_hf.problems import ranked
+from mctf_hf.problems import REGRESSION, SINGLE, ranked, scores
 
+FEW_CLASSES = 20  # each of which is told of by itself
 Batch = dict[str, Any]
 LEARNING_RATE = 1.5e-5  # the paper's, for a global batch of 512
 
@@ -63,6 +70,13 @@ class MCTFFinetuner(L.LightningModule):
             ``config``.
         config: settings of ``MCTFViTConfig`` for training from scratch.
         num_labels: give the model a new head with so many classes. Unset: keep its own.
+        problem_type: what labels are: ``single_label_classification`` (cross-entropy),
+            ``multi_label_classification`` (binary cross-entropies) or ``regression`` (mean squared
+            error). Unset: as ``pretrained`` has it with its head; of a new one, regression where
+            ``num_labels`` is 1, and one label per image else.
+        image_size: height and width of the images in pixels, or one number for both, where it is
+            not that of ``pretrained``; positions are interpolated, the image processor is changed.
+        freeze: train the head alone. The rest stays as it is, without dropout; there is no teacher.
         reduction: method of token reduction, ``mctf``, ``tome``, ``evit``, ``token_mergence`` or
             ``none``. Unset, here and in the next four: as ``pretrained`` has it. Nothing is fused
             where that is a plain model, or unset, and all of them are; what only some of them set
@@ -76,10 +90,17 @@ class MCTFFinetuner(L.LightningModule):
         r_max: the teacher's r stays below this, which is at most ``r``; 0 trains without a
             teacher. Unset: half of ``r``, and 0 without reduction. Where ``keep_rate`` counts, the
             teacher's is drawn above the student's, unless ``r_max`` is 0.
-        teacher_weight: weight of the teacher's cross-entropy.
+        teacher_weight: weight of the teacher's loss of the labels.
         consistency_weight: weight of the distance of class tokens.
-        confidence_threshold: images count for consistency if the student gives their label more.
-        label_smoothing: of the cross-entropy.
+        confidence_threshold: images count for consistency if the student gives their label more;
+            of several labels per image, their mean probability counts, and in regression all
+            images do.
+        label_smoothing: part of a label that all classes share; with several labels per image it
+            draws 1 and 0 that far to 0.5. Unset: 0.1, and none in regression.
+        class_weights: how much each class counts in the loss, one number each, or ``balanced``:
+            inversely to how often it occurs in training. With several labels per image, how much a
+            class counts where it is there. Validation loss is without.
+        class_metrics: tell the accuracy of each class as well. Unset: of up to 20 classes.
         distill_from: id or folder of a classifier of the same classes, of any architecture, to
             learn from beside the labels, in both passes. A model with a distillation head learns
             from it by that head, and the labels by the other (DeiT, arXiv 2012.12877).
@@ -107,6 +128,12 @@ class MCTFFinetuner(L.LightningModule):
         pretrained: str | None = None,
         config: dict[str, Any] | None = None,
         num_labels: int | None = None,
+        problem_type: Literal[
+            "single_label_classification", "multi_label_classification", "regression"
+        ]
+        | None = None,
+        image_size: int | list[int] | None = None,
+        freeze: bool = False,
         reduction: str | None = None,
         r: int | float | list[int | float] | str | None = None,
         keep_rate: float | list[int | float] | str | None = None,
@@ -116,7 +143,9 @@ class MCTFFinetuner(L.LightningModule):
         teacher_weight: float = 1.0,
         consistency_weight: float = 3.0,
         confidence_threshold: float = 0.4,
-        label_smoothing: float = 0.1,
+        label_smoothing: float | None = None,
+        class_weights: list[float] | Literal["balanced"] | None = None,
+        class_metrics: bool | None = None,
         distill_from: str | None = None,
         distillation: Literal["soft", "hard"] = "hard",
         distillation_weight: float = 0.5,
@@ -166,20 +195,38 @@ class MCTFFinetuner(L.LightningModule):
         }
         if "r" in budgets:  # the method decides what a plain model's default does
             settings["r"] = 0
-        self.model, self.image_processor = load_or_make(pretrained, config, num_labels, settings)
+        self.model, self.image_processor = load_or_make(
+            pretrained, config, num_labels, settings, problem=problem_type, image_size=image_size
+        )
         if attn_implementation is not None:
             self.model.set_attn_implementation(attn_implementation)
         self.model.train()
+        if freeze:
+            _check_frozen(
+                r_max=(r_max, 0),
+                layer_decay=(layer_decay, 1.0),
+                drop_path_rate=(drop_path_rate, 0.0),
+            )
+            r_max = 0
+            self.backbone.eval().requires_grad_(False)
         for name, budget in budgets.items():
             setattr(self.model.config, name, resolve_budget(self.model.config, name, budget))
         self.model.config.check_effect({**settings, **budgets})
         self.r_max = teacher_limit(self.model.config, r_max)
+        self.problem_type: str = self.model.config.problem_type
         self.num_labels: int = self.model.config.num_labels
         self.num_channels: int = self.model.config.num_channels
         self.top_k = 1  # labels of an image in prediction
+        if label_smoothing is None:
+            label_smoothing = 0.0 if self.problem_type == REGRESSION else 0.1
         self.loss = TokenReductionConsistency(
-            teacher_weight, consistency_weight, confidence_threshold, label_smoothing
+            teacher_weight,
+            consistency_weight,
+            confidence_threshold,
+            label_smoothing,
+            [1.0] * self.num_labels if class_weights == "balanced" else class_weights,
         )
+        self._check_problem(distill_from)
         self.distillation = Distillation(
             distillation, distillation_weight, distillation_temperature
         )
@@ -189,14 +236,33 @@ class MCTFFinetuner(L.LightningModule):
         self._unchecked: Tensor | float = 0.0  # sum of losses since the last optimizer step
         if compile and self.r_max:
             check_compiled(self.model.config, f"compile={compile!r}", "set r_max to 0 (no teacher)")
-        counting = {"average": "micro", "ignore_index": NOT_COUNTED}
-        metrics = {"accuracy": MulticlassAccuracy(self.num_labels, **counting)}
-        if self.num_labels > 5:
-            metrics["accuracy_top5"] = MulticlassAccuracy(self.num_labels, top_k=5, **counting)
-        self.val_metrics = MetricCollection(metrics, prefix="val/")
-        self.test_metrics = MetricCollection(metrics, prefix="test/").clone()
+        metrics = make_metrics(self.model.config)
+        self.val_metrics, self.test_metrics = metrics.clone("val/"), metrics.clone("test/")
+        self.val_counts = self.test_counts = None
+        if class_metrics or (class_metrics is None and self.num_labels <= FEW_CLASSES):
+            self.val_counts, self.test_counts = (make_counts(self.model.config) for _ in range(2))
         # Not Lightning's own mean, which rounds the number of images over processes.
         self.val_loss, self.test_loss = (MeanMetric(nan_strategy=math.nan) for _ in range(2))
+
+    def _check_problem(self, distill_from: str | None) -> None:
+        """Raise ValueError for settings that are not those of the head."""
+        problem = self.problem_type
+        if self.num_labels == 1 and problem != REGRESSION:
+            raise ValueError(
+                f"num_labels=1 is not allowed with problem_type={problem}: it is at least 2, or "
+                "regression is meant"
+            )
+        self.loss.check(problem, self.num_labels)
+        if distill_from is not None and problem != SINGLE:
+            raise ValueError(
+                f"distill_from={distill_from!r} is not allowed with problem_type={problem}: one "
+                "label per image is distilled"
+            )
+
+    @property
+    def backbone(self) -> nn.Module:
+        """All but the heads, as Lightning's ``BackboneFinetuning`` wants it."""
+        return self.model.base_model
 
     def forward(self, pixel_values: Tensor | None = None, **options: Any) -> Any:
         """Classify images, (b, channels, height, width); see ``MCTFViTForImageClassification``."""
@@ -238,22 +304,27 @@ class MCTFFinetuner(L.LightningModule):
             weights = [(weight.numel(), weight.requires_grad) for weight in self.model.parameters()]
             trained = sum(count for count, learns in weights if learns)
             rank_zero_info(f"{trained:,} of {sum(n for n, _ in weights):,} weights are trained")
-        names = getattr(self.trainer.datamodule, "label_names", None)
-        if names is not None and len(names) != self.num_labels:
-            raise ValueError(
-                f"the dataset has {len(names)} classes, the model {self.num_labels}: set "
-                f"num_labels={len(names)} for a new head"
-            )
-        if names is not None and len(names) == self.num_labels:
-            check_order(config, names)
-            if stage == "fit":
-                config.id2label = dict(enumerate(names))
-                config.label2id = {name: i for i, name in enumerate(names)}
+        data = self.trainer.datamodule
+        names = getattr(data, "label_names", None)
+        if names is not None:
+            check_classes(config, names, "the model", "the dataset")
+            if stage == "fit" or not has_names(config):
+                give_names(config, names)
+        if self.hparams["freeze"]:
+            warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
+        if stage == "fit" and self.hparams["class_weights"] == "balanced":
+            self.loss.class_weights = _balanced(data, self.problem_type, self.num_labels)
         if stage == "fit" and self.hparams["distill_from"] is not None:
             self._guide = Guide(self.hparams["distill_from"], config, self.image_processor)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["class_names"] = names_of(self.model.config)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._new_head = False
+        names, config = checkpoint.get("class_names", []), self.model.config
+        if len(names) == self.num_labels and not has_names(config):
+            give_names(config, names)
 
     def on_train_start(self) -> None:
         if self._new_head and self.hparams["learning_rate"] == LEARNING_RATE:
@@ -299,6 +370,7 @@ class MCTFFinetuner(L.LightningModule):
                 teacher.logits,
                 teacher.class_token,
                 labels,
+                problem_type=self.problem_type,
                 student_loss=student.loss,
                 teacher_loss=teacher.loss,
                 mean_over_processes=self._mean_over_processes,
@@ -314,7 +386,8 @@ class MCTFFinetuner(L.LightningModule):
         self._unchecked = means[0] + self._unchecked
         values = {f"train/{name}": mean for name, mean in zip(logged, means, strict=True)}
         self.log("train/loss", values.pop("train/loss"), prog_bar=True, batch_size=len(labels))
-        values["train/lr"] = means.new_full((), self.optimizers().param_groups[-1]["lr"])
+        highest = max(group["lr"] for group in self.optimizers().param_groups)
+        values["train/lr"] = means.new_full((), highest)
         self.log_dict(values, batch_size=len(labels))
         self._log_skipped(batch, "train")
         return total
@@ -349,7 +422,7 @@ class MCTFFinetuner(L.LightningModule):
         by_label = by_guide = logits
         if guide_logits is not None and output.distillation_logits is not None:
             by_label, by_guide = output.label_logits, output.distillation_logits
-        loss = self.loss.label_loss(by_label, labels)
+        loss = self.loss.label_loss(by_label, labels, self.problem_type)
         if guide_logits is not None:
             loss = self.distillation(loss, by_guide, guide_logits)
         return Pass(logits, token, loss)
@@ -389,24 +462,46 @@ class MCTFFinetuner(L.LightningModule):
             )
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, "val", self.val_metrics, self.val_loss)
+        self._evaluate(batch, "val", self.val_metrics, self.val_loss, self.val_counts)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, "test", self.test_metrics, self.test_loss)
+        self._evaluate(batch, "test", self.test_metrics, self.test_loss, self.test_counts)
 
     def _evaluate(
-        self, batch: Batch, stage: str, metrics: MetricCollection, mean_loss: MeanMetric
+        self,
+        batch: Batch,
+        stage: str,
+        metrics: MetricCollection,
+        mean_loss: MeanMetric,
+        counts: Metric | None,
     ) -> None:
-        logits, labels = self.model(batch["pixel_values"]).logits, batch["labels"]
-        metrics.update(logits, labels)
-        counted = labels != NOT_COUNTED
-        losses = F.cross_entropy(
-            logits.float(), labels, reduction="none"
-        )  # 0 where it is not counted
-        mean_loss.update(losses, counted)
+        logits, labels = self.model(batch["pixel_values"]).logits.float(), batch["labels"]
+        counted = are_counted(labels)
+        found, wanted = scores(logits, self.model.config)[counted], labels[counted]
+        if len(wanted):
+            told = wanted.view_as(found) if self.problem_type == REGRESSION else wanted.long()
+            metrics.update(found, told)
+            if counts is not None:
+                counts.update(found, told)
+            mean_loss.update(
+                label_loss(logits[counted], wanted, self.problem_type, reduction="none")
+            )
         self.log(f"{stage}/loss", mean_loss, batch_size=len(labels))
         self._log_skipped(batch, stage)
         self.log_dict(metrics, prog_bar=True, batch_size=len(labels))
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_classes("val", self.val_counts)
+
+    def on_test_epoch_end(self) -> None:
+        self._log_classes("test", self.test_counts)
+
+    def _log_classes(self, stage: str, counts: Metric | None) -> None:
+        """Log the accuracy of each class, over all processes."""
+        if counts is not None:
+            found = accuracy_by_class(self.model.config, counts)
+            self.log_dict({f"{stage}/accuracy/{name}": value for name, value in found.items()})
+            counts.reset()
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
         """Rows of a file, a label and its score, ``top_k`` for each image, see :func:`ranked`.
@@ -436,7 +531,8 @@ class MCTFFinetuner(L.LightningModule):
         groups = parameter_groups(
             self.model, hparams["weight_decay"], rate, layer_decay=hparams["layer_decay"]
         )
-        optimizer = torch.optim.AdamW(groups, lr=rate)
+        # What a callback adds later is to decay as well.
+        optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=hparams["weight_decay"])
         steps_per_epoch = math.ceil(trainer.num_training_batches / accumulated)
         warmup, cooldown = (
             round(hparams[f"{phase}_epochs"] * steps_per_epoch) for phase in ("warmup", "cooldown")
@@ -462,16 +558,37 @@ class MCTFFinetuner(L.LightningModule):
 def _check_numbers(**settings: tuple[float | None, float, float]) -> None:
     """Raise ValueError for the first (value, low, high) out of its range; None is in any."""
     for name, (value, low, high) in settings.items():
-        if value is not None and not low <= value <= high:
-            limit = f" and at most {high}" if math.isfinite(high) else ""
+        if value is not None and not (low <= value <= high and math.isfinite(value)):
+            limit = f" and at most {high}" if math.isfinite(high) else ", and finite"
             raise ValueError(f"{name}={value!r} is not allowed: it is at least {low}{limit}")
 
 
-def check_order(config: MCTFViTConfig, names: list[str]) -> None:
-    """Raise ValueError if a dataset has the model's classes, but in another order."""
-    own = [config.id2label[i] for i in range(config.num_labels)]
-    if own != names and sorted(own) == sorted(names):
+def _check_frozen(**settings: tuple[Any, Any]) -> None:
+    """Raise ValueError for a setting that is not (given, without effect) where the rest is frozen.
+
+    Unset is as good.
+    """
+    for name, (value, nothing) in settings.items():
+        if value not in (None, nothing):
+            raise ValueError(f"{name}={value!r} has no effect with freeze=True: leave it out")
+
+
+def _balanced(data: Any, problem: str, num_labels: int) -> list[float]:
+    """Weights of the classes inversely to how often they occur in training.
+
+    One label per image: they are 1 in the mean over images. Several: what is there of a class
+    counts as much as what is not. What never occurs has 1.
+    """
+    labels = None if data is None else data.training_labels()
+    if labels is None:
         raise ValueError(
-            f"the dataset's classes {names} are the model's {own} in another order: reorder "
-            "them (datasets' align_labels_with_mapping), or set num_labels for a new head"
+            "class_weights='balanced' is not allowed with a stream, or without a data module of "
+            "this library: give one number for each class"
         )
+    if problem == SINGLE:
+        counts = np.bincount(labels, minlength=num_labels)
+        weights = len(labels) / np.count_nonzero(counts) / np.maximum(counts, 1)
+    else:
+        counts = (labels > 0.5).sum(0)
+        weights = (len(labels) - counts) / np.maximum(counts, 1)
+    return np.where(counts > 0, weights, 1.0).tolist()

@@ -5,12 +5,16 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from transformers import ViTImageProcessorPil
 
-from lightning_modules.processors import settle_size
+from lightning_modules.processors import fit_shape, settle_size
+from lightning_modules.resizing import resize
 from mctf_hf import MCTFViTConfig
 from mctf_hf.checks import check_weights
+from mctf_hf.classes import give_names
 from mctf_hf.hub import load_image_processor
+from mctf_hf.problems import REGRESSION, SINGLE, problem_type
 from mctf_hf.registry import (
     BACKBONES,
     FUSION_SETTINGS,
@@ -26,6 +30,9 @@ def load_or_make(
     config: dict[str, Any] | None,
     num_labels: int | None,
     fusion: dict[str, Any],
+    *,
+    problem: str | None = None,
+    image_size: int | list[int] | None = None,
 ) -> tuple[Any, Any]:
     """A classifier with the given settings of fusion, and its image processor.
 
@@ -36,18 +43,51 @@ def load_or_make(
         num_labels: give the model a new head with so many classes; None keeps its own.
         fusion: settings of fusion by name, which replace those of the model. Without any, a plain
             checkpoint and a model from scratch fuse nothing.
+        problem: the ``problem_type`` of its labels; None keeps that of the checkpoint with its
+            head, and is else regression for one label, and one label per image for several.
+        image_size: of the images, where it is not the checkpoint's; positions are interpolated.
 
     Raises:
-        ValueError: for settings that do not exist, or weights that do not fit or are not finite;
-            all are named.
+        ValueError: for settings that do not exist, a head without outputs, or weights that do not
+            fit or are not finite; all are named.
     """
+    model, processor = _loaded_or_made(pretrained, config, num_labels, fusion, problem)
+    if not model.config.num_labels:
+        raise ValueError(
+            f"num_labels=0 of {pretrained or 'config'} is not allowed: set num_labels for a head"
+        )
+    model.config.problem_type = problem_type(model.config)
+    if image_size is not None:
+        if pretrained is None:
+            raise ValueError(
+                f"image_size={image_size!r} is not allowed beside config: set it there"
+            )
+        model = resize(model, processor, image_size)
+    elif fit_shape(processor):
+        rank_zero_info(
+            "The image processor keeps the aspect ratio: from here on it crops the middle, "
+            f"{dict(processor.crop_size)}"
+        )
+    return model, processor
+
+
+def _loaded_or_made(
+    pretrained: str | None,
+    config: dict[str, Any] | None,
+    num_labels: int | None,
+    fusion: dict[str, Any],
+    problem: str | None,
+) -> tuple[Any, Any]:
     if (pretrained is None) == (config is None):
         raise ValueError(
             f"pretrained={pretrained!r} and config={config!r}: set one of them, a checkpoint to "
             "start from or the settings of a model to train from scratch"
         )
     _check_names("fusion", fusion, FUSION_SETTINGS)
-    labels = {} if num_labels is None else {"num_labels": num_labels}
+    labels: dict[str, Any] = {} if problem is None else {"problem_type": problem}
+    if num_labels is not None:
+        usual = REGRESSION if num_labels == 1 else SINGLE
+        labels = {"num_labels": num_labels, "problem_type": problem or usual}
     if config is not None:
         config = dict(config)
         model_type = config.pop("model_type", MCTFViTConfig.model_type)
@@ -59,6 +99,10 @@ def load_or_make(
         config_class = BACKBONES[model_type].config
         names = [field.name for field in dataclasses.fields(config_class)]
         _check_names("config", config, (*names, "num_labels"))
+        if num_labels is None and not {"num_labels", "id2label"} & config.keys():
+            raise ValueError(
+                f"config={config!r} tells no number of classes: set num_labels, there or beside it"
+            )
         model_config = config_class(**only_if_asked({**config, **labels, **fusion}))
         height, width = model_config.usual_size
         half = [0.5] * model_config.num_channels
@@ -102,8 +146,7 @@ def load_or_make(
         for name, head in model.named_children():
             if name.endswith("classifier"):
                 head.reset_parameters()
-        model.config.id2label = {i: f"LABEL_{i}" for i in range(num_labels)}
-        model.config.label2id = {name: i for i, name in model.config.id2label.items()}
+        give_names(model.config, [f"LABEL_{i}" for i in range(num_labels)])
     if wrong:
         headless = all("classifier." in name for name in wrong)
         raise ValueError(

@@ -4,10 +4,32 @@ from typing import Any
 
 
 def output_size(processor: Any) -> tuple[int, int]:
-    """Height and width of what an image processor returns, in pixels."""
+    """Height and width of what an image processor returns, in pixels.
+
+    Raises:
+        ValueError: for a processor whose images are of no certain size.
+    """
     size = processor.crop_size if getattr(processor, "do_center_crop", None) else processor.size
     edge = size.get("shortest_edge")
+    if not edge and not (size.get("height") and size.get("width")):
+        raise ValueError(
+            f"size={dict(size)!r} of the image processor is not allowed: images of a batch are of "
+            "one size, so it has height and width, or a shortest_edge"
+        )
     return (edge, edge) if edge else (size["height"], size["width"])
+
+
+def fit_shape(processor: Any) -> bool:
+    """Let a processor that keeps the aspect ratio crop the middle, so that images are of one size.
+
+    Returns:
+        Whether it did not before.
+    """
+    if processor.size.get("shortest_edge") is None or getattr(processor, "do_center_crop", None):
+        return False
+    height, width = output_size(processor)
+    processor.do_center_crop, processor.crop_size = True, {"height": height, "width": width}
+    return True
 
 
 def settle_size(config: Any, processor: Any) -> dict[str, Any]:

@@ -49,6 +49,16 @@ def _depth(name: str, layers: int) -> int:
     return 0 if found[1] else int(found[2]) + 1
 
 
+class _OwnGroups(LambdaLR):
+    """A schedule of the groups that it was made for; what is added later keeps its own rates."""
+
+    def get_lr(self) -> list[float | torch.Tensor]:
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        pairs = zip(self.base_lrs, self.lr_lambdas, strict=True)
+        own = [base * factor(self.last_epoch) for base, factor in pairs]
+        return [*own, *rates[len(own) :]]
+
+
 def cosine_with_cooldown(
     optimizer: torch.optim.Optimizer, *, warmup: int, decay_until: int, lowest: float
 ) -> LambdaLR:
@@ -67,4 +77,4 @@ def cosine_with_cooldown(
         progress = min(1.0, (step - warmup) / max(1, decay_until - warmup))
         return lowest + (1 - lowest) * (1 + math.cos(math.pi * progress)) / 2
 
-    return LambdaLR(optimizer, factor)
+    return _OwnGroups(optimizer, factor)

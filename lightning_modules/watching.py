@@ -19,11 +19,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from lightning_modules.evaluation import NOTHING, count_right, sweep, told
+from lightning_modules.evaluation import NOTHING, add_up, sweep, told
 from mctf_hf.configuration_mctf import as_pair
 from mctf_hf.cost import multiply_accumulates
 from mctf_hf.files import replace, write_text
 from mctf_hf.images import to_image
+from mctf_hf.problems import Quality, quality
 from mctf_hf.visualization import FusedTokens, contact_sheet, enlarge
 
 
@@ -185,7 +186,7 @@ class Summary(Callback):
         log_dir = trainer.log_dir or trainer.default_root_dir
         rows = self._measure(trainer, pl_module, loader)
         if trainer.is_global_zero:
-            Console().print(_table(rows))
+            Console().print(_table(rows, quality(pl_module.model.config)))
             write_json(Path(log_dir, "summary.json"), rows)
 
     def _measure(
@@ -198,34 +199,35 @@ class Summary(Callback):
             settings = [NOTHING, *settings]
         (most,) = trainer.num_val_batches  # infinite for a stream
         batches = loader if math.isinf(most) else islice(loader, int(most))
-        right, total = count_right(model.to(device).eval(), batches, settings)
-        counts = torch.tensor([*right.tolist(), total], device=device)
+        sums, total = add_up(model.to(device).eval(), batches, settings)
+        counts = torch.tensor([*sums.tolist(), total], device=device)
         if trainer.world_size > 1:
             torch.distributed.all_reduce(counts)
         model.cpu()
         *found, images = counts.tolist()
+        judged = quality(model.config)
         rows = [
             {
                 **amount,
                 "own": amount == own,
-                "val_accuracy": number / images,
+                f"val_{judged.name}": number / images,
                 "gmacs": multiply_accumulates(model.config, **amount) / 1e9,
-                "images": images,
+                "images": int(images),
             }
             for amount, number in zip(settings, found, strict=True)
         ]
         return sorted(rows, key=lambda row: -row["gmacs"])
 
 
-def _table(rows: list[dict[str, Any]]) -> Table:
+def _table(rows: list[dict[str, Any]], judged: Quality) -> Table:
     table = Table(title=f"The final model on {rows[0]['images']} validation images")
-    for heading in ("setting", "accuracy", "GMACs", "saved"):
+    for heading in ("setting", judged.name.replace("_", " "), "GMACs", "saved"):
         table.add_column(heading, justify="left" if heading == "setting" else "right")
     for row in rows:
         setting = told({name: row[name] for name in ("r", "keep_rate") if name in row})
         table.add_row(
             f"{setting}, as configured" if row["own"] else setting,
-            f"{100 * row['val_accuracy']:.1f}%",
+            judged.told(row[f"val_{judged.name}"], digits=1),
             f"{row['gmacs']:.4f}",
             f"{100 * (1 - row['gmacs'] / rows[0]['gmacs']):.0f}%",
         )

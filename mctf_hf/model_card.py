@@ -11,6 +11,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from .configuration_mctf import EncoderConfigMixin, FusionConfigMixin
 from .cost import describe
+from .problems import QUALITIES, problem_type
 from .registry import output_of
 from .schedule import KeepRate, TokensFused
 
@@ -90,7 +91,7 @@ class Measurement:
         gmacs: 1e9 multiply-accumulates of one image.
         images_per_second: median speed.
         ratio: that speed over the plain model's, in the same run.
-        accuracy: fraction of images classified right; ``None`` if it was not measured.
+        accuracy: mean of the evaluation's metric; ``None`` if it was not measured.
         keep_rate: part of the patch tokens that layers keep, as the configuration takes it.
     """
 
@@ -116,6 +117,7 @@ class Evaluation:
         num_images: that accuracy was measured on.
         batch_size: images per call when speed was measured.
         machine: name of the processor, its threads in use and the versions of libraries.
+        metric: name of the :class:`.Quality` that accuracy is.
     """
 
     plain: Measurement
@@ -126,6 +128,7 @@ class Evaluation:
     dataset: str | None = None
     split: str | None = None
     num_images: int = 0
+    metric: str = "accuracy"
 
     def rows(self) -> list[Measurement]:
         """All measurements, the most expensive first."""
@@ -210,6 +213,8 @@ def make_card(
         base_gmacs=described.of(config, r=0) / 1e9,
         gmacs=described.of(config) / 1e9,
         output=output,
+        problem=problem_type(config),
+        judged=None if evaluation is None else QUALITIES[evaluation.metric],
         evaluation=evaluation,
         base_model=base_model,
         training=training,
@@ -230,9 +235,9 @@ def _tokens_by_layer(config: EncoderConfigMixin) -> list[int]:
 def _results(evaluation: Evaluation, output: str) -> list[EvalResult]:
     """The own setting's figures, as the Hub's ``model-index`` wants them."""
     task = _TASKS[output]
-    own = evaluation.own
+    own, judged = evaluation.own, QUALITIES[evaluation.metric]
     measured = [
-        ("accuracy", "Top-1 accuracy", own.accuracy),
+        (judged.name, judged.long_title, own.accuracy),
         ("gmacs", "10^9 multiply-accumulates per image", own.gmacs),
         ("images_per_second", f"Images per second, {evaluation.machine}", own.images_per_second),
         ("speedup", "Speed relative to the model without fusion", own.ratio),

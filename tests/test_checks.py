@@ -9,7 +9,7 @@ import torch
 from transformers import ViTImageProcessorPil
 
 from cli.main import main
-from lightning_modules.evaluation import count_right
+from lightning_modules.evaluation import add_up
 from mctf_hf.export import to_torch_export
 from mctf_hf.hub import save
 from tests.conftest import DIGITS, tiny_model
@@ -110,4 +110,4 @@ def test_scores_that_are_no_numbers_are_no_accuracy() -> None:
         model.classifier.weight.fill_(3e38)  # finite, but the scores are not
     batch = {"pixel_values": torch.randn(3, 3, 32, 32), "labels": torch.zeros(3, dtype=torch.int64)}
     with pytest.raises(ValueError, match="r 4: the scores of 3 of 3 images are infinite or no num"):
-        count_right(model, [batch], [{"r": 4}])
+        add_up(model, [batch], [{"r": 4}])

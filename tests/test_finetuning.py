@@ -202,7 +202,32 @@ def test_a_new_head_is_named_after_the_datasets_classes(tmp_path: Path, tiny_fol
         ({"pretrained": None, "config": {"hiden_size": 24}}, r"no settings \['hiden_size'\]"),
         ({"learning_rate": -1.0}, "learning_rate=-1.0 is not allowed: it is at least 0"),
         ({"label_smoothing": 2.0}, "label_smoothing=2.0 is not allowed: .* at most 1"),
+        ({"learning_rate": float("1e400")}, "learning_rate=inf is not allowed: .* and finite"),
+        ({"min_learning_rate": math.nan}, "min_learning_rate=nan is not allowed"),
         ({"num_labels": 0}, "num_labels=0 is not allowed: it is at least 1"),
+        ({"pretrained": None, "config": {**TINY, "num_labels": 0}}, "num_labels=0 of config"),
+        (
+            {"pretrained": None, "config": {"hidden_size": 24}},
+            "tells no number of classes: set num_labels",
+        ),
+        (
+            {"num_labels": 1, "problem_type": "multi_label_classification"},
+            "num_labels=1 is not allowed with problem_type=multi_label_classification",
+        ),
+        (
+            {"num_labels": 1, "problem_type": "single_label_classification"},
+            "num_labels=1|requires `num_labels > 1`",
+        ),
+        ({"num_labels": 1, "label_smoothing": 0.1}, "label_smoothing=0.1 has no effect with prob"),
+        ({"num_labels": 1, "class_weights": "balanced"}, "class_weights=.* has no effect with pro"),
+        (
+            {"problem_type": "multi_label_classification", "distill_from": "somebody/else"},
+            "distill_from='somebody/else' is not allowed with problem_type=multi",
+        ),
+        ({"freeze": True, "r_max": 2}, "r_max=2 has no effect with freeze=True"),
+        ({"freeze": True, "layer_decay": 0.9}, "layer_decay=0.9 has no effect with freeze=True"),
+        ({"image_size": 30}, r"image_size=30 is not allowed: .* multiple of patch_size=4"),
+        ({"pretrained": None, "config": TINY, "image_size": 16}, "image_size=16 .* beside config"),
         ({"attn_implementation": "egaer"}, 'attn_implementation="egaer"` is not supported'),
         (
             {"reduction": "evit", "r": None, "keep_rate": 0.5, "compile": True},
@@ -284,11 +309,20 @@ def test_classes_in_another_order_are_not_mixed_up(tiny_folder: Path, tmp_path: 
     module.model.config.id2label = {i: str(9 - i) for i in range(10)}
     with pytest.raises(ValueError, match="in another order"):
         trainer(tmp_path).test(module, digits(), verbose=False)
+    trained = trainer(tmp_path, max_epochs=1, limit_train_batches=1)
     module.model.config.id2label = {i: f"class {i}" for i in range(10)}
-    trainer(tmp_path).test(module, digits(), verbose=False)
-    assert module.model.config.id2label[3] == "class 3"
-    trainer(tmp_path).fit(module, digits())
+    for run in (trainer(tmp_path).test, trainer(tmp_path).validate, trained.fit):
+        with pytest.raises(ValueError, match="'0', '1', .* the model 'class 0', .* num_labels=10"):
+            run(module, digits())
+    module.model.config.id2label = {i: "three" if i == 3 else str(i) for i in range(10)}
+    with pytest.warns(UserWarning, match="calls 1 of 10 classes otherwise .* '3' for 'three'"):
+        trainer(tmp_path).test(module, digits(), verbose=False)
+    assert module.model.config.id2label[3] == "three"
+    trained.fit(module, digits())
     assert module.model.config.id2label[3] == "3"
+    del module.model.config.id2label[7]
+    with pytest.raises(ValueError, match="names 9 classes, but not 7: it is to name 0 to 8"):
+        trainer(tmp_path).test(module, digits(), verbose=False)
 
 
 def test_student_and_teacher_share_one_embedding(tiny_folder: Path, tmp_path: Path) -> None:
@@ -383,7 +417,7 @@ def test_a_new_head_is_not_used_before_it_is_trained(tiny_folder: Path, tmp_path
 def test_a_dataset_with_another_number_of_classes_is_refused(tmp_path: Path) -> None:
     module = MCTFFinetuner(config={**TINY, "num_labels": 20}, r=6)
     with pytest.raises(
-        ValueError, match="the dataset has 10 classes, the model 20: set num_labels"
+        ValueError, match="the dataset has 10 classes, the model 20: .*set num_labels=10"
     ):
         trainer(tmp_path).fit(module, digits())
 
