@@ -27,6 +27,7 @@ from lightning_modules import (
     make_loggers,
 )
 from lightning_modules.checkpoint_files import LAST, PREVIOUS
+from mctf_hf.registry import backbone_of
 
 TOLD_TO_STOP = 128 + 15  # the exit status of what SIGTERM ends
 
@@ -69,8 +70,16 @@ class FinetuningCommandLine(LightningCLI):
             parser.link_arguments("seed_everything", target, compute_fn=int)
 
     def before_instantiate_classes(self) -> None:
-        """Find the checkpoint of ``ckpt_path: last``, if there is one by now."""
+        """Find the checkpoint of ``ckpt_path: last``, if there is one by now, and the model.
+
+        A run's file says what a model is made from, which only ``fit`` does. For the other
+        subcommands ``model.pretrained`` is the model, as it is.
+        """
         settings = self.config[self.subcommand]
+        if self.subcommand != "fit" and settings.model.pretrained is not None:
+            settings.model.config = None
+            if settings.get("ckpt_path") is None:
+                settings.model.num_labels = _own_head(**settings.model)
         if settings.get("ckpt_path") == "last":
             folder = settings.last.folder
             if folder is None:
@@ -98,6 +107,16 @@ class FinetuningCommandLine(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Leave the settings alone: a checkpoint holds weights and progress, not what to run."""
+
+
+def _own_head(pretrained: str, num_labels: int | None, **others: Any) -> None:
+    """Raise ValueError if a model has not as many classes as are asked for."""
+    own = backbone_of(pretrained).config.from_pretrained(pretrained).num_labels
+    if num_labels not in (None, own):
+        raise ValueError(
+            f"num_labels={num_labels!r} is not allowed with {pretrained}, which has {own} classes: "
+            "a new head has random weights until `mctf fit` trains it"
+        )
 
 
 def finetuning(args: Sequence[str] | None = None) -> None:
