@@ -19,6 +19,7 @@ from cli.contestants import Contestant, make
 from cli.evaluation import open_labelled
 from cli.files import check_output, open_images
 from cli.measuring import machine_name, peak_bytes, seconds_in_rounds
+from cli.options import read, refuse
 from cli.parsing import ArgumentParser
 from lightning_modules.data import HFImageDataModule, LabelledImages
 from lightning_modules.processors import fit_shape, output_size
@@ -48,7 +49,9 @@ def main(args: Sequence[str]) -> None:
         "and slice=16 to feed it 16 images at a time.",
     )
     parser.add_function_arguments(benchmark, skip={"models"})
-    settings = parser.parse_args(list(args)).as_dict()
+    settings, given = read(parser, args)
+    if settings["accuracy"] is None:
+        refuse(given, {"split", "max_images"}, "without --accuracy, which it is of")
     benchmark(**settings)
 
 
@@ -110,6 +113,12 @@ def benchmark(
     for words in models:
         contestants.append(make(words, image_size, DTYPES[dtype], device))
         image_size = contestants[0].image_size
+        slice_size = contestants[-1].model.slice_size
+        if slice_size is not None and slice_size >= max(batches):
+            raise ValueError(
+                f"slice={slice_size!r} of {words!r} has no effect on batches of at most "
+                f"{max(batches)} images"
+            )
     top1: list[float | None] = [None] * len(contestants)
     labelled: list[LabelledImages] = []
     if accuracy is not None:

@@ -18,16 +18,17 @@ from cli.parsing import ArgumentParser
 from lightning_modules import HFImageDataModule
 
 WHOLE_BATCH = {"rand_augment": None, "random_erasing": 0.0, "mixup": 0.0, "cutmix": 0.0}
+UNUSED = {"test_split", "predict_folder", "eval_batch_size"}  # of data that nobody trains with
 
 
 def main(args: Sequence[str]) -> None:
     """Read the command line and print a table of speeds."""
     parser = ArgumentParser(
         prog="mctf benchmark-data",
-        description="Time the training batches of a dataset without a model: all settings of "
+        description="Time the training batches of a dataset without a model: the settings of "
         "`mctf fit`'s data are there.",
     )
-    parser.add_class_arguments(HFImageDataModule, "data")
+    parser.add_class_arguments(HFImageDataModule, "data", skip=UNUSED)
     parser.add_function_arguments(images_per_second, skip={"data"})
     settings = parser.parse_args(list(args)).as_dict()
     data = settings.pop("data")

@@ -84,6 +84,10 @@ def convert(
     config = model.config
     config.check_effect(settings)
     if labels is not None:
+        if output_of(model) != "logits":
+            raise ValueError(
+                f"labels={labels!r} is not allowed with {name}, which has no head for classes"
+            )
         names = read_labels(labels, config.num_labels)
         config.id2label = dict(enumerate(names))
         config.label2id = {label: i for i, label in config.id2label.items()}

@@ -15,6 +15,7 @@ from transformers import ViTImageProcessorPil
 from cli.files import check_output, open_images
 from cli.measuring import images_per_second, machine_name
 from cli.models import load, parse, resolve
+from cli.options import read, refuse
 from cli.parsing import ArgumentParser
 from mctf_hf import MCTFViTForImageClassification
 from mctf_hf import export as exporting
@@ -40,7 +41,15 @@ def main(args: Sequence[str]) -> None:
         "t2t_vit_14, lv_vit_s, …). Settings are those of fusion (r=16, reduction=tome, …).",
     )
     parser.add_function_arguments(export, skip={"model"})
-    export(**parser.parse_args(list(args)).as_dict())
+    settings, given = read(parser, args)
+    if not settings["speed"]:
+        refuse(given, {"rounds"}, "without --speed true, which it is of")
+        if "batch_size" in given and settings["batch_size"] > settings["count"] - 3:
+            raise ValueError(
+                f"batch_size={settings['batch_size']!r} has no effect with "
+                f"count={settings['count']!r}: 3 images go before a batch of that size"
+            )
+    export(**settings)
 
 
 def export(

@@ -3,6 +3,7 @@
 import os
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from datasets import Image as ImageFeature
 from PIL import Image
@@ -17,13 +18,20 @@ def check_output(file: str, *suffixes: str) -> Path:
 
     Raises:
         ValueError: if its name ends otherwise.
-        FileNotFoundError: if its folder does not exist.
+        OSError: if its folder does not exist or takes no files, or it is a folder itself.
     """
     path = Path(file)
     if path.suffix not in suffixes:
         raise ValueError(f"{file} is not allowed: the file's name ends in {' or '.join(suffixes)}")
     if not path.resolve().parent.is_dir():
         raise FileNotFoundError(f"{file} cannot be written: its folder does not exist")
+    if path.is_dir():
+        raise IsADirectoryError(f"{file} cannot be written: it is a folder")
+    try:
+        with TemporaryFile(dir=path.resolve().parent):
+            pass
+    except OSError as error:
+        raise OSError(f"{file} cannot be written: {error.strerror} in its folder") from error
     return path
 
 

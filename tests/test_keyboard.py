@@ -13,7 +13,7 @@ import pytest
 import cli.visualize
 import mctf_hf
 from cli.main import COMMANDS, main
-from tests.conftest import REPOSITORY
+from tests.conftest import DIGITS, REPOSITORY
 
 
 def refused(capsys: pytest.CaptureFixture, *words: str, status: int = 1) -> list[str]:
@@ -194,3 +194,60 @@ def test_what_others_tell_in_vain_is_kept_back_while_a_command_runs(
     assert caplog.messages == ["The card is broken"]
     logger.warning("Repo card metadata block was not found")
     assert len(caplog.messages) == 2 and "KINETO_LOG_LEVEL" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["benchmark", "deit_t", "--split", "test"], "--split is not allowed without --accuracy"),
+        (["benchmark", "deit_t", "--max-images", "9"], "--max-images is not allowed without --acc"),
+        (
+            ["benchmark", "MODEL,slice=4", "--batch-sizes", "1,4", "--rounds", "1"],
+            "slice=4 of 'MODEL,slice=4' has no effect on batches of at most 4 images",
+        ),
+        (["export", "MODEL", "--output", "o.pt2", "--rounds", "3"], "--rounds is not allowed with"),
+        (
+            ["export", "MODEL", "--output", "o.pt2", "--batch-size", "64", "--count", "20"],
+            "batch_size=64 has no effect with count=20",
+        ),
+        (["export", "MODEL", "--output", "folder.pt2"], "folder.pt2 cannot be written: it is a fo"),
+        (["benchmark", "MODEL", "--output", "folder.json"], "folder.json cannot be written: it is"),
+        (["benchmark", "MODEL", "--plot", "no/where.png"], "its folder does not exist"),
+        (
+            ["visualize", "MODEL", "--images", "photos", "--output", "folder.png"],
+            "folder.png cannot be written: it is a folder",
+        ),
+        (
+            ["test", "--model.pretrained", "MODEL", "--model.num_labels", "7"],
+            "num_labels=7 is not allowed with MODEL, which has 10 classes",
+        ),
+    ],
+)
+def test_what_contradicts_or_has_no_effect_is_refused_before_the_work(
+    words: list[str], message: str, tiny_folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    Path("MODEL").symlink_to(tiny_folder)
+    for suffix in (".pt2", ".json", ".png"):
+        Path(f"folder{suffix}").mkdir()
+    before = sorted(Path().rglob("*"))
+    assert message in "\n".join(refused(capsys, *words))
+    assert sorted(Path().rglob("*")) == before
+
+
+@pytest.mark.parametrize("option", ["test_split", "predict_folder", "eval_batch_size"])
+def test_the_input_pipeline_is_not_timed_with_settings_that_it_has_no_use_for(
+    option: str, capsys: pytest.CaptureFixture
+) -> None:
+    first, _ = refused(capsys, "benchmark-data", f"--data.{option}", "1", status=2)
+    assert f"there is no option --data.{option}" in first
+
+
+def test_the_file_of_a_run_tests_what_came_of_it(
+    tiny_folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    config = str(REPOSITORY / "configs" / "digits_base.yaml")  # from scratch, of ten classes
+    main(
+        ["test", "--config", config, "--model.pretrained", str(tiny_folder), "--data.dataset",
+         DIGITS, "--trainer.limit_test_batches", "1", "--trainer.logger", "false"]
+    )  # fmt: skip
+    assert "test/accuracy" in capsys.readouterr().out
