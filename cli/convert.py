@@ -222,6 +222,7 @@ def _summary(model: Any, processor: str) -> Lines:
     config, described = model.config, describe(model)
     height, width = config.usual_size
     read = output_of(model)
+    short = config.shortfall(config.num_tokens())
     return {
         "architecture": f"{config.hidden_size} wide, {config.num_hidden_layers} layers, "
         f"{config.num_attention_heads} heads, MLP {described.layer.mlp_width}, "
@@ -229,6 +230,7 @@ def _summary(model: Any, processor: str) -> Lines:
         "images": f"{_by((config.num_channels, height, width))}, patches of "
         f"{_by(as_pair(config.patch_size))}",
         "fusion": told_fusion(config, described),
+        **({} if short is None else {"warning": short}),
         "image processor": processor,
     }
 

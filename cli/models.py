@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from cli.main import nearest
+from cli.yaml_texts import load_yaml
 from lightning_modules.processors import settle_size
 from mctf_hf.configuration_mctf import EncoderConfigMixin
 from mctf_hf.conversion import load_pretrained
@@ -49,7 +50,7 @@ def parse(words: str, more: Sequence[str] = ()) -> tuple[str, dict[str, Any]]:
 def _value(key: str, text: str) -> Any:
     in_brackets = text[:1] + text[-1:] == "()"
     try:
-        value = yaml.safe_load(f"[{text[1:-1]}]" if in_brackets else text)
+        value = load_yaml(f"[{text[1:-1]}]" if in_brackets else text)
     except yaml.YAMLError as error:
         raise ValueError(
             f"{key}={text!r} is not allowed: it is a number, a word, or a list such as [8, 4, 0]"
@@ -60,7 +61,12 @@ def _value(key: str, text: str) -> Any:
 def resolve(
     config: EncoderConfigMixin, settings: dict[str, Any], image_size: int | None = None
 ) -> dict[str, Any]:
-    """The settings, with an r or a keep rate that is given as a budget worked out."""
+    """The settings, with an r or a keep rate that is given as a budget worked out.
+
+    Raises:
+        ValueError: for settings that this model has not, or a value that is not allowed.
+    """
+    config.check_known(settings)
     budgets = {
         key: settings[key] for key in ("r", "keep_rate") if isinstance(settings.get(key), str)
     }

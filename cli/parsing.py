@@ -10,10 +10,20 @@ from typing import Any, NoReturn
 import jsonargparse
 
 from cli.main import MISUSED, nearest
+from cli.yaml_texts import check_words, guard
+
+guard()
 
 
 class BriefErrors:
     """Mixin of a parser that tells what is wrong and the nearest right word, not all its usage."""
+
+    def parse_args(self: Any, args: Any = None, *rest: Any, **options: Any) -> Any:
+        try:
+            check_words(sys.argv[1:] if args is None else args)
+        except ValueError as error:
+            self.error(str(error), error)
+        return super().parse_args(args, *rest, **options)  # type: ignore[misc]
 
     def error(self: Any, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error or os.environ.get("MCTF_DEBUG"):

@@ -7,6 +7,7 @@ import pickle
 import re
 import struct
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,8 +71,9 @@ def read_checkpoint(file: str | os.PathLike, entry: str | None = None) -> Checkp
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: for a name that ends otherwise, and a file that is damaged, holds no weights, or
-            would call anything but what makes tensors and plain values.
+        ValueError: for a name that ends otherwise, and a file that is damaged, holds no weights or
+            fewer numbers than they say, or would call anything but what makes tensors and plain
+            values.
     """
     path = Path(file)
     if not path.exists():
@@ -81,6 +83,7 @@ def read_checkpoint(file: str | os.PathLike, entry: str | None = None) -> Checkp
             f"{file} is not allowed: a checkpoint's name ends in {', '.join(SUFFIXES)}"
         )
     with reading(file, DAMAGED):
+        _check_archive(path)
         contents = load_file(path) if path.suffix == ".safetensors" else _unpickle(path)
     if not isinstance(contents, Mapping):
         raise ValueError(f"{file} holds a {type(contents).__name__}, not weights by name")
@@ -98,7 +101,29 @@ def read_checkpoint(file: str | os.PathLike, entry: str | None = None) -> Checkp
         where = "" if entry is None else f" in its entry {entry!r}"
         raise ValueError(f"{file} holds something else than weights{where}: {others}")
     left_out = () if entry is None else tuple(str(name) for name in contents if name != entry)
+    _check_held(file, weights)
     return Checkpoint(_unwrapped(weights), entry, left_out)
+
+
+def _check_archive(path: Path) -> None:
+    """Raise ValueError for a file whose parts are larger than it is, when they are unpacked."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(part.file_size for part in archive.infolist())
+        if unpacked > path.stat().st_size:
+            raise ValueError(f"{path.stat().st_size:,} bytes become {unpacked:,} when unpacked")
+
+
+def _check_held(file: str | os.PathLike, weights: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for weights of more numbers than the file has for them."""
+    for name, tensor in weights.items():
+        dense = tensor.layout == torch.strided and tensor.device.type == "cpu"
+        held = tensor.untyped_storage().nbytes() if dense else 0
+        if tensor.numel() * tensor.element_size() > held:
+            raise ValueError(
+                f"{file} is refused: {name} says that it has {tensor.numel():,} numbers "
+                f"({list(tensor.shape)}), and the file holds {held:,} bytes for them"
+            )
 
 
 def _unpickle(path: Path) -> Any:

@@ -1,14 +1,19 @@
 """The settings of token fusion, and what the configurations of all encoders share."""
 
+import difflib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers.utils import logging
 
+from .limits import check_extent, check_setting
 from .reducers import REDUCERS, Reducer, build_reducer
 from .schedule import (
     ScheduleMixin,
@@ -255,11 +260,13 @@ def as_pair(value: Any) -> tuple[int, int]:
     return tuple(value) if isinstance(value, (list, tuple)) else (value, value)
 
 
-# What transformers writes to a config.json beside the fields of the configuration.
+# What transformers writes to a config.json, or takes, beside the fields of the configuration.
 _NOT_FIELDS = {
     "attn_implementation",
     "auto_map",
+    "experts_implementation",
     "model_type",
+    "name_or_path",
     "num_labels",
     "out_features",
     "out_indices",
@@ -269,6 +276,25 @@ _NOT_FIELDS = {
     "torch_dtype",
     "use_cache",
 }
+
+
+@contextmanager
+def reading_config(name: str | os.PathLike) -> Iterator[None]:
+    """Tell in a line why the config.json of a folder or Hub id cannot be read.
+
+    Raises:
+        FileNotFoundError: for a folder without one.
+        ValueError: for one that holds no settings by name.
+    """
+    folder = Path(name)
+    if folder.is_dir() and not any(folder.glob("**/config.json")):
+        raise FileNotFoundError(f"{name} has no config.json: it is no folder of a model")
+    try:
+        yield
+    except (TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
+        raise ValueError(
+            f"{name}: its config.json holds no settings of a model by name ({error})"
+        ) from error
 
 
 class EncoderConfigMixin(FusionConfigMixin):
@@ -294,6 +320,33 @@ class EncoderConfigMixin(FusionConfigMixin):
         image_size: Any
         patch_size: Any
 
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.check_known(name for name in kwargs if not name.startswith("_"))
+        super().__post_init__(**kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        try:
+            check_setting(name, value)
+        except ValueError as error:
+            raise StrictDataclassFieldValidationError(field=name, cause=error) from error
+        super().__setattr__(name, value)
+
+    @classmethod
+    def known(cls) -> set[str]:
+        """Names of all that can be set."""
+        return {field.name for field in fields(cls)} | _NOT_FIELDS
+
+    @classmethod
+    def check_known(cls, names: Iterable[str]) -> None:
+        """Raise ValueError for names that are no settings of this configuration."""
+        unknown = sorted(set(names) - cls.known())
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], cls.known(), n=1)
+            raise ValueError(
+                f"{cls.__name__} has no settings {unknown}"
+                + (f": did you mean {near[0]!r}?" if near else "")
+            )
+
     @classmethod
     def get_config_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
@@ -301,9 +354,13 @@ class EncoderConfigMixin(FusionConfigMixin):
         """Read a checkpoint's configuration; a plain model's counts as this one's.
 
         Raises:
-            ValueError: for the checkpoint of another architecture.
+            FileNotFoundError: for a folder without config.json.
+            ValueError: for the checkpoint of another architecture, or a config.json that holds
+                something else.
         """
-        settings, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        with reading_config(pretrained_model_name_or_path):
+            settings, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+            settings = dict(settings.items())
         model_type = settings.get("model_type", next(iter(cls.plain_types), None))
         if model_type not in (*cls.plain_types, *cls.plain_parts, cls.model_type):
             plain = "".join(f"{name!r} ({meaning}), " for name, meaning in cls.plain_types.items())
@@ -313,26 +370,52 @@ class EncoderConfigMixin(FusionConfigMixin):
             )
         if model_type in cls.plain_parts:
             whole = settings
-            settings = dict(settings[cls.plain_parts[model_type]])
+            with reading_config(pretrained_model_name_or_path):
+                settings = dict(settings[cls.plain_parts[model_type]].items())
             of_all = ("id2label", "label2id", "problem_type", "projection_dim")
             settings |= {name: whole[name] for name in of_all if name in whole}
         if model_type != cls.model_type:
-            settings = cls.of_plain(model_type, settings)
-        known = {field.name for field in fields(cls)} | _NOT_FIELDS
-        unknown = sorted(name for name in set(settings) - known if not name.startswith("_"))
-        if model_type != cls.model_type:  # what older releases left there
-            settings = {name: settings[name] for name in settings if name not in unknown}
-        elif unknown:
-            logger.warning_once(
-                f"{pretrained_model_name_or_path} has settings that this version does not know "
-                f"and that have no effect: {', '.join(unknown)}. Perhaps a newer one wrote it"
-            )
+            with reading_config(pretrained_model_name_or_path):
+                settings = cls.of_plain(model_type, settings)
+            known = cls.known()  # beside what older releases left there
+            settings = {name: settings[name] for name in settings if name in known}
         return {**settings, "model_type": cls.model_type}, kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Make a configuration of what a config.json holds; what is unknown there is left out.
+
+        Raises:
+            ValueError: for values that no such configuration has, or a setting in ``kwargs`` that
+                this architecture has no choice of.
+        """
+        known = cls.known()
+        unknown = sorted(name for name in set(config_dict) - known if not name.startswith("_"))
+        if unknown:
+            logger.warning_once(
+                f"A config.json of type {cls.model_type!r} has settings that this version does not "
+                f"know and that have no effect: {', '.join(unknown)}. Perhaps a newer one wrote it"
+            )
+        fixed = [name for name in kwargs if name not in known and hasattr(cls, name)]
+        cls.check_known(fixed)
+        settings = {name: config_dict[name] for name in config_dict if name in known}
+        try:
+            return super().from_dict(settings, **kwargs)
+        except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
+            raise ValueError(
+                f"A config.json of type {cls.model_type!r} has a setting of another kind than it "
+                f"takes: {error}"
+            ) from error
 
     @classmethod
     def of_plain(cls, model_type: str, settings: dict[str, Any]) -> dict[str, Any]:
         """The settings of a plain model, as this configuration has them."""
         return settings
+
+    def validate_extent(self) -> None:
+        """Check the sizes that limit each other."""
+        for size in (self.image_size, self.usual_size):
+            check_extent(self, self.grid(size))
 
     @property
     def usual_size(self) -> tuple[int, int]:

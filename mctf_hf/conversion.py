@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import ViTConfig
 from transformers.utils import logging
 
 from .checkpoints import UNREADABLE, reading
 from .checks import check_weights
 from .modeling_mctf_vit import MCTFViTConfig, MCTFViTForImageClassification
-from .registry import build, class_of
+from .registry import build, class_of, stored_config
 from .sources import EMBEDDINGS, ours, refuse, table_of, theirs
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -203,8 +202,7 @@ def load_pretrained(name: str, **settings: Any) -> MCTFViTForImageClassification
             exactly those of the model, and finite; all that are unknown, missing or misshapen are
             listed.
     """
-    stored, _ = ViTConfig.get_config_dict(name)
-    if "model_type" not in stored:
+    if "model_type" not in stored_config(name):
         raise ValueError(
             f"{name} holds no model of transformers, for its config.json has no model_type: if it "
             "is timm's, convert the model.safetensors that lies there"

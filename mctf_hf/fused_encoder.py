@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from .anatomy import LayerNames, attention_core, attention_names, check_layer
 from .attention import FusionAttention, Rotation
@@ -19,6 +20,8 @@ from .configuration_mctf import FusionConfigMixin
 from .fused_layer import FusedLayer, Step, Tokens
 from .reducers import build_reducer
 from .schedule import KeepRate, TokensFused
+
+logger = logging.get_logger(__name__)
 
 # The widest activation of the images that a CPU takes through the layers at once.
 SLICE_BYTES = 12 * 2**20
@@ -124,6 +127,8 @@ class FusedLayers(nn.ModuleList):
         if any(counts):
             check_mask(mask)
             mask = None
+            if not torch.compiler.is_compiling():
+                _warn_of_shortfall(settings, hidden_states.shape[1], r, keep_rate)
         track = track or (whole and any(counts))
         run = functools.partial(
             self._run,
@@ -207,6 +212,12 @@ class FusedLayers(nn.ModuleList):
             batch * num_tokens * self.widest * hidden_states.element_size() / SLICE_BYTES
         )
         return math.ceil(batch / min(slices, batch))
+
+
+def _warn_of_shortfall(settings: FusionConfigMixin, num_tokens: int, *amount: Any) -> None:
+    short = settings.shortfall(num_tokens, *amount)
+    if short is not None:
+        logger.warning_once(short)
 
 
 def _is_watched(module: nn.Module) -> bool:

@@ -3,12 +3,13 @@
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
@@ -20,6 +21,9 @@ from .downloads import checked_downloads
 from .files import drop_links, read_object, write_text
 from .own_reducers import own_code
 from .reducers import REDUCERS
+
+# How many weights a model may have beside those of its checkpoint.
+NEW_WEIGHTS = 50_000_000
 
 
 def take_over_names(own: Sequence[str], plain: str) -> None:
@@ -38,6 +42,38 @@ def take_over_names(own: Sequence[str], plain: str) -> None:
         )
     for name in own:
         register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
+
+
+def check_contents(model: nn.Module, files: Sequence[str | os.PathLike] | None) -> None:
+    """Check that a model is not far larger than what its checkpoint can hold.
+
+    Args:
+        files: of the checkpoint; ``None`` for weights that are at hand.
+
+    Raises:
+        ValueError: for a model with more weights than the files have half bytes, not counting as
+            many as a new head may have.
+    """
+    if files is None:
+        return
+    held = sum(os.path.getsize(file) for file in files)
+    weights = sum(weight.numel() for weight in model.parameters())
+    if weights > 2 * held + NEW_WEIGHTS:
+        raise ValueError(
+            f"{os.path.dirname(files[0])}: config.json says {weights:,} weights, and the files of "
+            f"{held:,} bytes cannot hold them"
+        )
+
+
+# What transformers hands to a model beside the arguments that it names.
+_OPTIONS = {"num_items_in_batch", "output_attentions", "output_hidden_states", "return_dict"}
+
+
+def check_options(model: Any, options: Mapping[str, Any]) -> None:
+    """Raise TypeError for options of a call that no model of this library has."""
+    unknown = sorted(options.keys() - _OPTIONS)
+    if unknown:
+        raise TypeError(f"{type(model).__name__} takes no arguments {unknown}")
 
 
 @dataclass
@@ -103,6 +139,16 @@ class MCTFPreTrainedMixin:
             kwargs["key_mapping"] = cls.renamed | (kwargs.get("key_mapping") or {})
         with checked_downloads(pretrained_model_name_or_path, kwargs.get("cache_dir")):
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: Any, state_dict: Any, checkpoint_files: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        # Until here, the model's weights are on the meta device and take no memory.
+        check_contents(model, checkpoint_files)
+        return PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, *args, **kwargs
+        )
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any

@@ -114,7 +114,7 @@ class MCTFCLIPVisionModelWithProjection(MCTFPreTrainedMixin, CLIPVisionModelWith
         self, pixel_values: Tensor | None = None, **kwargs: Any
     ) -> MCTFCLIPVisionModelOutput:
         """Embed images; see :meth:`~.modeling_mctf_encoder.MCTFEncoderMixin.forward`."""
-        outputs = self.vision_model(pixel_values, **kwargs)
+        outputs = self.vision_model(pixel_values, return_dict=True, **kwargs)
         return MCTFCLIPVisionModelOutput(
             image_embeds=self.visual_projection(outputs.pooler_output),
             last_hidden_state=outputs.last_hidden_state,

@@ -13,7 +13,12 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .anatomy import LayerNames
 from .fused_encoder import FusedLayers, Rotary, fuse_layers
-from .modeling_mctf import MCTFImageClassifierOutput, MCTFModelOutput, MCTFPreTrainedMixin
+from .modeling_mctf import (
+    MCTFImageClassifierOutput,
+    MCTFModelOutput,
+    MCTFPreTrainedMixin,
+    check_options,
+)
 from .reducers import build_reducer
 from .schedule import KeepRate, TokensFused
 
@@ -98,7 +103,11 @@ class MCTFEncoderMixin(MCTFPreTrainedMixin):
             ValueError: for images of another size, an ``r`` or ``keep_rate`` that is not allowed,
                 an ``attention_mask``, or unless exactly one of ``pixel_values`` and
                 ``inputs_embeds`` is given.
+            TypeError: for an argument that is none of these and none of all models'.
         """
+        if kwargs.pop("attention_mask", None) is not None:
+            raise ValueError(f"attention_mask is not allowed in {type(self).__name__}")
+        check_options(self, kwargs)
         if (pixel_values is None) == (inputs_embeds is None):
             raise ValueError("give either pixel_values or inputs_embeds")
         config = self.config
@@ -110,8 +119,6 @@ class MCTFEncoderMixin(MCTFPreTrainedMixin):
             given = {name: value for name, value in options.items() if value is not None}
             embedded = self.embed(pixel_values, **given)
             inputs_embeds, rotary = embedded["inputs_embeds"], embedded.get("rotary")
-        if kwargs.pop("attention_mask", None) is not None:
-            raise ValueError(f"attention_mask is not allowed in {type(self).__name__}")
         assert inputs_embeds is not None
         reducer = build_reducer(config)
         drops = reducer is not None and reducer.drops_tokens
@@ -195,7 +202,9 @@ class MCTFEncoderClassifierMixin(MCTFPreTrainedMixin):
         Args:
             labels: (b,), for the cross-entropy loss (mean squared error if there is one label).
         """
-        outputs = self.base_model(pixel_values, output_fusion=True, **kwargs)  # type: ignore[attr-defined]
+        outputs = self.base_model(  # type: ignore[attr-defined]
+            pixel_values, output_fusion=True, return_dict=True, **kwargs
+        )
         sizes = None if self.config.restore else outputs.token_sizes
         features = self._read(outputs.last_hidden_state, sizes)
         logits = self.classifier(features)

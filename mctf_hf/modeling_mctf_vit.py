@@ -35,6 +35,7 @@ from .modeling_mctf import (
     MCTFImageClassifierOutput,
     MCTFModelOutput,
     MCTFPreTrainedMixin,
+    check_options,
     take_over_names,
 )
 from .schedule import KeepRate, TokensFused
@@ -399,7 +400,9 @@ class MCTFViTModel(MCTFPreTrainedMixin, ViTModel):
             ValueError: for images of another size, an ``r`` or ``keep_rate`` that is not allowed,
                 an ``attention_mask`` where tokens are fused, or unless exactly one of
                 ``pixel_values`` and ``inputs_embeds`` is given.
+            TypeError: for an argument that is none of these and none of all models'.
         """
+        check_options(self, kwargs)
         if (pixel_values is None) == (inputs_embeds is None):
             raise ValueError("give either pixel_values or inputs_embeds")
         if inputs_embeds is None:
@@ -550,6 +553,7 @@ class MCTFViTForImageClassification(MCTFPreTrainedMixin, ViTForImageClassificati
             output_fusion=output_fusion or not (self.config.class_token or self.config.restore),
             inputs_embeds=inputs_embeds,
             keep_rate=keep_rate,
+            return_dict=True,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state

@@ -22,7 +22,7 @@ from transformers import (
     ViTModel,
 )
 
-from .configuration_mctf import EncoderConfigMixin, FusionConfigMixin
+from .configuration_mctf import EncoderConfigMixin, FusionConfigMixin, reading_config
 from .modeling_mctf_clip import (
     MCTFCLIPVisionConfig,
     MCTFCLIPVisionForImageClassification,
@@ -195,8 +195,23 @@ def backbone_of(name: str | os.PathLike) -> Backbone:
     Raises:
         OSError: if there is no such model.
     """
-    stored, _ = PreTrainedConfig.get_config_dict(name)
+    stored = stored_config(name)
     return backbone_of_type(str(stored.get("model_type"))) or BACKBONES[MCTFViTConfig.model_type]
+
+
+def stored_config(name: str | os.PathLike) -> dict[str, Any]:
+    """What the config.json of a folder or Hub id holds.
+
+    Raises:
+        OSError: if there is no such model.
+        ValueError: if it holds no settings by name.
+    """
+    with reading_config(name):
+        stored, _ = PreTrainedConfig.get_config_dict(name)
+        architectures = stored.get("architectures") or ()
+        if not all(isinstance(name, str) for name in architectures):
+            raise TypeError(f"architectures={architectures!r}")
+        return dict(stored.items())
 
 
 def backbone_of_type(model_type: str) -> Backbone | None:
@@ -216,7 +231,7 @@ def class_of(name: str | os.PathLike) -> type[Any]:
     Raises:
         OSError: if there is no such model.
     """
-    stored, _ = PreTrainedConfig.get_config_dict(name)
+    stored = stored_config(name)
     model_type = str(stored.get("model_type"))
     entry = backbone_of_type(model_type) or BACKBONES[MCTFViTConfig.model_type]
     saved_as = next(iter(stored.get("architectures") or ()), "")

@@ -20,7 +20,8 @@ KeepRate = int | float | list[int | float]
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a number, neither infinite nor larger than any that is computed with."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 def check_tokens_fused(value: TokensFused) -> None:
@@ -76,6 +77,8 @@ class ScheduleMixin:
 
         def check_effect(self, given: dict[str, Any]) -> None: ...
 
+        def own_amount(self) -> dict[str, Any]: ...
+
     def tokens_fused(
         self, num_tokens: int, r: TokensFused | None = None, keep_rate: KeepRate | None = None
     ) -> tuple[int, ...]:
@@ -95,6 +98,32 @@ class ScheduleMixin:
             ValueError: if ``r`` or ``keep_rate`` is not allowed, both are given, or one has no
                 effect on the method.
         """
+        return tuple(count for _, count in self._scheduled(num_tokens, r, keep_rate))
+
+    def shortfall(
+        self, num_tokens: int, r: TokensFused | None = None, keep_rate: KeepRate | None = None
+    ) -> str | None:
+        """What the layers cannot fuse of what they are asked to, in words; ``None`` if they can.
+
+        Arguments as of :meth:`tokens_fused`.
+        """
+        scheduled = self._scheduled(num_tokens, r, keep_rate)
+        asked, fused = (sum(counts) for counts in zip(*scheduled, strict=True))
+        if asked <= fused:
+            return None
+        amounts = {"r": r, "keep_rate": keep_rate}
+        given = {name: value for name, value in amounts.items() if value is not None}
+        told = ", ".join(f"{k}={v!r}" for k, v in (given or self.own_amount()).items())
+        return (
+            f"{told} asks the layers to fuse {asked:,} tokens of {num_tokens}, and they can fuse "
+            f"{fused}: no layer fuses more than its method can, or leaves fewer tokens than "
+            f"min_tokens={self.min_tokens}"
+        )
+
+    def _scheduled(
+        self, num_tokens: int, r: TokensFused | None, keep_rate: KeepRate | None
+    ) -> list[tuple[int, int]]:
+        """How many tokens each layer is asked to fuse, and how many it fuses."""
         reducer = self.reducer_class
         if torch.compiler.is_compiling():
             r, keep_rate = _constant(r), _constant(keep_rate)
@@ -107,7 +136,7 @@ class ScheduleMixin:
                 check_tokens_fused(r)
             if r and r != [0] * self.num_hidden_layers:
                 self.check_effect({"r": r})
-            return (0,) * self.num_hidden_layers
+            return [(0, 0)] * self.num_hidden_layers
         if by_rate and r is None:
             rates = self.kept_by_layer(keep_rate)
             added = reducer.tokens_added(self)
@@ -119,9 +148,10 @@ class ScheduleMixin:
         for count_of in fewer:
             patches = num_tokens - self.num_prefix_tokens
             most = min(reducer.most(patches), num_tokens - self.min_tokens)
-            counts.append(max(0, min(count_of(patches), most)))
-            num_tokens -= counts[-1]
-        return tuple(counts)
+            asked = count_of(patches)
+            counts.append((max(0, asked), max(0, min(asked, most))))
+            num_tokens -= counts[-1][1]
+        return counts
 
     def _wanted_by_layer(self, r: TokensFused) -> Sequence[int | float]:
         """What each layer is to fuse."""

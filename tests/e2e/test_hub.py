@@ -40,6 +40,7 @@ CODE = {
     "files.py",
     "fused_encoder.py",
     "fused_layer.py",
+    "limits.py",
     "modeling_mctf.py",
     "schedule.py",
     "fusion.py",

@@ -1,0 +1,76 @@
+"""YAML of settings, whose aliases cannot grow into more than anybody means."""
+
+from contextlib import suppress
+from typing import Any
+
+import yaml
+from jsonargparse import get_loader, set_loader
+
+# How many values a text may stand for by its aliases.
+VALUES = 10_000
+
+
+def check_aliases(text: str) -> None:
+    """Check what a YAML text becomes where each alias is replaced by what it stands for.
+
+    Raises:
+        ValueError: for more than ``VALUES`` values, or an alias within what it stands for.
+        yaml.YAMLError: for a text that is no YAML.
+    """
+    if "*" not in text:
+        return
+    anchors: dict[str, int | None] = {}  # how many values each stands for, None while it is open
+    open_nodes: list[tuple[str | None, int]] = [(None, 0)]
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            open_nodes.append((event.anchor, 0))
+            if event.anchor:
+                anchors[event.anchor] = None
+            continue
+        if isinstance(event, yaml.CollectionEndEvent):
+            anchor, size = open_nodes.pop()
+            size += 1
+        elif isinstance(event, yaml.ScalarEvent):
+            anchor, size = event.anchor, 1
+        elif isinstance(event, yaml.AliasEvent):
+            anchor, size = None, anchors.get(event.anchor, 0)
+        else:
+            continue
+        if anchor:
+            anchors[anchor] = size
+        parent, total = open_nodes[-1]
+        if size is None or total + size > VALUES:
+            told = "themselves" if size is None else f"more than {VALUES:,} values"
+            raise ValueError(f"the YAML is refused: its aliases (*) stand for {told}")
+        open_nodes[-1] = parent, total + size
+
+
+def load_yaml(text: str) -> Any:
+    """The value of a YAML text; see :func:`check_aliases`."""
+    check_aliases(text)
+    return yaml.safe_load(text)
+
+
+_load = get_loader("yaml")
+
+
+def _checked(text: str, path: str = "") -> Any:
+    try:
+        check_aliases(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}" if path else str(error)) from error
+    return _load(text)
+
+
+def guard() -> None:
+    """Let jsonargparse check the aliases of the files that it reads."""
+    set_loader("yaml", _checked, exceptions=(yaml.YAMLError,))
+
+
+def check_words(words: Any) -> None:
+    """Check the aliases in the words of a command, some of which are YAML."""
+    for word in words if isinstance(words, (list, tuple)) else ():
+        if isinstance(word, str) and "&" in word:
+            with suppress(yaml.YAMLError):
+                check_aliases(word.partition("=")[2] if word.startswith("--") else word)
+                check_aliases(word)
