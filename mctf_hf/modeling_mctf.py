@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,7 +14,7 @@ from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
-from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.dynamic_module_utils import get_relative_import_files, get_relative_imports
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 
 from .downloads import checked_downloads
@@ -156,8 +156,8 @@ class MCTFPreTrainedMixin:
         """Save as every transformers model does, along with the code that a stranger needs.
 
         A link in the place of one of these files is replaced, not followed. ``auto_map`` names all
-        classes of the family, so that what one of them saved loads as any
-        of them with ``trust_remote_code=True``. A reducer that somebody registered goes along.
+        classes of the family, so that what one of them saved loads as any of them with
+        ``trust_remote_code=True``. A reducer that somebody registered goes along.
 
         Raises:
             ValueError: for a reducer of one's own that cannot, see :func:`.own_reducers.own_code`.
@@ -178,9 +178,26 @@ class MCTFPreTrainedMixin:
         if is_main_process:
             drop_links(save_directory, {*(f"{module}.py" for module in modules), *files})
         super().save_pretrained(save_directory, is_main_process, **kwargs)  # type: ignore[misc]
-        if files and is_main_process:
+        if not is_main_process:
+            return
+        if files:
             for name, content in files.items():
                 write_text(Path(save_directory, name), content)
             config = Path(save_directory, "config.json")
             settings = {**read_object(config), "auto_map": auto_map}
             write_text(config, json.dumps(settings, indent=2) + "\n")
+        modules |= {Path(name).stem for name in files}
+        for module in {reference.split(".")[0] for reference in auto_map.values()}:
+            _name_all(Path(save_directory, f"{module}.py"), modules - {module})
+
+
+def _name_all(file: Path, modules: Collection[str]) -> None:
+    """Let a module name all that it needs, of which releases before 5 copy but what it names.
+
+    They can then run it, and it tells which release it needs.
+    """
+    lacking = sorted(set(modules) - set(get_relative_imports(file))) if file.exists() else []
+    if lacking:
+        lines = [f"    from .{module} import __name__\n" for module in lacking]
+        text = f"{file.read_text(encoding='utf-8')}\nif False:  # named, not imported\n"
+        write_text(file, text + "".join(lines))

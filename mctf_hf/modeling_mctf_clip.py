@@ -1,5 +1,9 @@
 """CLIP's vision encoder (arXiv 2103.00020) that fuses tokens, with and without projection."""
 
+from .release import OLDEST as OLDEST  # before what older releases lack
+
+# isort: split
+
 from dataclasses import dataclass
 from typing import Any, ClassVar
 

@@ -1,5 +1,9 @@
 """DINOv3's Vision Transformer (arXiv 2508.10104), which fuses tokens as it goes."""
 
+from .release import OLDEST as OLDEST  # before what older releases lack
+
+# isort: split
+
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch

@@ -4,6 +4,10 @@ A stem of convolutions before the patches, residual branches divided by a consta
 all tokens beside that on the class token; everything else is :mod:`modeling_mctf_vit`.
 """
 
+from .release import OLDEST as OLDEST  # before what older releases lack
+
+# isort: split
+
 from dataclasses import field
 from typing import Any, ClassVar
 

@@ -4,6 +4,10 @@ The front end turns overlapping windows of the image into tokens, in three steps
 transformer between them; everything else is :mod:`modeling_mctf_vit`.
 """
 
+from .release import OLDEST as OLDEST  # before what older releases lack
+
+# isort: split
+
 import math
 from dataclasses import field
 from typing import Any, ClassVar

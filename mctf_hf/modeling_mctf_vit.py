@@ -5,6 +5,10 @@ What is new is in the layers (:mod:`.fused_layer`, :mod:`.fused_encoder`). Shape
 ``n`` tokens before and ``m`` tokens after all fusion, ``d`` channels.
 """
 
+from .release import OLDEST as OLDEST  # before what older releases lack
+
+# isort: split
+
 import math
 from collections.abc import Callable
 from dataclasses import field

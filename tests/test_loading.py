@@ -1,6 +1,7 @@
 """Weights in and out: any ViT checkpoint loads, and what is saved loads anywhere."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from transformers import (
     ViTForImageClassification,
     ViTImageProcessorPil,
 )
+from transformers.dynamic_module_utils import get_relative_import_files, get_relative_imports
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification, MCTFViTModel
@@ -127,6 +129,27 @@ def test_a_folder_of_the_version_before_loads(tmp_path: Path) -> None:
     save(model, ViTImageProcessorPil(), folder)
     again = AutoModelForImageClassification.from_pretrained(folder).eval()
     torch.testing.assert_close(again(images).logits, logits, atol=1e-6, rtol=0)
+
+
+def test_an_older_transformers_is_told_in_one_line(tmp_path: Path) -> None:
+    folder = save(tiny_model(r=7), ViTImageProcessorPil(), tmp_path / "model")
+    code = f"{BLOCKED}import transformers; transformers.__version__ = '4.57.6'\n"
+    code += "transformers.AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, folder],
+        env=environment_of_a_stranger(tmp_path / "home"),
+        capture_output=True,
+        text=True,
+    )
+    (floor,) = re.findall(r'"transformers>=(.*)"', (REPOSITORY / "pyproject.toml").read_text())
+    assert done.stderr.splitlines()[-1] == (
+        f"ImportError: this model needs transformers {floor} or newer, and 4.57.6 is installed: "
+        "pip install --upgrade transformers"
+    )
+    # That release copies what the module names, and reads all that this needs before it is run.
+    module = folder / "modeling_mctf_vit.py"
+    named = {folder / f"{name}.py" for name in get_relative_imports(module)}
+    assert named >= {Path(file) for file in get_relative_import_files(module)} - {module}
 
 
 @torch.no_grad()

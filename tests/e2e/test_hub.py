@@ -48,6 +48,7 @@ CODE = {
     "modeling_mctf_vit.py",
     "own_reducers.py",
     "reducers.py",
+    "release.py",
     "pairing.py",
     "selection.py",
 }
