@@ -77,7 +77,7 @@ def benchmark(
         batch_sizes: images per call, one table for each: 1,16.
         image_size: height and width; unset, those of the first model.
         images: an image, a folder of images or of a dataset, or a dataset's id on the Hub, whose
-            first images are used; unset, random numbers.
+            evenly spaced images are used; unset, random numbers.
         dtype: float32, bfloat16 or float16.
         device: cpu or cuda, which is the current GPU.
         threads: threads of the CPU; unset, PyTorch's own choice.
@@ -265,7 +265,7 @@ def _pixel_values(images: str | None, count: int, size: int) -> Tensor:
     if images is None:
         return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
     processor = ViTImageProcessorPil(size={"height": size, "width": size})
-    return ImageReader(processor).batch(open_images(images, count))
+    return ImageReader(processor).batch(open_images(images, count).values())
 
 
 def _environment(

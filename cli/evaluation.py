@@ -9,6 +9,7 @@ import transformers
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from cli.files import evenly_spaced
 from cli.measuring import images_per_second, machine_name
 from lightning_modules.data import HFImageDataModule, LabelledImages, Process
 from lightning_modules.evaluation import NOTHING, Amount, add_up, sweep, told
@@ -42,8 +43,7 @@ def open_labelled(
     rows.check_labels(model.num_labels)
     if rows.label_names is not None:
         check_classes(model.config, rows.label_names, "the model", data.dataset)
-    count = min(max_images or len(rows), len(rows))
-    indices = np.linspace(0, len(rows), count, endpoint=False).astype(int)
+    indices = np.array(evenly_spaced(len(rows), max_images))
     process = Process(processor, model.config.num_channels)
     return LabelledImages(rows, process, indices=indices)
 

@@ -67,7 +67,7 @@ def export(
         model: see above.
         output: file to write, model.onnx or model.pt2.
         images: what to check it on: a folder of images or of a dataset, or a dataset's id on the
-            Hub, whose first images are used; unset, random numbers.
+            Hub, whose evenly spaced images are used; unset, random numbers.
         count: how many images to check it on, in batches of several sizes.
         batch_size: the largest of these sizes.
         speed: measure the speed in batches of that size, beside the same weights with r=0.
@@ -126,7 +126,7 @@ def _pixel_values(
         size = {"height": height, "width": width}
         processor = ViTImageProcessorPil(size=size, image_mean=half, image_std=half)
     reader = ImageReader(processor, model.config.num_channels)
-    pixel_values = reader.batch(open_images(images, count))
+    pixel_values = reader.batch(open_images(images, count).values())
     if pixel_values.shape[1:] != shape:
         raise ValueError(
             f"the image processor makes {' x '.join(map(str, pixel_values.shape[1:]))} numbers of "

@@ -1,10 +1,11 @@
 """Files in and out: images of any source, and where results may go."""
 
 import os
-from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Any
 
+import numpy as np
 from datasets import Image as ImageFeature
 from PIL import Image
 
@@ -37,14 +38,17 @@ def check_output(file: str, *suffixes: str) -> Path:
 
 def open_images(
     source: str, count: int | None = None, *, exactly: bool = True
-) -> list[Image.Image]:
-    """Images in RGB, in their order.
+) -> dict[str, Image.Image]:
+    """Images in RGB by their names, evenly spaced ones where there are more: folders are sorted.
 
     Args:
         source: an image file, a folder of images or of parquet files, or a dataset's id on the
             Hub, whose test, validation or only split is read.
         count: how many; unset, all of them.
         exactly: whether fewer will not do.
+
+    Returns:
+        In their order, each under its file's name or its row.
 
     Raises:
         ValueError: if there is no column of images or more than one, fewer images than asked for,
@@ -57,18 +61,33 @@ def open_images(
             "dataset of the Hub"
         )
     if os.path.isfile(source):
-        images = [decode(source, source)]
+        images = {source: decode(source, source)}
     else:
         dataset = NamedDataset(source)
         preferred = [name for name in ("test", "validation") if name in dataset.splits]
-        rows = dataset.load((preferred or dataset.splits)[0])
+        split = (preferred or dataset.splits)[0]
+        rows = dataset.load(split)
         column = find_image_column(rows, source)
-        stored = rows.cast_column(column, ImageFeature(decode=False))[column]
-        images = [
-            decode(one, f"row {i} of {source}") for i, one in enumerate(islice(stored, count))
-        ]
+        stored = rows.cast_column(column, ImageFeature(decode=False))
+        images = {}
+        for i in evenly_spaced(len(rows), count):
+            row = f"row {i} of {source}, split {split}"
+            file = _file(stored[i][column])
+            name = row if file is None or file in images else file
+            images[name] = decode(stored[i][column], row)
     if exactly and count is not None and len(images) < count:
         raise ValueError(f"{source} has {len(images)} images, not the {count} that are needed")
     if not images:
         raise ValueError(f"{source} has no images")
     return images
+
+
+def evenly_spaced(total: int, count: int | None) -> list[int]:
+    """So many of the numbers below a total, or all of them, from 0 on."""
+    taken = min(total if count is None else count, total)
+    return np.linspace(0, total, taken, endpoint=False).astype(int).tolist()
+
+
+def _file(stored: dict[str, Any] | None) -> str | None:
+    """Where an image lies that is not in the dataset itself."""
+    return stored["path"] if stored is not None and stored["bytes"] is None else None

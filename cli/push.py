@@ -107,7 +107,7 @@ def push_model(
         batch_size: images per call when speed is measured.
         rounds: timings of each setting, whose median counts.
         picture: an image, a folder of images or of a dataset, or a dataset's id on the Hub, of
-            which the card shows the first four images with their fused tokens; unset, none.
+            which the card shows four evenly spaced images with their fused tokens; unset, none.
         base_model: Hub id of the model that it was made from; unset, what it was trained from or
             is read from, if that is on the Hub.
         message: of the commit.
@@ -227,7 +227,7 @@ def _training(name: str) -> dict[str, Any]:
 
 def _picture(model: MCTFViTForImageClassification, processor: Any, source: str) -> bytes:
     """Up to four images beside their fused tokens, as a PNG file."""
-    seen = fused_tokens(model, processor, open_images(source, 4, exactly=False))
+    seen = fused_tokens(model, processor, open_images(source, 4, exactly=False).values())
     pairs = [(enlarge(tokens.view), tokens.picture()) for tokens in seen]
     per_row = 2 if len(pairs) % 2 == 0 else 1
     captions = ["original", f"{seen[0].num_tokens} -> {seen[0].tokens_left} tokens"] * per_row

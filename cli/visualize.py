@@ -42,7 +42,7 @@ def visualize(
     Args:
         models: see above.
         images: an image, a folder of images or of a dataset, or a dataset's id on the Hub, whose
-            first images are used.
+            evenly spaced images are used.
         output: PNG file to write.
         count: how many images; unset, 4 or as many as there are.
         layer: zero-based layer after which the tokens are shown; unset, the last.
@@ -55,7 +55,7 @@ def visualize(
     pictures = open_images(images, count or 4, exactly=count is not None)
     seen: list[list[FusedTokens]] = []
     for words in models:
-        seen.append(fused_tokens(*load(words), pictures, layer))
+        seen.append(fused_tokens(*load(words), pictures.values(), layer))
         _check_views(models[0], seen[0], words, seen[-1])
     after = "" if layer is None else f" after layer {layer}"
     captions = [
@@ -70,7 +70,7 @@ def visualize(
     replace(file, lambda draft: sheet.save(draft, format="PNG"))
     for caption in captions:
         print(caption.replace("\n", ": "))
-    print(f"wrote {file}")
+    print(f"shown: {'; '.join(pictures)}\nwrote {file}")
 
 
 def _check_views(

@@ -145,7 +145,7 @@ def test_labels_that_are_texts_are_the_same_classes_in_all_splits(tmp_path: Path
     data.setup("test")
     assert data.label_names == ["a", "b", "c"]
     assert data._sets["test"].rows.labels.tolist() == [2, 1]
-    assert open_images(str(tmp_path / "set"), 2)[0].size == (20, 10)
+    assert next(iter(open_images(str(tmp_path / "set"), 2).values())).size == (20, 10)
 
 
 def test_streams_of_folders(tmp_path: Path) -> None:

@@ -102,13 +102,13 @@ def test_a_folder_and_a_file_show_the_same_pixels(tmp_path: Path) -> None:
     ramp = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
     Image.fromarray(ramp).save(file)
     for source in (file, tmp_path / "photos"):
-        (image,) = open_images(str(source), 1)
+        (image,) = open_images(str(source), 1).values()
         assert (np.asarray(image) == np.arange(256).reshape(16, 16, 1)).all()
     orientation = Image.Exif()
     orientation[0x0112] = 6
     file.unlink()
     Image.new("RGB", (40, 20)).save(tmp_path / "photos" / "one.jpg", exif=orientation)
-    (image,) = open_images(str(tmp_path / "photos"), 1)
+    (image,) = open_images(str(tmp_path / "photos"), 1).values()
     assert image.size == (20, 40)
 
 

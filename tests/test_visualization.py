@@ -80,7 +80,7 @@ def test_no_two_border_colours_are_alike() -> None:
 )
 def test_a_real_run_is_filled_with_the_means_of_its_groups(settings: dict[str, Any]) -> None:
     model = tiny_model(**settings)
-    digits = open_images(DIGITS, 3)
+    digits = [*open_images(DIGITS, 3).values()]
     for image, seen in zip(digits, fused_tokens(model, PROCESSOR, digits), strict=True):
         with torch.no_grad():
             output = model(**PROCESSOR(image, return_tensors="pt"), output_fusion=True)
@@ -229,8 +229,25 @@ def test_a_folder_of_images_side_by_side(
         assert written.width == 3 * 9 * 32 + 4 * GAP
         assert written.format == "PNG" and written.size == sheet.size
         assert np.array_equal(np.asarray(written), np.asarray(sheet))
-    assert capsys.readouterr().out.splitlines() == [*captions, "wrote o.png"]
+    assert capsys.readouterr().out.splitlines() == [
+        *captions,
+        "shown: photos/0.png; photos/1.png; photos/2.png",
+        "wrote o.png",
+    ]
     assert {path.name for path in Path().iterdir()} == {"o.png", "photos"}
+
+
+def test_the_images_of_a_sorted_folder_are_of_all_its_classes() -> None:
+    for label in "abcd":
+        Path("set", label).mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (8, 8)).save(f"set/{label}/{number}.png")
+    assert [Path(name).parts[-2:] for name in open_images("set", 4)] == [
+        (label, "0.png") for label in "abcd"
+    ]
+    assert list(open_images(DIGITS, 2)) == [
+        f"row {row} of {DIGITS}, split test" for row in (0, 250)
+    ]
 
 
 def test_a_dataset_after_a_layer(tiny_folder: Path, capsys: pytest.CaptureFixture) -> None:
@@ -255,6 +272,7 @@ def test_one_image_file_and_models_of_two_names(
     assert capsys.readouterr().out.splitlines() == [
         "saved: 65 -> 49 tokens",
         f"{tiny_folder},r=6: 65 -> 41 tokens",
+        "shown: a.png",
         "wrote o.png",
     ]
 
@@ -311,7 +329,9 @@ def test_mistakes_of_drawing_are_told(photos: list[Image.Image]) -> None:
 def test_groups_of_a_trained_model_follow_the_image() -> None:
     model, processor = load(f"{SHARED / CHECKPOINT},r=3")
     random = np.random.default_rng(0)
-    for seen in fused_tokens(model, processor, open_images(str(SHARED / "data/cifar10"), 8)):
+    for seen in fused_tokens(
+        model, processor, open_images(str(SHARED / "data/cifar10"), 8).values()
+    ):
         colours = np.asarray(seen.view, float).reshape(8, 4, 8, 4, 3).mean((1, 3)).reshape(64, 3)
         errors = []
         for groups in (seen.groups.ravel(), random.permutation(seen.groups.ravel())):
