@@ -4,6 +4,7 @@ import json
 import re
 import statistics
 from collections.abc import Sequence
+from textwrap import fill
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from cli.contestants import Contestant, make
 from cli.evaluation import open_labelled
 from cli.files import check_output, open_images
 from cli.measuring import machine_name, peak_bytes, seconds_in_rounds
+from cli.models import labels
 from cli.options import read, refuse
 from cli.parsing import ArgumentParser
 from lightning_modules.data import HFImageDataModule, LabelledImages
@@ -30,6 +32,8 @@ from mctf_hf.images import ImageReader
 from mctf_hf.problems import QUALITIES, Quality, quality
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FIGURES = 73  # columns of a terminal that a table needs beside the models' names
+MARKERS = "osD^vPX*"  # each of them for as many models as there are colours
 Row = dict[str, Any]
 
 
@@ -128,6 +132,9 @@ def benchmark(
     pixels = pixels.to(device, DTYPES[dtype])
 
     console = Console()
+    shown, meant = _short(labels(models), console.width - FIGURES)
+    for line in meant:
+        console.print(line, soft_wrap=True, highlight=False)
     environment = _environment(device, dtype, pixels.shape[-1], images, rounds)
     rows: list[Row] = []
     measured_by_batch = [
@@ -144,13 +151,13 @@ def benchmark(
     for batch, measured in zip(batches, measured_by_batch, strict=True):
         for row, fraction in zip(measured, top1, strict=True):
             row["accuracy"] = fraction
-        console.print(_table(measured, batch, environment))
+        console.print(_table(measured, shown, batch, environment))
         rows += measured
     if output is not None:
         text = json.dumps({"environment": environment, "results": rows}, indent=2, allow_nan=False)
         write_text(output, text + "\n")
     if plot is not None:
-        figure = _plot(rows, environment)
+        figure = _plot(rows, labels(models), environment)
         replace(plot, lambda draft: figure.savefig(draft, dpi=120, format="png"))
 
 
@@ -283,7 +290,15 @@ def _environment(
     }
 
 
-def _table(rows: list[Row], batch: int, environment: dict[str, Any]) -> Table:
+def _short(names: Sequence[str], room: int) -> tuple[list[str], list[str]]:
+    """Names of at most so many characters, and lines that tell what they stand for, if they do."""
+    if max(map(len, names)) <= max(room, len("model")):
+        return list(names), []
+    keys = [str(number) for number in range(1, len(names) + 1)]
+    return keys, [f"{key}: {name}" for key, name in zip(keys, names, strict=True)]
+
+
+def _table(rows: list[Row], names: Sequence[str], batch: int, environment: dict[str, Any]) -> Table:
     where = f"{environment['device']}, {environment['threads']} threads, {environment['dtype']}"
     table = Table(title=f"batches of {batch}, {environment['image_size']} px; {where}")
     table.add_column("model", overflow="fold")
@@ -291,9 +306,9 @@ def _table(rows: list[Row], batch: int, environment: dict[str, Any]) -> Table:
     headings = ["GMACs", "images/s", "p50 ms", "p95 ms", "peak MiB", "ratio", "efficiency"]
     for heading in (*headings, *([judged.title] if "metric" in environment else [])):
         table.add_column(heading, justify="right")
-    for row in rows:
+    for row, name in zip(rows, names, strict=True):
         table.add_row(
-            row["model"],
+            name,
             f"{row['gmacs']:.3f}",
             f"{row['images_per_second']:,.1f}",
             f"{row['latency_p50_ms']:,.1f}",
@@ -306,10 +321,16 @@ def _table(rows: list[Row], batch: int, environment: dict[str, Any]) -> Table:
     return table
 
 
-def _plot(rows: list[Row], environment: dict[str, Any]) -> Figure:
-    """Speed over cost, one panel for each batch size; the line is what the GMACs promise."""
+def _plot(rows: list[Row], names: Sequence[str], environment: dict[str, Any]) -> Figure:
+    """Speed over cost, one panel for each batch size; the line is what the GMACs promise.
+
+    The legend lies below the panels, its lines as long as the figure is wide.
+    """
     batches = sorted({row["batch_size"] for row in rows})
-    figure = Figure(figsize=(5 * len(batches), 4), layout="constrained")
+    width = max(5 * len(batches), 7)
+    legend = [fill(name, 11 * width) for name in names]
+    lines = 1 + sum(name.count("\n") + 1 for name in legend)
+    figure = Figure(figsize=(width, 4 + 0.2 * lines), layout="constrained")
     for axes, batch in zip(
         figure.subplots(1, len(batches), squeeze=False)[0], batches, strict=True
     ):
@@ -318,11 +339,12 @@ def _plot(rows: list[Row], environment: dict[str, Any]) -> Figure:
         costs = sorted(row["gmacs"] for row in measured)
         ideal = [first["images_per_second"] * first["gmacs"] / cost for cost in costs]
         axes.plot(costs, ideal, color="0.7", linestyle="--", label="what the GMACs promise")
-        for row in measured:
-            axes.scatter(row["gmacs"], row["images_per_second"], label=row["model"])
+        for number, (row, name) in enumerate(zip(measured, legend, strict=True)):
+            marker = MARKERS[number // 10 % len(MARKERS)]
+            axes.scatter(row["gmacs"], row["images_per_second"], label=name, marker=marker)
         axes.set_xlabel("GMACs per image")
         axes.set_ylabel("images per second")
         axes.set_ylim(bottom=0)
         axes.set_title(f"batches of {batch}, {environment['dtype']}")
-        axes.legend(fontsize="small")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", fontsize="small")
     return figure

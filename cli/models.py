@@ -3,6 +3,7 @@
 import copy
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -56,6 +57,14 @@ def _value(key: str, text: str) -> Any:
             f"{key}={text!r} is not allowed: it is a number, a word, or a list such as [8, 4, 0]"
         ) from error
     return tuple(value) if in_brackets else value
+
+
+def labels(models: Sequence[str]) -> list[str]:
+    """The words of models, without the name where all have the same."""
+    parts = [words.partition(",") for words in models]
+    if len({name for name, _, _ in parts}) > 1:
+        return list(models)
+    return [settings or Path(name).name for name, _, settings in parts]
 
 
 def resolve(

@@ -1,10 +1,9 @@
 """``mctf visualize``: pictures of the tokens that models have fused, side by side."""
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from cli.files import check_output, open_images
-from cli.models import load, parse
+from cli.models import labels, load
 from cli.parsing import ArgumentParser
 from mctf_hf.files import replace
 from mctf_hf.visualization import FusedTokens, contact_sheet, enlarge, fused_tokens
@@ -60,7 +59,7 @@ def visualize(
     after = "" if layer is None else f" after layer {layer}"
     captions = [
         f"{label}\n{_count(by_image)}{after}"
-        for label, by_image in zip(_labels(models), seen, strict=True)
+        for label, by_image in zip(labels(models), seen, strict=True)
     ]
     rows = [
         [enlarge(by_model[0].view, scale), *(tokens.picture(scale) for tokens in by_model)]
@@ -83,13 +82,6 @@ def _check_views(
                 f"{words} sees an image as {other.view.height} x {other.view.width} pixels, "
                 f"{first} as {one.view.height} x {one.view.width}: side by side they see the same"
             )
-
-
-def _labels(models: Sequence[str]) -> list[str]:
-    """The models' words, without the name where all have the same."""
-    if len({parse(words)[0] for words in models}) > 1:
-        return list(models)
-    return [settings or Path(name).name for name, _, settings in (m.partition(",") for m in models)]
 
 
 def _count(by_image: Iterable[FusedTokens]) -> str:

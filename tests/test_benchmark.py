@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from transformers import ViTForImageClassification
 
@@ -50,6 +51,35 @@ def test_a_table_a_file_and_a_picture(tiny_folder: Path, capsys: pytest.CaptureF
     assert rows[1]["gmacs"] * 1e9 == pytest.approx(multiply_accumulates(config, r=8))
     assert rows[0]["gmacs"] * 1e9 == pytest.approx(multiply_accumulates(config, r=0))
     assert Image.open("o.png").size[0] > 500
+
+
+def test_long_names_of_models_are_read_in_the_table_and_in_the_picture(
+    tiny_folder: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    monkeypatch.setattr("cli.benchmark.replace", lambda file, write: write(file))
+    Path("experiments of November", "deit_tiny" * 9).mkdir(parents=True)
+    folder = Path("experiments of November", "deit_tiny" * 9, "model")
+    folder.symlink_to(tiny_folder)
+    models = [str(tiny_folder), f"{folder},r=8,reduction=tome", f"{folder},r=8"]
+    main(["benchmark", *models, "--batch_sizes", "1", "--rounds", "1", "--plot", "o.png"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == [f"{number}: {words}" for number, words in enumerate(models, 1)]
+    assert all(len(line) <= 80 for line in lines[3:])
+    assert [line.split()[1] for line in lines[3:] if line.startswith("│")] == ["1", "2", "3"]
+
+    (figure,) = figures
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert figure.bbox.containsx(box.x0) and figure.bbox.containsx(box.x1)
+    assert figure.bbox.containsy(box.y0) and figure.bbox.containsy(box.y1)
+    assert not any(box.overlaps(axes.get_tightbbox()) for axes in figure.axes)
+    assert ["".join(text.get_text().split("\n")) for text in legend.get_texts()][1:] == models
 
 
 def test_real_images_of_another_size_in_bfloat16(tiny_folder: Path) -> None:
