@@ -27,6 +27,8 @@ COMMANDS = FINETUNING | {
     "convert": "make a folder that loads anywhere from a checkpoint of other code",
     "export": "write a model as ONNX or as a program of torch.export",
     "push": "put a model on the Hub, with its card",
+    "sweep": "compare methods of fusion at several budgets on real images",
+    "tune": "find the setting of fusion that loses least at a budget, without training",
     "visualize": "draw which tokens a model has fused",
 }
 

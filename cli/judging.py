@@ -1,0 +1,182 @@
+"""What settings of fusion lose on real images: judges, tables and pictures of their verdicts."""
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from rich.table import Table
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from cli.evaluation import open_labelled
+from cli.files import open_images
+from cli.measuring import images_per_second
+from lightning_modules.data import HFImageDataModule
+from mctf_hf.candidates import WAYS
+from mctf_hf.images import ImageReader
+from mctf_hf.tuning import Judge, Verdict, applied
+
+
+def open_judge(
+    model: Any, processor: Any, images: str, count: int | None, *, labels: bool, split: str
+) -> Judge:
+    """A judge with evenly spaced images of a folder or dataset.
+
+    Args:
+        count: of images; unset, all of them.
+        labels: whether to judge a classifier by the labels of the images.
+        split: to take labelled images from.
+
+    Raises:
+        ValueError: for fewer than two images, or labels that are missing or not the model's.
+        OSError: for a source that does not exist or holds no images.
+    """
+    if labels:
+        labelled = open_labelled(HFImageDataModule(images), split, count, model, processor)
+        batches = list(DataLoader(labelled, batch_size=64))
+        pixel_values = torch.cat([batch["pixel_values"] for batch in batches])
+        return Judge(model, pixel_values, torch.cat([batch["labels"] for batch in batches]))
+    pictures = open_images(images, count, exactly=False)
+    if len(pictures) < 2:
+        raise ValueError(f"{images} has {len(pictures)} images: at least 2 are needed")
+    return Judge(model, ImageReader(processor).batch(pictures))
+
+
+def halves(judging: Judge) -> tuple[Judge, Judge]:
+    """A judge with every second image, and one with the others."""
+    return (_part(judging, slice(0, None, 2)), _part(judging, slice(1, None, 2)))
+
+
+def _part(judging: Judge, which: slice) -> Judge:
+    labels = None if judging.labels is None else judging.labels[which]
+    return Judge(judging.model, judging.pixel_values[which], labels)
+
+
+def check_ways(names: Sequence[str] | None, known: Sequence[str]) -> tuple[str, ...]:
+    """Names of methods to compare; unset, all that suit the model.
+
+    Raises:
+        ValueError: for a name that is none, or one that does not suit the model.
+    """
+    wrong = [name for name in names or () if name not in known]
+    if wrong or names == []:
+        unfit = [name for name in wrong if name in WAYS]
+        reason = " (it drops tokens, which this model restores)" if unfit == wrong != [] else ""
+        raise ValueError(
+            f"methods={names!r} is not allowed{reason}: they are among {', '.join(known)}"
+        )
+    return tuple(names or known)
+
+
+@torch.inference_mode()
+def measure_speed(
+    judging: Judge, verdicts: Sequence[Verdict], *, batch_size: int, rounds: int
+) -> None:
+    """Fill in how many times as fast as the model without fusion settings are, in turns."""
+    pixel_values = judging.pixel_values[:batch_size]
+    pixel_values = pixel_values.repeat(math.ceil(batch_size / len(pixel_values)), 1, 1, 1)
+    pixel_values = pixel_values[:batch_size]
+
+    def run(settings: dict[str, Any]) -> Tensor:
+        with applied(judging.model, settings):
+            return judging.model(pixel_values)
+
+    every = [{"reduction": "none"}]
+    every += [{"reduction": "none"} if v.setting is None else v.setting.settings for v in verdicts]
+    speeds = images_per_second(
+        [lambda settings=settings: run(settings) for settings in every], batch_size, rounds=rounds
+    )
+    for verdict, speed in zip(verdicts, speeds[1:], strict=True):
+        verdict.ratio = speed / speeds[0]
+
+
+def table_of(verdicts: Sequence[Verdict], title: str, best: Verdict | None = None) -> Table:
+    """Verdicts as a table; with ``best``, how much more than it the others lose."""
+    rows = [verdict.row(best) for verdict in verdicts]
+    table = Table(title=title)
+    shown = [name for name in _HEADINGS if name in rows[0]]
+    for name in shown:
+        justify: Any = "left" if name == "setting" else "right"
+        table.add_column(_HEADINGS[name], justify=justify, overflow="fold")
+    for row in rows:
+        table.add_row(*[_cell(row, name) for name in shown])
+    return table
+
+
+_HEADINGS = {
+    "setting": "setting",
+    "gmacs": "GMACs",
+    "fraction": "of cost",
+    "loss": "loss",
+    "more_loss": "more than the best",
+    "agreement": "agreement %",
+    "accuracy": "accuracy %",
+    "speed": "speed",
+}
+_FORMATS = {
+    "gmacs": ".4g",
+    "fraction": ".3f",
+    "agreement": ".2f",
+    "accuracy": ".2f",
+    "speed": ".2f",
+}
+
+
+def _cell(row: dict[str, Any], name: str) -> str:
+    """A figure of a verdict, with its standard error if it has one."""
+    if name == "setting":
+        return row[name]
+    form = _FORMATS.get(name, ".2f")
+    text = f"{row[name]:{form}}" + ("x" if name == "speed" else "")
+    return f"{text} ± {row[f'{name}_error']:{form}}" if f"{name}_error" in row else text
+
+
+def csv_of(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows of one shape as the text of a CSV file."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def draw(curves: Mapping[str, Sequence[Verdict]], title: str) -> bytes:
+    """A picture of what is left over what it costs, and over speed where that was measured.
+
+    Args:
+        curves: verdicts of each method, at several budgets.
+
+    Returns:
+        A PNG file.
+    """
+    verdicts = [verdict for curve in curves.values() for verdict in curve]
+    by_speed = all(verdict.ratio is not None for verdict in verdicts)
+    figure = Figure(figsize=(6 * (1 + by_speed), 5), layout="constrained")
+    accurate = all(verdict.right is not None for verdict in verdicts)
+    value = "accuracy" if accurate else "agreement"
+    read = "accuracy" if accurate else "agreement with the model without fusion"
+    for number, axes in enumerate(figure.subplots(1, 1 + by_speed, squeeze=False)[0]):
+        place = "speed" if number else "gmacs"
+        for name, curve in curves.items():
+            rows = sorted((verdict.row() for verdict in curve), key=lambda row: row[place])
+            axes.errorbar(
+                [row[place] for row in rows],
+                [row[value] for row in rows],
+                yerr=[row[f"{value}_error"] for row in rows],
+                marker="o",
+                capsize=2,
+                label=name,
+            )
+        axes.set_xlabel("speed relative to no fusion" if number else "GMACs per image")
+        axes.set_ylabel(f"{read}, %")
+        axes.grid(alpha=0.3)
+    figure.suptitle(title, fontsize="medium")
+    handles, names = axes.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=3, fontsize="small")
+    file = io.BytesIO()
+    figure.savefig(file, dpi=120, format="png")
+    return file.getvalue()

@@ -1,0 +1,123 @@
+"""``mctf sweep``: methods of fusion at several budgets, by what they lose on real images."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+
+from cli.files import check_output
+from cli.judging import check_ways, csv_of, draw, measure_speed, open_judge, table_of
+from cli.measuring import machine_name
+from cli.models import load, parse
+from cli.options import read, refuse
+from cli.parsing import ArgumentParser
+from mctf_hf.candidates import Candidate, Setting, budget_of, meet, ways_for
+from mctf_hf.cost import describe
+from mctf_hf.files import replace, write_text
+from mctf_hf.tuning import Verdict, judge
+
+
+def main(args: Sequence[str]) -> None:
+    """Read the command line and run :func:`sweep`."""
+    parser = ArgumentParser(
+        prog="mctf sweep",
+        description="Compare methods of fusion at several budgets, by what they lose on real "
+        "images: against labels, or against the model without fusion.",
+    )
+    parser.add_argument(
+        "models",
+        nargs="+",
+        help="NAME[,setting=value…]: a folder or Hub id. One that fuses by itself is a row of its "
+        "own, with its setting at its own cost.",
+    )
+    parser.add_function_arguments(sweep, skip={"models"})
+    settings, given = read(parser, args)
+    if not settings["labels"]:
+        refuse(given, {"split"}, "without --labels")
+    if not settings["speed"]:
+        refuse(given, {"batch_size", "rounds"}, "without --speed")
+    sweep(**settings)
+
+
+def sweep(
+    models: list[str],
+    images: str,
+    budgets: Sequence[float] = (0.85, 0.7, 0.56, 0.45),
+    methods: list[str] | None = None,
+    labels: bool = False,
+    split: str = "test",
+    num_images: int | None = None,
+    speed: bool = False,
+    batch_size: int = 16,
+    rounds: int = 10,
+    output: str | None = None,
+    plot: str | None = None,
+) -> None:
+    """Compare methods at several budgets.
+
+    Args:
+        models: see above.
+        images: a folder of images or of a dataset, or a dataset's id on the Hub.
+        budgets: parts of the multiply-accumulates without fusion.
+        methods: among mctf, mctf_present, tome, pitome, diffrate, token_mergence, evit; unset, all
+            that suit the model.
+        labels: measure accuracy by the labels of the images.
+        split: of the dataset, with labels.
+        num_images: so many evenly spaced ones; unset, all.
+        speed: measure speed, too.
+        batch_size: images per call when speed is measured.
+        rounds: timings of each setting, whose median counts.
+        output: CSV file to write.
+        plot: PNG file to draw.
+    """
+    numbers = {"num_images": num_images, "batch_size": batch_size, "rounds": rounds}
+    for name, value in numbers.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value!r} is not allowed: it is at least 1")
+    if not budgets or not all(0 < budget < 1 for budget in budgets):
+        raise ValueError(f"budgets={budgets!r} is not allowed: each is above 0 and below 1")
+    for file, suffix in ((output, ".csv"), (plot, ".png")):
+        if file is not None:
+            check_output(file, suffix)
+    console = Console()
+    rows: list[dict[str, Any]] = []
+    curves: dict[str, list[Verdict]] = {}
+    for words in models:
+        model, processor = load(words)
+        ways = check_ways(methods, ways_for(model))
+        judging = open_judge(model, processor, images, num_images, labels=labels, split=split)
+        found = _verdicts(judging, ways, budgets)
+        every = [verdict for curve in found.values() for verdict in curve]
+        if speed:
+            measure_speed(judging, every, batch_size=batch_size, rounds=rounds)
+        where = f"; speed in batches of {batch_size}, {machine_name()}" if speed else ""
+        title = f"{words}, {len(judging)} images of {images}{where}"
+        console.print(table_of(every, title))
+        rows += [{"model": words} | verdict.row() for verdict in every]
+        several = len(models) > 1
+        curves |= {f"{parse(words)[0]}, {k}" if several else k: v for k, v in found.items()}
+    if output is not None:
+        write_text(output, csv_of(rows))
+    if plot is not None:
+        picture = draw(curves, f"{', '.join(models)} on {images}")
+        replace(plot, lambda draft: draft.write_bytes(picture))
+
+
+def _verdicts(
+    judging: Any, ways: Sequence[str], budgets: Sequence[float]
+) -> dict[str, list[Verdict]]:
+    """What each method loses at each budget that it can meet; the model's own setting besides."""
+    model, described = judging.model, describe(judging.model)
+    found: dict[str, list[Verdict]] = {"unfused": [judge(judging, "unfused", None)]}
+    if any(model.config.tokens_fused(described.num_tokens)):
+        own = Setting(Candidate("own"), {}, described.of(model.config))
+        found["own"] = [judge(judging, "own", own)]
+    for way in ways:
+        for fraction in sorted(budgets, reverse=True):
+            try:
+                setting = meet(model, Candidate.untuned(way), budget_of(model, fraction))
+            except ValueError as error:
+                print(f"left out: {error}")
+                continue
+            found.setdefault(way, []).append(judge(judging, way, setting))
+    return found

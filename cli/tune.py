@@ -1,0 +1,288 @@
+"""``mctf tune``: the setting of fusion that loses least at a budget, found without training."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from cli.judging import (
+    check_ways,
+    csv_of,
+    draw,
+    halves,
+    measure_speed,
+    open_judge,
+    table_of,
+)
+from cli.models import load
+from cli.options import read, refuse
+from cli.parsing import ArgumentParser
+from lightning_modules.callbacks import public_name
+from mctf_hf.candidates import Candidate, budget_of, meet, untuned, ways_for
+from mctf_hf.hub import TUNING, TUNING_PICTURE, TUNING_TABLE, check_folder, save
+from mctf_hf.tuning import Judge, Tuned, Verdict, judge, tune
+
+# Budgets to try, the dearest first, where a loss is given; and of the picture.
+BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+
+
+def main(args: Sequence[str]) -> None:
+    """Read the command line and run :func:`tune_model`."""
+    parser = ArgumentParser(
+        prog="mctf tune",
+        description="Find the setting of fusion that loses least at a budget, without training and "
+        "without labels: by how near a model's outputs stay to those without fusion.",
+    )
+    parser.add_argument("model", help="a folder or Hub id")
+    parser.add_function_arguments(tune_model, skip={"model"})
+    settings, given = read(parser, args)
+    if not settings["labels"]:
+        refuse(given, {"split"}, "without --labels")
+    if settings["speed"] is None:
+        refuse(given, {"batch_size", "rounds"}, "without --speed")
+    tune_model(**settings)
+
+
+def tune_model(
+    model: str,
+    images: str,
+    output: str,
+    budget: float | None = None,
+    speed: float | None = None,
+    max_loss: float | None = None,
+    methods: list[str] | None = None,
+    labels: bool = False,
+    split: str = "test",
+    num_images: int = 400,
+    trials: int = 200,
+    seed: int = 0,
+    study: str | None = None,
+    batch_size: int = 16,
+    rounds: int = 10,
+) -> None:
+    """Find the setting of fusion that loses least at a budget.
+
+    Exactly one of budget, speed and max_loss is given. Half of the images are for the search, the
+    others for the ranking, which alone is told. An interrupted search goes on by the same command.
+
+    Args:
+        model: see above.
+        images: a folder of images or of a dataset, or a dataset's id on the Hub.
+        output: the folder to write: the model with the setting found, a table (tuning.csv), a
+            picture of what methods lose at several budgets (tuning.png), and a record.
+        budget: part of the multiply-accumulates without fusion.
+        speed: times as fast as without fusion, as measured on this machine.
+        max_loss: points of accuracy (with labels) or of agreement with the model without fusion
+            that may be lost; the cheapest setting is found.
+        methods: among mctf, mctf_present, tome, pitome, diffrate, token_mergence, evit; unset, all
+            that suit the model.
+        labels: judge by the labels of the images.
+        split: of the dataset, with labels.
+        num_images: so many evenly spaced ones.
+        trials: settings to try, at each of the budgets that max_loss tries.
+        seed: of what is tried.
+        study: file that keeps the search; unset, OUTPUT.study.
+        batch_size: images per call when speed is measured.
+        rounds: timings of each setting, whose median counts.
+    """
+    try:
+        import optuna  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("mctf tune needs Optuna: pip install 'mctf-hf[tune]'") from error
+    goals = {"budget": budget, "speed": speed, "max_loss": max_loss}
+    given = {name: value for name, value in goals.items() if value is not None}
+    if len(given) != 1:
+        raise ValueError(
+            f"{', '.join(f'{k}={v!r}' for k, v in goals.items())} is not allowed: give exactly one"
+        )
+    _check("budget", budget, 0, 1)
+    _check("speed", speed, 1, 100)
+    _check("max_loss", max_loss, 0, 100)
+    numbers = {"trials": trials, "batch_size": batch_size, "rounds": rounds}
+    for name, value in numbers.items():
+        if value < 1:
+            raise ValueError(f"{name}={value!r} is not allowed: it is at least 1")
+    if num_images < 4:
+        raise ValueError(f"num_images={num_images!r} is not allowed: it is at least 4")
+    folder = check_folder(output)
+    storage = Path(study or f"{output.rstrip('/')}.study")
+    if not storage.resolve().parent.is_dir():
+        raise FileNotFoundError(
+            f"study={str(storage)!r} cannot be written: its folder is not there"
+        )
+
+    console = Console()
+    loaded, processor = load(model)
+    ways = check_ways(methods, ways_for(loaded))
+    judging = open_judge(loaded, processor, images, num_images, labels=labels, split=split)
+    searching, ranking = halves(judging)
+    console.print(f"{len(searching)} images to search on, {len(ranking)} to rank on")
+
+    def timed(verdicts: Sequence[Verdict]) -> None:
+        measure_speed(ranking, verdicts, batch_size=batch_size, rounds=rounds)
+
+    def search(fraction: float) -> Tuned:
+        with _Bar(console, f"{fraction:.3f} of the cost", trials) as told:
+            return tune(
+                searching, ranking, fraction, ways, trials=trials, storage=storage, seed=seed,
+                told=told,
+            )  # fmt: skip
+
+    if budget is not None:
+        tuned = search(budget)
+    elif speed is not None:
+        tuned = _for_speed(speed, ranking, search, timed)
+    else:
+        assert max_loss is not None
+        tuned = _for_loss(max_loss, search)
+    best = tuned.best
+    assert best.setting is not None
+    title = f"{model}: {len(ranking)} images of {images} that the search has not seen"
+    console.print(table_of([tuned.unfused, *tuned.ranking], title, best))
+    fractions = [fraction for fraction in BUDGETS if fraction >= 0.4]
+    curves = _curves(ranking, best, ways, fractions)
+    record = {
+        "images": public_name(images),
+        "num_images": [len(searching), len(ranking)],
+        "labels": labels,
+        "trials": trials,
+        "seed": seed,
+        **given,
+        "settings": best.setting.settings,
+        "ranking": [verdict.row(best) for verdict in (tuned.unfused, *tuned.ranking)],
+    }
+    for name, value in best.setting.settings.items():
+        setattr(loaded.config, name, value)
+    files: dict[str, str | bytes] = {
+        TUNING: json.dumps(record, indent=2) + "\n",
+        TUNING_TABLE: csv_of([verdict.row(best) for verdict in tuned.ranking]),
+        TUNING_PICTURE: draw(curves, title),
+    }
+    save(loaded, processor, folder, files=files)
+    console.print(f"{best.name}: {best.setting.settings}\nwritten: {folder}", highlight=False)
+
+
+def _check(name: str, value: float | None, above: float, below: float) -> None:
+    if value is not None and not above < value < below:
+        raise ValueError(f"{name}={value!r} is not allowed: it is above {above} and below {below}")
+
+
+class _Bar:
+    """A progress bar of a search, which is told after each trial; lines without a terminal."""
+
+    def __init__(self, console: Console, what: str, trials: int):
+        self.console, self.what, self.trials = console, what, trials
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> Callable[[int, float], None]:
+        self.bar.start()
+        task = self.bar.add_task(self.what, total=self.trials)
+
+        def told(done: int, best: float) -> None:
+            self.bar.update(task, completed=done, description=f"{self.what}, loss {best:.5f}")
+            if not self.console.is_terminal and (done % 25 == 0 or done == self.trials):
+                print(
+                    f"{self.what}: {done} of {self.trials} tried, least loss {best:.5f}", flush=True
+                )
+
+        return told
+
+    def __exit__(self, *args: Any) -> None:
+        self.bar.stop()
+
+
+def _for_speed(
+    speed: float,
+    ranking: Judge,
+    search: Callable[[float], Tuned],
+    timed: Callable[[Sequence[Verdict]], None],
+) -> Tuned:
+    """The best setting that is as fast as asked for, by measuring."""
+    fraction = _fraction_for(speed, ranking, timed)
+    tuned = search(fraction)
+    timed(tuned.ranking)
+    for verdict in tuned.ranking:
+        assert verdict.setting is not None and verdict.ratio is not None
+        while verdict.ratio < speed:  # the same, reduced further
+            fraction = verdict.fraction * min(0.98, verdict.ratio / speed)
+            setting = meet(
+                ranking.model, verdict.setting.candidate, budget_of(ranking.model, fraction)
+            )
+            verdict = judge(ranking, verdict.name, setting)
+            timed([verdict])
+        tuned.ranking.append(verdict)
+        break
+    fast = [verdict for verdict in tuned.ranking if (verdict.ratio or 0) >= speed]
+    best = min(fast, key=lambda verdict: float(verdict.loss.mean()))
+    return Tuned(best, tuned.ranking, tuned.unfused)
+
+
+def _fraction_for(
+    speed: float, ranking: Judge, timed: Callable[[Sequence[Verdict]], None]
+) -> float:
+    """The part of the cost at which ToMe, which chooses fastest, is as fast as asked for."""
+    low, high = 0.1, 1.0
+    for _ in range(5):
+        middle = math.sqrt(low * high)
+        setting = meet(ranking.model, Candidate.untuned("tome"), budget_of(ranking.model, middle))
+        timed([verdict := judge(ranking, "tome", setting)])
+        assert verdict.ratio is not None
+        low, high = (low, middle) if verdict.ratio < speed else (middle, high)
+    return low
+
+
+def _for_loss(max_loss: float, search: Callable[[float], Tuned]) -> Tuned:
+    """The cheapest setting within a loss, of those found at budgets that fall."""
+    found = None
+    for fraction in BUDGETS:
+        try:
+            tuned = search(fraction)
+        except ValueError:
+            if found is None:
+                raise
+            break  # nothing reduces as much
+        if lost(tuned.best, tuned.unfused) > max_loss:
+            break
+        found = tuned
+    if found is None:
+        raise ValueError(
+            f"max_loss={max_loss!r} cannot be kept: at {BUDGETS[0]} of the cost "
+            f"{lost(tuned.best, tuned.unfused):.2f} points are lost"
+        )
+    return found
+
+
+def lost(verdict: Verdict, unfused: Verdict) -> float:
+    """Points of accuracy, or of agreement where there are no labels, that fusion costs."""
+    kept = verdict.agreement if verdict.right is None else verdict.right
+    whole = unfused.agreement if unfused.right is None else unfused.right
+    return 100 * float(whole.float().mean() - kept.float().mean())
+
+
+def _curves(
+    ranking: Judge, best: Verdict, ways: Sequence[str], fractions: Sequence[float]
+) -> dict[str, list[Verdict]]:
+    """What the best setting and the untuned methods lose at several budgets."""
+    assert best.setting is not None
+    model = ranking.model
+    curves = {"unfused": [judge(ranking, "unfused", None)], "tuned": [best]}
+    for fraction in fractions:
+        budget = budget_of(model, fraction)
+        with suppress(ValueError):  # it cannot reduce as much
+            same = meet(model, best.setting.candidate, budget)
+            curves["tuned"].append(judge(ranking, "tuned", same))
+        for way, setting in untuned(model, ways, budget).items():
+            curves.setdefault(way, []).append(judge(ranking, way, setting))
+    return curves

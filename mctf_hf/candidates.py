@@ -1,0 +1,257 @@
+"""Settings of fusion to choose from, each made to meet a budget.
+
+A candidate is a way to reduce tokens: a method, its settings, and how the reduction is spread over
+the layers. A number of tokens it gets from a budget of multiply-accumulates, by :func:`meet`. So
+candidates of all methods cost the same and can be compared by what they lose.
+"""
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .cost import Description, describe, settings_of
+
+# How many tokens a layer may lose for each one that the mean of the layers loses.
+MOST_WEIGHT = 3.0
+
+
+@dataclass(frozen=True)
+class Dial:
+    """A setting that may be turned.
+
+    Attributes:
+        name: of the setting.
+        untuned: where it stands in the method's paper or, if that has none, in this library.
+        high: the largest value; the least one is 0.
+        inverse: the setting is a temperature, and what is turned is one over it.
+        choices: the values of a setting that is no number; unset, it is one.
+    """
+
+    name: str
+    untuned: Any
+    high: float = 1.0
+    inverse: bool = False
+    choices: tuple[Any, ...] = ()
+
+    def value(self, turned: Any) -> Any:
+        """The setting at a place in [0, 1] between the ends, or at one of the choices."""
+        if self.choices:
+            return turned
+        value = turned * self.high
+        if not self.inverse:
+            return round(value, 4)
+        return round(1 / value, 2) if value > 1e-3 else 0.0
+
+    def turned(self, value: Any) -> Any:
+        """Where it has a value; the opposite of :meth:`value`."""
+        if self.choices:
+            return value
+        value = (1 / value if value else 0.0) if self.inverse else value
+        return min(1.0, value / self.high)
+
+
+_PROPORTIONAL = Dial("proportional_attention", True, choices=(True, False))
+_CRITERIA = (
+    Dial("tau_info", 20.0, high=0.1, inverse=True),
+    Dial("tau_size", 40.0, high=0.1, inverse=True),
+    Dial("key_share", 0.0),
+    Dial("class_share", 0.0),
+    Dial("bidirectional", True, choices=(True, False)),
+    Dial("pooling", "attention_size", choices=("attention_size", "size")),
+    _PROPORTIONAL,
+)
+
+
+@dataclass(frozen=True)
+class Way:
+    """A method and what may be turned about it.
+
+    Attributes:
+        fixed: settings that make it.
+        dials: settings to be turned.
+        first_layer: that fuses where nobody has turned anything.
+        drops: whether it drops tokens, which only models may that read no single places.
+    """
+
+    fixed: Mapping[str, Any]
+    dials: tuple[Dial, ...] = ()
+    first_layer: int = 0
+    drops: bool = False
+
+
+WAYS: dict[str, Way] = {
+    "mctf": Way({"reduction": "mctf", "one_step_ahead": "approximate"}, _CRITERIA, 1),
+    "mctf_present": Way({"reduction": "mctf", "one_step_ahead": "present"}, _CRITERIA, 1),
+    "tome": Way({"reduction": "tome"}, (_PROPORTIONAL,)),
+    "pitome": Way({"reduction": "pitome"}, (Dial("margin", 0.75),)),
+    "diffrate": Way({"reduction": "diffrate"}, (Dial("dropped", 0.0, high=0.95), _PROPORTIONAL),
+        drops=True),
+    "token_mergence": Way({"reduction": "token_mergence"}, (_PROPORTIONAL,)),
+    "evit": Way({"reduction": "evit"}),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to reduce tokens, before it is known how many.
+
+    Attributes:
+        way: its name in :data:`WAYS`.
+        settings: of its dials.
+        weights: how the reduction is spread, a number of at least 0 for each layer; unset, as the
+            method's paper does.
+    """
+
+    way: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    weights: tuple[float, ...] | None = None
+
+    @classmethod
+    def untuned(cls, way: str) -> "Candidate":
+        """The method as its paper has it."""
+        return cls(way, {dial.name: dial.untuned for dial in WAYS[way].dials})
+
+
+# Where a search may begin besides: milder temperatures, keys beside tokens, most in early layers.
+_MILD = {
+    "tau_info": 45.0,
+    "tau_size": 40.0,
+    "bidirectional": True,
+    "pooling": "attention_size",
+    "proportional_attention": True,
+}
+HINTS = (
+    Candidate("mctf_present", {**_MILD, "key_share": 0.2, "class_share": 0.5}),
+    Candidate("mctf_present", {**_MILD, "key_share": 0.6, "class_share": 0.0}),
+    Candidate("mctf", {**_MILD, "key_share": 0.2, "class_share": 0.0}),
+    Candidate("tome", {"proportional_attention": True}),
+)
+# How the layers' counts fall there, from 0 (to nothing) to 1 (they rise from nothing).
+FALLING = 0.25
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A candidate that meets a budget.
+
+    Attributes:
+        candidate: which.
+        settings: of fusion, all of those that make it.
+        cost: multiply-accumulates of one image.
+    """
+
+    candidate: Candidate
+    settings: dict[str, Any]
+    cost: int
+
+
+def ways_for(model: Any) -> tuple[str, ...]:
+    """Names of the ways that suit a model: all but those that drop tokens which it restores."""
+    restores = settings_of(model).restore
+    return tuple(name for name, way in WAYS.items() if not (way.drops and restores))
+
+
+def meet(model: Any, candidate: Candidate, budget: int) -> Setting:
+    """The settings of a candidate that cost most within a budget.
+
+    Args:
+        model: see :func:`.cost.multiply_accumulates`.
+        budget: multiply-accumulates of one image.
+
+    Raises:
+        ValueError: if the candidate cannot reduce as much.
+    """
+    described = describe(model)
+    config = copy.copy(settings_of(model))
+    chosen: dict[str, Any] = {
+        **WAYS[candidate.way].fixed,
+        **candidate.settings,
+        "fusion_layers": None,
+        "inflection": 0.0,
+    }
+    for name, value in chosen.items():
+        setattr(config, name, value)
+    weights = _weights(config, candidate, described.num_layers)
+    by_rate = config.reducer_class.amount == "keep_rate"
+
+    def amounts(scale: float) -> list[int | float]:
+        if by_rate:
+            return [round(max(0.02, 1 - scale * weight), 3) for weight in weights]
+        return [int(scale * weight + 0.5) for weight in weights]
+
+    def cost(amounts: Sequence[int | float]) -> int:
+        name = "keep_rate" if by_rate else "r"
+        return described.of(config, **{name: list(amounts)})
+
+    low, high = 0.0, 1.0 if by_rate else float(described.num_tokens)
+    least = cost(amounts(high))
+    if least > budget:
+        whole = cost([1.0 if by_rate else 0] * described.num_layers)
+        raise ValueError(
+            f"a budget of {budget / 1e9:.4g} GMACs cannot be met by {candidate.way}, which leaves "
+            f"{least / 1e9:.4g} of {whole / 1e9:.4g}"
+        )
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if cost(amounts(middle)) > budget else (low, middle)
+    found = amounts(high)
+    if by_rate:
+        chosen["keep_rate"] = found
+    else:
+        chosen["r"] = _filled(list(config.tokens_fused(described.num_tokens, found)), cost, budget)
+    return Setting(candidate, chosen, cost(chosen["keep_rate" if by_rate else "r"]))
+
+
+def untuned(model: Any, ways: Sequence[str], budget: int) -> dict[str, Setting]:
+    """Methods as their papers have them, at a budget; those that cannot meet it are left out.
+
+    Raises:
+        ValueError: if none of them can.
+    """
+    found: dict[str, Setting] = {}
+    problems: list[ValueError] = []
+    for way in ways:
+        try:
+            found[way] = meet(model, Candidate.untuned(way), budget)
+        except ValueError as error:
+            problems.append(error)
+    if not found:
+        raise ValueError("; ".join(map(str, problems)))
+    return found
+
+
+def _weights(config: Any, candidate: Candidate, num_layers: int) -> list[float]:
+    if candidate.weights is not None:
+        return list(candidate.weights)
+    if config.reducer_class.amount == "keep_rate":
+        fusing = config.reducer_class.default_layers(num_layers)
+    else:
+        fusing = range(WAYS[candidate.way].first_layer, num_layers)
+    return [float(layer in fusing) for layer in range(num_layers)]
+
+
+def _filled(counts: list[int], cost: Any, budget: int) -> list[int]:
+    """Counts of layers made smaller by one, first layers first, for as long as it can be paid."""
+    for layer, count in enumerate(counts):
+        less = [*counts[:layer], count - 1, *counts[layer + 1 :]]
+        if count and cost(less) <= budget:
+            counts = less
+    return counts
+
+
+def budget_of(model: Any, fraction: float) -> int:
+    """Multiply-accumulates that are a part of what a model costs without fusion.
+
+    Raises:
+        ValueError: unless the part is above 0 and below 1.
+    """
+    if isinstance(fraction, bool) or not 0 < fraction < 1 or not math.isfinite(fraction):
+        raise ValueError(f"budget={fraction!r} is not allowed: it is above 0 and below 1")
+    return int(fraction * unfused_cost(describe(model), settings_of(model)))
+
+
+def unfused_cost(described: Description, settings: Any) -> int:
+    """Multiply-accumulates of one image without fusion."""
+    return described.cost(settings, [0] * described.num_layers)

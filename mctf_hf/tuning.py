@@ -1,0 +1,529 @@
+"""What fusion loses, and the search for what loses least within a budget.
+
+No training and no labels are needed: a good setting is one whose outputs are near those of the
+model without fusion. Candidates (:mod:`.candidates`) are proposed by Optuna (arXiv 1907.10902): by
+a tree-structured Parzen estimator for methods and settings, and by CMA-ES for how the best of them
+is spread over the layers. They are judged on a few hundred images, poor ones by the first of these
+(Wilcoxon's signed-rank test), and ranked on images that the search has not seen.
+
+Shapes: ``n`` images, ``d`` channels or classes.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .apply import FusedModel, fusion_of
+from .candidates import (
+    FALLING,
+    HINTS,
+    MOST_WEIGHT,
+    WAYS,
+    Candidate,
+    Setting,
+    budget_of,
+    meet,
+    untuned,
+)
+from .cost import describe, settings_of
+
+if TYPE_CHECKING:
+    import optuna
+
+Told = Callable[[int, float], None]
+
+# Images that are judged at once, after each of which a poor candidate may be given up.
+CHUNK = 32
+# Part of the trials that go to methods and settings; the rest go to the layers.
+_EXPLORING = 0.4
+# Candidates of the search that are ranked on other images.
+FINALISTS = 8
+
+
+@contextlib.contextmanager
+def applied(model: Any, settings: dict[str, Any]) -> Iterator[None]:
+    """Fuse by some settings for a while.
+
+    Args:
+        model: of this library, or one that ``fuse_tokens`` was called with.
+    """
+    if isinstance(model, FusedModel):
+        with fusion_of(model, **settings):
+            yield
+        return
+    config = model.config
+    before = {name: getattr(config, name) for name in settings}
+    try:
+        for name, value in settings.items():
+            setattr(config, name, value)
+        config.validate()
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
+
+
+def embedding_of(output: Any) -> Tensor:
+    """What a model says of images: logits, image embeddings, or its pooled output, (n, d)."""
+    for name in ("logits", "image_embeds", "pooler_output"):
+        found = getattr(output, name, None)
+        if found is not None:
+            return found
+    return output.last_hidden_state[:, 0]
+
+
+class Judge:
+    """Compares what a model says of images with and without fusion.
+
+    Args:
+        model: of this library, or one that ``fuse_tokens`` was called with, in evaluation.
+        pixel_values: (n, channels, height, width).
+        labels: (n,) int64, of a classifier; unset, the model without fusion is the measure.
+    """
+
+    def __init__(self, model: Any, pixel_values: Tensor, labels: Tensor | None = None):
+        self.model, self.pixel_values, self.labels = model, pixel_values, labels
+        self.unfused = self.outputs({"reduction": "none"})
+        output = self._call(pixel_values[:1])
+        self.classifies = getattr(output, "logits", None) is not None
+
+    def __len__(self) -> int:
+        return len(self.pixel_values)
+
+    @torch.inference_mode()
+    def _call(self, pixel_values: Tensor) -> Any:
+        device = next(self.model.parameters()).device
+        return self.model(pixel_values.to(device, self.model.dtype))
+
+    def outputs(self, settings: dict[str, Any], start: int = 0, stop: int | None = None) -> Tensor:
+        """Outputs (stop - start, d) in float32 of some images by some settings."""
+        with applied(self.model, settings):
+            chunks = self.pixel_values[start:stop].split(CHUNK)
+            return torch.cat([embedding_of(self._call(one)).float().cpu() for one in chunks])
+
+    def loss(self, outputs: Tensor, start: int = 0) -> Tensor:
+        """What is lost for each image, (n,), of the outputs from one image on.
+
+        With labels their cross-entropy; without, a classifier's Kullback-Leibler divergence from
+        the probabilities without fusion, or one minus the cosine of an embedding to that without.
+        """
+        unfused = self.unfused[start : start + len(outputs)]
+        if self.labels is not None:
+            labels = self.labels[start : start + len(outputs)]
+            return F.cross_entropy(outputs, labels, reduction="none")
+        if self.classifies:
+            return F.kl_div(
+                outputs.log_softmax(-1), unfused.log_softmax(-1), log_target=True, reduction="none"
+            ).sum(-1)
+        return 1 - F.cosine_similarity(outputs, unfused)
+
+    def agreement(self, outputs: Tensor) -> Tensor:
+        """For each of all images whether fusion changes nothing that somebody would see, (n,).
+
+        A classifier's is the same class, an embedding's the same nearest neighbour among the
+        embeddings without fusion of the other images.
+        """
+        if self.classifies:
+            return outputs.argmax(-1) == self.unfused.argmax(-1)
+        known = F.normalize(self.unfused)
+        nearest = [
+            (F.normalize(one) @ known.T).fill_diagonal_(-torch.inf).argmax(1)
+            for one in (outputs, self.unfused)
+        ]
+        return nearest[0] == nearest[1]
+
+    def right(self, outputs: Tensor) -> Tensor | None:
+        """For each of all images whether its label is found, (n,); ``None`` without labels."""
+        return None if self.labels is None else outputs.argmax(-1) == self.labels
+
+
+@dataclass
+class Verdict:
+    """What a setting costs and loses, on some images.
+
+    Attributes:
+        name: what it is called in tables.
+        setting: the settings; ``None`` for no fusion.
+        cost: multiply-accumulates of one image.
+        fraction: of the cost without fusion.
+        loss: see :meth:`Judge.loss`, (n,).
+        agreement: see :meth:`Judge.agreement`, (n,).
+        right: see :meth:`Judge.right`.
+        ratio: measured speed over that without fusion, if it was measured.
+    """
+
+    name: str
+    setting: Setting | None
+    cost: int
+    fraction: float
+    loss: Tensor
+    agreement: Tensor
+    right: Tensor | None = None
+    ratio: float | None = None
+
+    def row(self, best: "Verdict | None" = None) -> dict[str, float | str]:
+        """Figures by name, with standard errors; of differences in loss, against another one's."""
+        row: dict[str, float | str] = {
+            "setting": self.name,
+            "gmacs": self.cost / 1e9,
+            "fraction": self.fraction,
+            "loss": _mean(self.loss),
+            "loss_error": _error(self.loss),
+            "agreement": 100 * _mean(self.agreement.float()),
+            "agreement_error": 100 * _error(self.agreement.float()),
+        }
+        if self.right is not None:
+            row["accuracy"] = 100 * _mean(self.right.float())
+            row["accuracy_error"] = 100 * _error(self.right.float())
+        if self.ratio is not None:
+            row["speed"] = self.ratio
+        if best is not None:
+            difference = self.loss - best.loss
+            row["more_loss"], row["more_loss_error"] = _mean(difference), _error(difference)
+        return row
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.double().mean())
+
+
+def _error(values: Tensor) -> float:
+    """Standard error of the mean."""
+    return float(values.double().std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+
+def judge(judging: Judge, name: str, setting: Setting | None) -> Verdict:
+    """A setting on all of the judge's images; without one, the model without fusion."""
+    described, config = describe(judging.model), settings_of(judging.model)
+    whole = described.cost(config, [0] * described.num_layers)
+    outputs = judging.unfused if setting is None else judging.outputs(setting.settings)
+    cost = whole if setting is None else setting.cost
+    return Verdict(
+        name,
+        setting,
+        cost,
+        cost / whole,
+        judging.loss(outputs),
+        judging.agreement(outputs),
+        judging.right(outputs),
+    )
+
+
+class Search:
+    """A search for the setting that loses least within a budget; it can be interrupted.
+
+    Args:
+        judging: with the images of the search.
+        ways: names in :data:`.candidates.WAYS`; those that cannot meet the budget are left out.
+        budget: multiply-accumulates of one image.
+        trials: how many candidates to try.
+        storage: file of the study, which a later search by the same arguments goes on with; unset,
+            the search is forgotten.
+        seed: of the proposals.
+
+    Raises:
+        ValueError: for a budget that none of the ways can meet, or a study of something else.
+        ModuleNotFoundError: without Optuna.
+    """
+
+    def __init__(
+        self,
+        judging: Judge,
+        ways: Sequence[str],
+        budget: int,
+        *,
+        trials: int,
+        storage: Path | None = None,
+        seed: int = 0,
+    ):
+        import optuna
+
+        self.judging, self.budget, self.trials, self.seed = judging, budget, trials, seed
+        self.num_layers = describe(judging.model).num_layers
+        self.untuned = untuned(judging.model, ways, budget)
+        self.ways = tuple(self.untuned)
+        hints = [hint for hint in HINTS if hint.way in self.ways]
+        self.guesses = [*map(Candidate.untuned, self.ways), *hints]
+        backend = None
+        if storage is not None:
+            lock = optuna.storages.journal.JournalFileOpenLock(str(storage))
+            backend = optuna.storages.JournalStorage(
+                optuna.storages.journal.JournalFileBackend(str(storage), lock_obj=lock)
+            )
+        with _quiet():
+            self.exploring, self.refining = (
+                optuna.create_study(
+                    study_name=f"{part} at {budget} multiply-accumulates",
+                    storage=backend,
+                    load_if_exists=True,
+                    pruner=optuna.pruners.WilcoxonPruner(p_threshold=0.05),
+                )
+                for part in ("methods", "layers")
+            )
+        self._recognise(storage)
+
+    def _recognise(self, storage: Path | None) -> None:
+        """Raise ValueError for a study of another model, other images or another search."""
+        judging = self.judging
+        own = {
+            "model": type(judging.model).__name__,
+            "outputs": hashlib.sha256(judging.unfused.numpy().round(2).tobytes()).hexdigest(),
+            "labels": judging.labels is not None,
+            "methods": list(self.ways),
+            "trials": self.trials,
+            "seed": self.seed,
+        }
+        for name, value in own.items():
+            known = self.exploring.user_attrs.get(name, value)
+            if known != value:
+                raise ValueError(
+                    f"the study in {storage} is of another search, whose {name} was {known!r} and "
+                    f"not {value!r}: name another file, or remove it"
+                )
+            self.exploring.set_user_attr(name, value)
+
+    def run(self, told: Told = lambda done, best: None) -> None:
+        """Go on until all candidates were tried.
+
+        Args:
+            told: called after each trial with how many there are, and the least loss so far.
+        """
+        trials = self.trials
+        exploring = min(trials, max(len(self.guesses), round(_EXPLORING * trials)))
+        with _quiet():
+            for number in self._left(self.exploring, exploring):
+                self.exploring.sampler = _estimator(len(self.guesses), self.seed + number)
+                guess = self._guess(number)
+                self._try(self.exploring, guess, self._explore)
+                told(number + 1, self._least())
+            if exploring == trials or not self._judged():
+                return
+            start = self._best_explored()
+            for number in self._left(self.refining, trials - exploring):
+                numbers = {name: value for name, value in start.items() if isinstance(value, float)}
+                self.refining.sampler = _evolution(numbers, self.seed)
+                guess = None if number else numbers
+                self._try(self.refining, guess, lambda trial: self._refine(trial, start))
+                told(exploring + number + 1, self._least())
+
+    def _left(self, study: "optuna.Study", trials: int) -> Iterator[int]:
+        """Numbers of the trials to do, that of an interrupted one first."""
+        while True:
+            known = study.get_trials(deepcopy=False)
+            number = len(known) - sum(not trial.state.is_finished() for trial in known)
+            if number >= trials:
+                return
+            yield number
+
+    def _guess(self, number: int) -> dict[str, Any] | None:
+        """Where the search of methods begins, as its numbers."""
+        if number >= len(self.guesses):
+            return None
+        way, settings = self.guesses[number].way, self.guesses[number].settings
+        guess: dict[str, Any] = {"way": way}
+        for dial in WAYS[way].dials:
+            guess[f"{way}.{dial.name}"] = dial.turned(settings[dial.name])
+        if "r" in self.untuned[way].settings:
+            slope = 0.5 if number < len(self.ways) else FALLING
+            guess |= {f"{way}.first": WAYS[way].first_layer, f"{way}.slope": slope}
+        return guess
+
+    def _explore(self, trial: "optuna.Trial") -> Candidate:
+        """Any method, with its settings; its layers by two numbers."""
+        way = trial.suggest_categorical("way", self.ways)
+        settings = {}
+        for dial in WAYS[way].dials:
+            name = f"{way}.{dial.name}"
+            if dial.choices:
+                settings[dial.name] = trial.suggest_categorical(name, dial.choices)
+            else:
+                settings[dial.name] = dial.value(trial.suggest_float(name, 0, 1))
+        untuned = self.untuned[way].settings
+        if "keep_rate" in untuned:
+            return Candidate(way, settings, tuple(float(rate < 1) for rate in untuned["keep_rate"]))
+        first = trial.suggest_int(f"{way}.first", 0, min(3, self.num_layers - 1))
+        slope = 2 * trial.suggest_float(f"{way}.slope", 0, 1) - 1
+        middle = max(1.0, (self.num_layers - 1 - first) / 2)
+        weights = [
+            0.0 if layer < first else 1 + slope * ((layer - first) / middle - 1)
+            for layer in range(self.num_layers)
+        ]
+        return Candidate(way, settings, tuple(weights))
+
+    def _best_explored(self) -> dict[str, Any]:
+        """The best of the first part of the search, as numbers and choices of the second part."""
+        candidate = self._candidate(min(self._finished(self.exploring), key=lambda one: one.value))
+        numbers: dict[str, Any] = {"way": candidate.way}
+        for dial in WAYS[candidate.way].dials:
+            numbers[dial.name] = dial.turned(candidate.settings[dial.name])
+        for layer, weight in enumerate(candidate.weights or ()):
+            numbers[f"layer{layer}"] = min(1.0, weight / MOST_WEIGHT)
+        return numbers
+
+    def _refine(self, trial: "optuna.Trial", start: dict[str, Any]) -> Candidate:
+        """The best method, with other numbers and another count in each layer."""
+        turned = {
+            name: trial.suggest_float(name, 0, 1) if isinstance(value, float) else value
+            for name, value in start.items()
+        }
+        way = turned["way"]
+        settings = {dial.name: dial.value(turned[dial.name]) for dial in WAYS[way].dials}
+        weights = [MOST_WEIGHT * turned[f"layer{layer}"] for layer in range(self.num_layers)]
+        return Candidate(way, settings, tuple(weights))
+
+    def _try(
+        self,
+        study: "optuna.Study",
+        guess: dict[str, Any] | None,
+        propose: Callable[["optuna.Trial"], Candidate],
+    ) -> None:
+        """Judge one candidate: the one that an interrupted search was at, a guess, or a new one."""
+        import optuna
+
+        begun = [one for one in study.get_trials(deepcopy=False) if not one.state.is_finished()]
+        if begun and begun[0].state == optuna.trial.TrialState.RUNNING:
+            trial = optuna.Trial(study, begun[0]._trial_id)
+        else:
+            if guess is not None and not begun:
+                study.enqueue_trial(guess)
+            trial = study.ask()
+        candidate = propose(trial)
+        trial.set_user_attr("candidate", asdict(candidate))
+        try:
+            setting = meet(self.judging.model, candidate, self.budget)
+        except ValueError:  # these layers alone cannot lose as much
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            return
+        losses: list[Tensor] = []
+        for step, start in enumerate(range(0, len(self.judging), CHUNK)):
+            outputs = self.judging.outputs(setting.settings, start, start + CHUNK)
+            losses.append(self.judging.loss(outputs, start))
+            trial.report(float(losses[-1].mean()), step)
+            if trial.should_prune():
+                break
+        loss = torch.cat(losses)
+        trial.set_user_attr("images", len(loss))
+        # A candidate given up counts as what it has shown, as the pruner's documentation advises.
+        study.tell(trial, float(loss.mean()))
+
+    def _finished(self, study: "optuna.Study") -> list[Any]:
+        return [trial for trial in study.get_trials(deepcopy=False) if trial.value is not None]
+
+    def _judged(self) -> list[Any]:
+        """Trials whose candidates were judged on all images, the best first."""
+        every = [*self._finished(self.exploring), *self._finished(self.refining)]
+        whole = [one for one in every if one.user_attrs["images"] == len(self.judging)]
+        return sorted(whole, key=lambda trial: trial.value)
+
+    def _least(self) -> float:
+        judged = self._judged()
+        return judged[0].value if judged else math.nan
+
+    def _candidate(self, trial: Any) -> Candidate:
+        told = trial.user_attrs["candidate"]
+        return Candidate(told["way"], told["settings"], tuple(told["weights"]))
+
+    def finalists(self, count: int = FINALISTS) -> list[Setting]:
+        """The best candidates that were judged on all images, the best first, each once."""
+        found: dict[str, Setting] = {}
+        for trial in self._judged():
+            setting = meet(self.judging.model, self._candidate(trial), self.budget)
+            found.setdefault(json.dumps(setting.settings, sort_keys=True), setting)
+            if len(found) == count:
+                break
+        return list(found.values())
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what Optuna says of each trial, and of what is experimental in it."""
+    import optuna
+
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            yield
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+
+
+def _estimator(startup: int, seed: int) -> "optuna.samplers.BaseSampler":
+    """Proposes methods and settings; the same, whether or not the search was interrupted."""
+    import optuna
+
+    return optuna.samplers.TPESampler(
+        multivariate=True, group=True, n_startup_trials=startup, seed=seed
+    )
+
+
+def _evolution(start: dict[str, float], seed: int) -> "optuna.samplers.BaseSampler":
+    """Proposes numbers in [0, 1] around some; likewise, for it keeps its state in the study."""
+    import optuna
+
+    return optuna.samplers.CmaEsSampler(
+        x0=start, sigma0=0.1, seed=seed, warn_independent_sampling=False
+    )
+
+
+@dataclass
+class Tuned:
+    """What a search has found.
+
+    Attributes:
+        best: on images that the search has not seen.
+        ranking: verdicts on these images, the least loss first, those of untuned methods among
+            them.
+        unfused: the model without fusion.
+    """
+
+    best: Verdict
+    ranking: list[Verdict]
+    unfused: Verdict
+
+
+def tune(
+    searching: Judge,
+    ranking: Judge,
+    fraction: float,
+    ways: Sequence[str],
+    *,
+    trials: int = 200,
+    storage: Path | None = None,
+    seed: int = 0,
+    told: Told = lambda done, best: None,
+) -> Tuned:
+    """Find the setting that loses least at a budget.
+
+    Args:
+        searching: with images to search on.
+        ranking: with other images, on which the best candidates are ranked.
+        fraction: the budget, as a part of what the model costs without fusion.
+        ways, storage, seed: see :class:`Search`.
+        trials: candidates to try.
+        told: see :meth:`Search.run`.
+
+    Raises:
+        ValueError: see :class:`Search`.
+    """
+    budget = budget_of(searching.model, fraction)
+    search = Search(searching, ways, budget, trials=trials, storage=storage, seed=seed)
+    search.run(told)
+    verdicts = [
+        judge(ranking, f"tuned {place + 1}", setting)
+        for place, setting in enumerate(search.finalists())
+    ]
+    verdicts += [judge(ranking, way, setting) for way, setting in search.untuned.items()]
+    verdicts.sort(key=lambda verdict: _mean(verdict.loss))
+    return Tuned(verdicts[0], verdicts, judge(ranking, "unfused", None))
