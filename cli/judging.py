@@ -16,7 +16,7 @@ from cli.evaluation import open_labelled
 from cli.files import open_images
 from cli.measuring import images_per_second
 from lightning_modules.data import HFImageDataModule
-from mctf_hf.candidates import WAYS
+from mctf_hf.candidates import WAYS, ways_for
 from mctf_hf.images import ImageReader
 from mctf_hf.tuning import Judge, Verdict, applied
 
@@ -56,20 +56,21 @@ def _part(judging: Judge, which: slice) -> Judge:
     return Judge(judging.model, judging.pixel_values[which], labels)
 
 
-def check_ways(names: Sequence[str] | None, known: Sequence[str]) -> tuple[str, ...]:
-    """Names of methods to compare; unset, all that suit the model.
+def ways_of(words: str | None, model: Any) -> tuple[str, ...]:
+    """The methods that some words name, ``tome,mctf``; unset, all that suit the model.
 
     Raises:
         ValueError: for a name that is none, or one that does not suit the model.
     """
-    wrong = [name for name in names or () if name not in known]
-    if wrong or names == []:
-        unfit = [name for name in wrong if name in WAYS]
-        reason = " (it drops tokens, which this model restores)" if unfit == wrong != [] else ""
-        raise ValueError(
-            f"methods={names!r} is not allowed{reason}: they are among {', '.join(known)}"
-        )
-    return tuple(names or known)
+    known = ways_for(model)
+    names = known if words is None else tuple(name.strip() for name in words.split(","))
+    for name in names:
+        if name not in known:
+            unfit = " (it drops tokens, which this model restores)" if name in WAYS else ""
+            raise ValueError(
+                f"methods={words!r} is not allowed: {name!r} is none of {', '.join(known)}{unfit}"
+            )
+    return tuple(dict.fromkeys(names))
 
 
 @torch.inference_mode()

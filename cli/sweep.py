@@ -6,15 +6,15 @@ from typing import Any
 from rich.console import Console
 
 from cli.files import check_output
-from cli.judging import check_ways, csv_of, draw, measure_speed, open_judge, table_of
+from cli.judging import csv_of, draw, measure_speed, open_judge, table_of, ways_of
 from cli.measuring import machine_name
 from cli.models import load, parse
 from cli.options import read, refuse
 from cli.parsing import ArgumentParser
-from mctf_hf.candidates import Candidate, Setting, budget_of, meet, ways_for
+from mctf_hf.candidates import Candidate, Setting, budget_of, meet
 from mctf_hf.cost import describe
 from mctf_hf.files import replace, write_text
-from mctf_hf.tuning import Verdict, judge
+from mctf_hf.tuning import Judge, Verdict, judge
 
 
 def main(args: Sequence[str]) -> None:
@@ -42,8 +42,8 @@ def main(args: Sequence[str]) -> None:
 def sweep(
     models: list[str],
     images: str,
-    budgets: Sequence[float] = (0.85, 0.7, 0.56, 0.45),
-    methods: list[str] | None = None,
+    budgets: str = "0.85,0.7,0.56,0.45",
+    methods: str | None = None,
     labels: bool = False,
     split: str = "test",
     num_images: int | None = None,
@@ -58,9 +58,9 @@ def sweep(
     Args:
         models: see above.
         images: a folder of images or of a dataset, or a dataset's id on the Hub.
-        budgets: parts of the multiply-accumulates without fusion.
-        methods: among mctf, mctf_present, tome, pitome, diffrate, token_mergence, evit; unset, all
-            that suit the model.
+        budgets: parts of the multiply-accumulates without fusion: 0.7,0.56.
+        methods: some of mctf,mctf_present,tome,pitome,diffrate,token_mergence,evit; unset, all that
+            suit the model.
         labels: measure accuracy by the labels of the images.
         split: of the dataset, with labels.
         num_images: so many evenly spaced ones; unset, all.
@@ -74,8 +74,7 @@ def sweep(
     for name, value in numbers.items():
         if value is not None and value < 1:
             raise ValueError(f"{name}={value!r} is not allowed: it is at least 1")
-    if not budgets or not all(0 < budget < 1 for budget in budgets):
-        raise ValueError(f"budgets={budgets!r} is not allowed: each is above 0 and below 1")
+    fractions = _fractions(budgets)
     for file, suffix in ((output, ".csv"), (plot, ".png")):
         if file is not None:
             check_output(file, suffix)
@@ -84,9 +83,9 @@ def sweep(
     curves: dict[str, list[Verdict]] = {}
     for words in models:
         model, processor = load(words)
-        ways = check_ways(methods, ways_for(model))
+        ways = ways_of(methods, model)
         judging = open_judge(model, processor, images, num_images, labels=labels, split=split)
-        found = _verdicts(judging, ways, budgets)
+        found = _verdicts(judging, ways, fractions)
         every = [verdict for curve in found.values() for verdict in curve]
         if speed:
             measure_speed(judging, every, batch_size=batch_size, rounds=rounds)
@@ -103,8 +102,21 @@ def sweep(
         replace(plot, lambda draft: draft.write_bytes(picture))
 
 
+def _fractions(budgets: str) -> list[float]:
+    """Parts of the cost, the dearest first."""
+    try:
+        fractions = sorted(map(float, budgets.split(",")), reverse=True)
+    except ValueError:
+        fractions = []
+    if not fractions or not all(0 < fraction < 1 for fraction in fractions):
+        raise ValueError(
+            f"budgets={budgets!r} is not allowed: they are above 0 and below 1, as in 0.7,0.56"
+        )
+    return fractions
+
+
 def _verdicts(
-    judging: Any, ways: Sequence[str], budgets: Sequence[float]
+    judging: Judge, ways: Sequence[str], fractions: Sequence[float]
 ) -> dict[str, list[Verdict]]:
     """What each method loses at each budget that it can meet; the model's own setting besides."""
     model, described = judging.model, describe(judging.model)
@@ -113,7 +125,7 @@ def _verdicts(
         own = Setting(Candidate("own"), {}, described.of(model.config))
         found["own"] = [judge(judging, "own", own)]
     for way in ways:
-        for fraction in sorted(budgets, reverse=True):
+        for fraction in fractions:
             try:
                 setting = meet(model, Candidate.untuned(way), budget_of(model, fraction))
             except ValueError as error:

@@ -11,19 +11,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cli.judging import (
-    check_ways,
     csv_of,
     draw,
     halves,
     measure_speed,
     open_judge,
     table_of,
+    ways_of,
 )
 from cli.models import load
 from cli.options import read, refuse
 from cli.parsing import ArgumentParser
 from lightning_modules.callbacks import public_name
-from mctf_hf.candidates import Candidate, budget_of, meet, untuned, ways_for
+from mctf_hf.candidates import Candidate, budget_of, meet, untuned
 from mctf_hf.hub import TUNING, TUNING_PICTURE, TUNING_TABLE, check_folder, save
 from mctf_hf.tuning import Judge, Tuned, Verdict, judge, tune
 
@@ -55,7 +55,7 @@ def tune_model(
     budget: float | None = None,
     speed: float | None = None,
     max_loss: float | None = None,
-    methods: list[str] | None = None,
+    methods: str | None = None,
     labels: bool = False,
     split: str = "test",
     num_images: int = 400,
@@ -79,8 +79,8 @@ def tune_model(
         speed: times as fast as without fusion, as measured on this machine.
         max_loss: points of accuracy (with labels) or of agreement with the model without fusion
             that may be lost; the cheapest setting is found.
-        methods: among mctf, mctf_present, tome, pitome, diffrate, token_mergence, evit; unset, all
-            that suit the model.
+        methods: some of mctf,mctf_present,tome,pitome,diffrate,token_mergence,evit; unset, all that
+            suit the model.
         labels: judge by the labels of the images.
         split: of the dataset, with labels.
         num_images: so many evenly spaced ones.
@@ -118,7 +118,7 @@ def tune_model(
 
     console = Console()
     loaded, processor = load(model)
-    ways = check_ways(methods, ways_for(loaded))
+    ways = ways_of(methods, loaded)
     judging = open_judge(loaded, processor, images, num_images, labels=labels, split=split)
     searching, ranking = halves(judging)
     console.print(f"{len(searching)} images to search on, {len(ranking)} to rank on")

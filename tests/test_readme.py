@@ -50,6 +50,7 @@ SHORTENED = {
     "convert": "--num_heads 2",
     "export": "--count 3",
     "push": "--rounds 1 --max_images 8",
+    "tune": "--methods tome --trials 2",
 }
 # By the words that they contain: lines whose options are read, and what they would do is not done.
 ONLY_READ = {"_imagenet.yaml": "ImageNet is not here"}

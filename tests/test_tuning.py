@@ -166,7 +166,7 @@ WORDS = ["--images", DIGITS, "--num_images", "24"]
 
 def test_the_command_tunes_a_model(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["tune", str(tiny_folder), *WORDS, "--budget", "0.7", "--trials", "12"]
-    words += ["--methods", '["tome","mctf_present","token_mergence"]', "--output", "tuned"]
+    words += ["--methods", "tome,mctf_present,token_mergence", "--output", "tuned"]
     main(words)
     shown = " ".join(capsys.readouterr().out.split())
     assert "12 images to search on, 12 to rank on" in shown
@@ -193,7 +193,7 @@ def test_the_command_tunes_a_model(tiny_folder: Path, capsys: pytest.CaptureFixt
 
 
 def test_the_command_tunes_for_a_loss_and_by_labels(tiny_folder: Path) -> None:
-    words = ["tune", str(tiny_folder), *WORDS, "--trials", "4", "--methods", '["tome"]']
+    words = ["tune", str(tiny_folder), *WORDS, "--trials", "4", "--methods", "tome"]
     main([*words, "--max_loss", "99", "--labels", "true", "--output", "tuned"])
     record = json.loads(Path("tuned/tuning.json").read_text())
     assert record["labels"] and record["max_loss"] == 99
@@ -203,7 +203,7 @@ def test_the_command_tunes_for_a_loss_and_by_labels(tiny_folder: Path) -> None:
 
 
 def test_the_command_tunes_for_a_speed(tiny_folder: Path) -> None:
-    words = ["tune", str(tiny_folder), *WORDS, "--trials", "3", "--methods", '["tome"]']
+    words = ["tune", str(tiny_folder), *WORDS, "--trials", "3", "--methods", "tome"]
     main([*words, "--speed", "1.01", "--batch_size", "32", "--rounds", "3", "--output", "tuned"])
     record = json.loads(Path("tuned/tuning.json").read_text())
     assert record["speed"] == 1.01
@@ -211,7 +211,7 @@ def test_the_command_tunes_for_a_speed(tiny_folder: Path) -> None:
 
 
 def test_the_command_sweeps(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["sweep", f"{tiny_folder},r=4", *WORDS, "--budgets", "[0.8,0.6]", "--labels", "true"]
+    words = ["sweep", f"{tiny_folder},r=4", *WORDS, "--budgets", "0.8,0.6", "--labels", "true"]
     main([*words, "--speed", "true", "--rounds", "1", "--output", "sweep.csv", "--plot", "s.png"])
     with open("sweep.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -224,7 +224,7 @@ def test_the_command_sweeps(tiny_folder: Path, capsys: pytest.CaptureFixture[str
     with Image.open("s.png") as picture:
         assert picture.width > 1000
     capsys.readouterr()
-    main(["sweep", str(tiny_folder), *WORDS, "--budgets", "[0.05]", "--methods", '["mctf"]'])
+    main(["sweep", str(tiny_folder), *WORDS, "--budgets", "0.05", "--methods", "mctf"])
     shown = capsys.readouterr().out
     assert "left out: a budget of" in shown and "agreement" in shown
 
