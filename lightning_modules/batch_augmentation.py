@@ -21,7 +21,10 @@ from .rand_augment import GREY, RandAugment, on_device
 
 @dataclass(frozen=True)
 class Normalization:
-    """What an image processor does to pixel values: scale, then subtract a mean and divide."""
+    """What an image processor does to pixel values: scale, then subtract a mean and divide.
+
+    Mean and deviation are those of each channel, or one of all.
+    """
 
     scale: float = 1 / 255
     mean: Sequence[float] = (0.0, 0.0, 0.0)
@@ -33,7 +36,11 @@ class Normalization:
         scale = processor.rescale_factor if processor.do_rescale else 1.0
         if not processor.do_normalize:
             return cls(scale)
-        return cls(scale, tuple(processor.image_mean), tuple(processor.image_std))
+        mean, std = (
+            tuple(value) if isinstance(value, Sequence) else (value,)  # one for all channels
+            for value in (processor.image_mean, processor.image_std)
+        )
+        return cls(scale, mean, std)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Normalise images in [0, 1], (b, 3, height, width)."""
@@ -189,7 +196,8 @@ class BatchAugmentation:
         chance = np.zeros((len(images), 0)) if draws is None else draws / DRAWS
         mixing, erasing, changing = np.split(chance, self._ends(), axis=1)
         if self.rand_augment is not None:
-            fill = GREY if not any(self.normalization.mean) else self.normalization.mean
+            mean = self.normalization.mean
+            fill = mean if any(mean) else GREY[: images.shape[1]]
             images = self.rand_augment(images, changing, fill)
         images = self.normalization(images)
         if self.random_erasing is not None:

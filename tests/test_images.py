@@ -14,6 +14,7 @@ from transformers import CLIPImageProcessorPil, ViTConfig, ViTForImageClassifica
 from cli.files import open_images
 from cli.main import main
 from mctf_hf.hub import load_image_processor
+from mctf_hf.images import ImageReader
 from tests.conftest import TINY
 from tests.test_data import JPEG, encoded
 
@@ -141,3 +142,66 @@ def test_settings_of_a_processor_by_which_nothing_can_be_seen(
     with pytest.raises(ValueError) as refused:
         load_image_processor(str(tmp_path))
     assert message in str(refused.value)
+
+
+def shades(folder: Path) -> Path:
+    """Two classes of grey images."""
+    for name, level in (("dark", 60), ("light", 200)):
+        (folder / name).mkdir(parents=True)
+        for i in range(8):
+            Image.new("L", (20, 20), level + i).save(folder / name / f"{i}.png")
+    return folder
+
+
+def scratch(num_channels: int) -> list[str]:
+    """Words of a training from scratch."""
+    config = {
+        "image_size": 16, "patch_size": 4, "hidden_size": 16, "intermediate_size": 32,
+        "num_hidden_layers": 3, "num_attention_heads": 2, "num_labels": 2, "min_tokens": 2,
+        "num_channels": num_channels,
+    }  # fmt: skip
+    return [
+        "fit", "--model.config", json.dumps(config), "--model.r", "3", "--data.num_workers", "0",
+        "--trainer.accelerator", "cpu", "--trainer.max_epochs", "1", "--trainer.logger", "false",
+        "--trainer.enable_progress_bar", "false", "--summary.enabled", "false",
+    ]  # fmt: skip
+
+
+def test_grey_models_are_trained_and_used(tmp_path: Path) -> None:
+    folder = shades(tmp_path / "set")
+    main([
+        *scratch(1), "--data.dataset", str(folder), "--data.batch_size", "4",
+        "--data.crop", "padded", "--data.rand_augment", "rand-m9-mstd0.5-n9-p1",
+        "--data.random_erasing", "0.5", "--data.mixup", "0.8", "--picture.every_n_epochs", "1",
+        "--export.folder", "model",
+    ])  # fmt: skip
+    settings = json.loads(Path("model", "preprocessor_config.json").read_text())
+    assert settings["image_mean"] == [0.5]
+    main([*predict_words("model", folder), "--predictions.path", "p.jsonl"])
+    rows = [json.loads(line) for line in Path("p.jsonl").read_text().splitlines()]
+    assert len(rows) == 16 and {row["label"] for row in rows} <= {"dark", "light"}
+    words = ["visualize", "model", "--images", str(folder), "--count", "1", "--scale", "1"]
+    main([*words, "--output", "x.png"])
+    pixels = np.asarray(Image.open("x.png"))
+    assert ((pixels == 60).all(-1)).sum() >= 16 * 16  # the original, at least
+
+
+@pytest.mark.parametrize("num_channels", [4, 10])
+def test_images_of_other_channels_are_an_error_at_the_start(
+    num_channels: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*scratch(num_channels), "--data.dataset", str(shades(tmp_path / "set"))]
+    assert f"num_channels={num_channels} is not allowed where image files are read" in fails(
+        words, capsys
+    )
+
+
+def test_a_processor_of_other_channels_than_the_models_is_an_error(
+    tiny_folder: Path,
+) -> None:
+    processor = load_image_processor(str(tiny_folder))
+    with pytest.raises(ValueError, match="image_mean=.* not allowed: the model has num_channels=1"):
+        ImageReader(processor, 1)
+    processor.image_mean, processor.image_std, processor.do_convert_rgb = 0.5, 0.5, True
+    with pytest.raises(ValueError, match="do_convert_rgb=True of the image processor"):
+        ImageReader(processor, 1)
