@@ -14,7 +14,7 @@ from cli.measuring import images_per_second, machine_name
 from lightning_modules.data import HFImageDataModule, LabelledImages, Process
 from lightning_modules.evaluation import NOTHING, Amount, add_up, sweep, told
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
-from mctf_hf.classes import check_classes
+from mctf_hf.classes import check_classes, names_of
 from mctf_hf.cost import describe
 from mctf_hf.model_card import Evaluation, Measurement
 from mctf_hf.problems import quality
@@ -39,7 +39,7 @@ def open_labelled(
             f"accuracy on {data.dataset} is not allowed with {type(model).__name__}, which has no "
             "head for classes: finetune it with num_labels first"
         )
-    rows = data.rows(split, list(model.config.id2label.values()))
+    rows = data.rows(split, names_of(model.config))
     rows.check_labels(model.num_labels)
     if rows.label_names is not None:
         check_classes(model.config, rows.label_names, "the model", data.dataset)

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
+from mctf_hf.classes import names_of
 from mctf_hf.images import UnreadableImage, check_head
 
 from .augmentation import Crop, FlipAndCrop
@@ -315,7 +316,7 @@ class HFImageDataModule(L.LightningDataModule):
         """The same for the model that is trained or evaluated."""
         model = self.trainer.lightning_module
         config = getattr(getattr(model, "model", None), "config", None)
-        known = None if config is None else list(config.id2label.values())
+        known = None if config is None else names_of(config)
         return self.rows(split, known, all_of_them=self._fitting)
 
     def _check_labels(self, num_labels: int) -> None:

@@ -491,10 +491,20 @@ class MCTFFinetuner(L.LightningModule):
         self.log_dict(metrics, prog_bar=True, batch_size=len(labels))
 
     def on_validation_epoch_end(self) -> None:
+        self._check_counted("val", self.val_loss)
         self._log_classes("val", self.val_counts)
 
     def on_test_epoch_end(self) -> None:
+        self._check_counted("test", self.test_loss)
         self._log_classes("test", self.test_counts)
+
+    def _check_counted(self, stage: str, mean_loss: MeanMetric) -> None:
+        """Raise ValueError if no process could read an image."""
+        if self.trainer.sanity_checking:
+            return
+        counted = self.trainer.strategy.reduce(mean_loss.weight.clone(), reduce_op="sum")
+        if not counted:
+            raise ValueError(f"{stage}: none of the images can be read, so nothing is measured")
 
     def _log_classes(self, stage: str, counts: Metric | None) -> None:
         """Log the accuracy of each class, over all processes."""

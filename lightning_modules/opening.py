@@ -33,6 +33,8 @@ class NamedDataset:
             raise ValueError("dataset is not set: name a dataset of the Hub or a local folder")
         if not os.path.exists(dataset) and dataset.startswith((".", "/", "~")):
             raise FileNotFoundError(f"dataset={dataset!r}: there is no such folder")
+        if os.path.exists(dataset) and not os.path.isdir(dataset):
+            raise ValueError(f"dataset={dataset!r} is not allowed: it is no folder")
         self.dataset = dataset
         self.name = name
         self.revision = revision

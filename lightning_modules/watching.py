@@ -205,6 +205,8 @@ class Summary(Callback):
             torch.distributed.all_reduce(counts)
         model.cpu()
         *found, images = counts.tolist()
+        if not images:
+            raise ValueError("summary: none of the validation images can be read")
         judged = quality(model.config)
         rows = [
             {

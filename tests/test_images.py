@@ -13,9 +13,9 @@ from transformers import CLIPImageProcessorPil, ViTConfig, ViTForImageClassifica
 
 from cli.files import open_images
 from cli.main import main
-from mctf_hf.hub import load_image_processor
+from mctf_hf.hub import load_image_processor, save
 from mctf_hf.images import ImageReader
-from tests.conftest import TINY
+from tests.conftest import TINY, tiny_model
 from tests.test_data import JPEG, encoded
 
 
@@ -184,6 +184,28 @@ def test_grey_models_are_trained_and_used(tmp_path: Path) -> None:
     main([*words, "--output", "x.png"])
     pixels = np.asarray(Image.open("x.png"))
     assert ((pixels == 60).all(-1)).sum() >= 16 * 16  # the original, at least
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test"])
+def test_a_split_without_readable_images_is_named(
+    command: str, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shades(tmp_path / "set" / "train")
+    for name in ("val/dark", "val/light", "test/dark", "test/light"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        (tmp_path / "set" / name / "0.png").write_text("no image")
+    words = [*scratch(3), "--data.dataset", str(tmp_path / "set"), "--data.on_bad_image", "skip"]
+    if command != "fit":
+        save(tiny_model(num_labels=2), load_image_processor(str(tiny_folder)), "model")
+        words = [
+            command,
+            "--model.pretrained",
+            "model",
+            *words[words.index("--data.num_workers") :],
+        ]
+    stage = "test" if command == "test" else "val"
+    with pytest.warns(UserWarning, match="skipped"):
+        assert f"{stage}: none of the images can be read" in fails(words, capsys)
 
 
 @pytest.mark.parametrize("num_channels", [4, 10])

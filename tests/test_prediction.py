@@ -103,6 +103,7 @@ def write_model(folder: Path, tiny_folder: Path, problem_type: str | None, **set
         (None, 7),
         ("single_label_classification", 7),
         ("multi_label_classification", 7),
+        ("regression", 1),
         ("regression", 3),
     ],
 )
