@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .cost import Description, describe, settings_of
+from .reducers import REDUCERS
 
 # How many tokens a layer may lose for each one that the mean of the layers loses.
 MOST_WEIGHT = 3.0
@@ -174,7 +175,7 @@ def meet(model: Any, candidate: Candidate, budget: int) -> Setting:
     for name, value in chosen.items():
         setattr(config, name, value)
     weights = _weights(config, candidate, described.num_layers)
-    by_rate = config.reducer_class.amount == "keep_rate"
+    by_rate = REDUCERS[config.reduction].amount == "keep_rate"
 
     def amounts(scale: float) -> list[int | float]:
         if by_rate:
@@ -225,8 +226,9 @@ def untuned(model: Any, ways: Sequence[str], budget: int) -> dict[str, Setting]:
 def _weights(config: Any, candidate: Candidate, num_layers: int) -> list[float]:
     if candidate.weights is not None:
         return list(candidate.weights)
-    if config.reducer_class.amount == "keep_rate":
-        fusing = config.reducer_class.default_layers(num_layers)
+    reducer = REDUCERS[config.reduction]
+    if reducer.amount == "keep_rate":
+        fusing = reducer.default_layers(num_layers)
     else:
         fusing = range(WAYS[candidate.way].first_layer, num_layers)
     return [float(layer in fusing) for layer in range(num_layers)]

@@ -256,9 +256,11 @@ class Search:
         self.guesses = [*map(Candidate.untuned, self.ways), *hints]
         backend = None
         if storage is not None:
-            lock = optuna.storages.journal.JournalFileOpenLock(str(storage))
+            from optuna.storages import journal
+
+            lock = journal.JournalFileOpenLock(str(storage))  # needs no links, as the other does
             backend = optuna.storages.JournalStorage(
-                optuna.storages.journal.JournalFileBackend(str(storage), lock_obj=lock)
+                journal.JournalFileBackend(str(storage), lock_obj=lock)
             )
         with _quiet():
             self.exploring, self.refining = (
@@ -372,7 +374,7 @@ class Search:
 
     def _refine(self, trial: "optuna.Trial", start: dict[str, Any]) -> Candidate:
         """The best method, with other numbers and another count in each layer."""
-        turned = {
+        turned: dict[str, Any] = {
             name: trial.suggest_float(name, 0, 1) if isinstance(value, float) else value
             for name, value in start.items()
         }
