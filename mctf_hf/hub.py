@@ -1,6 +1,7 @@
 """Model folders that load anywhere, and their way to the Hub."""
 
 import ast
+import errno
 import hashlib
 import json
 import logging
@@ -48,6 +49,7 @@ _TUNED = {TUNING, TUNING_TABLE, TUNING_PICTURE}
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # organisation/name; a local path may look the same
 PROCESSOR = "preprocessor_config.json"
 RECORD = ".mctf_hf.json"  # digests of the code that was saved, by name
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LFS = b"version https://git-lfs"
 # What nobody means to publish: keys, certificates and passwords; states of a training, whose
 # pickles run code. In lower case.
@@ -117,10 +119,13 @@ def save(
             Path(draft, RECORD).write_text(json.dumps(code, indent=2) + "\n")
             names = os.listdir(draft)
             earlier = _recorded(folder)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             for path in made:
                 path.rmdir()
+        if isinstance(error, SafetensorError) or getattr(error, "errno", None) in _FULL:
+            told = f"{folder} was not written, and what lay there is untouched: {error}"
+            raise OSError(told) from error
         raise
     for name in {*_stale(os.listdir(folder), names), *earlier} - set(names):
         if not (folder / name).is_dir():

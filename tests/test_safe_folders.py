@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import resource
 import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -117,6 +118,26 @@ def test_a_failing_save_leaves_no_folder(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space"):
         save(tiny_model(), Fickle(), tmp_path / "a" / "b")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(params=[1000, 100_000])
+def full_disk(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A limit on the size of files, which code or weights meet first."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (request.param, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_leaves_the_old_folder(
+    folder: Path, full_disk: None, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    for place in (folder, tmp_path / "new"):
+        told = refusal(capsys, "convert", folder, "--output", place)
+        assert f"error: {place} was not written, and what lay there is untouched" in told
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_folder_in_the_place_of_a_file_is_told_before_anything_is_replaced(folder: Path) -> None:
