@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
+from cli.main import nearest
 from cli.models import parse, resolve
 from lightning_modules.processors import settle_size
 from mctf_hf.checks import check_weights
-from mctf_hf.configuration_mctf import as_pair
+from mctf_hf.configuration_mctf import as_pair, check_exists
 from mctf_hf.cost import multiply_accumulates
 from mctf_hf.hub import HUB_ID, load_image_processor
 from mctf_hf.presets import PRESETS, preset, preset_class
@@ -77,9 +78,11 @@ def make(words: str, image_size: int | None, dtype: torch.dtype, device: str) ->
     elif Path(name).is_dir() or HUB_ID.fullmatch(name):
         model, config, cost, missing = _from_checkpoint(name, settings, attention, image_size)
     else:
+        check_exists(name)
+        near = nearest(name, tuple(PRESETS))
         raise ValueError(
-            f"model {name!r} is not known: it is a preset ({', '.join(PRESETS)}), a folder, or an "
-            "id on the Hub such as org/name"
+            f"model {name!r} is not known{f', did you mean {near!r}?' if near else ''}: it is a "
+            f"folder, an id on the Hub such as org/name, or a preset ({', '.join(PRESETS)})"
         )
     height, width = config.usual_size
     if height != width or config.num_channels != 3:

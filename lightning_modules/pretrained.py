@@ -111,8 +111,8 @@ def _loaded_or_made(
         )
         return build(model_config), processor
 
-    processor = load_image_processor(pretrained)
     backbone = backbone_of(pretrained)
+    processor = load_image_processor(pretrained)
     known = {field.name for field in dataclasses.fields(backbone.config)}
     if "drop_path_rate" not in known and not fusion.get("drop_path_rate"):
         fusion = {name: value for name, value in fusion.items() if name != "drop_path_rate"}

@@ -278,14 +278,27 @@ _NOT_FIELDS = {
 }
 
 
+def check_exists(name: str | os.PathLike) -> None:
+    """Refuse what can only be a folder, and is none: no id on the Hub reads like that.
+
+    Raises:
+        FileNotFoundError: for it.
+    """
+    text = os.fspath(name)
+    is_path = text.startswith((".", "/", "~")) or "\\" in text or text.count("/") > 1
+    if (is_path or isinstance(name, os.PathLike)) and not os.path.exists(name):
+        raise FileNotFoundError(f"{text}: there is no such folder")
+
+
 @contextmanager
 def reading_config(name: str | os.PathLike) -> Iterator[None]:
     """Tell in a line why the config.json of a folder or Hub id cannot be read.
 
     Raises:
-        FileNotFoundError: for a folder without one.
+        FileNotFoundError: for a folder without one, or that does not exist.
         ValueError: for one that holds no settings by name.
     """
+    check_exists(name)
     folder = Path(name)
     if folder.is_dir() and not any(folder.glob("**/config.json")):
         raise FileNotFoundError(f"{name} has no config.json: it is no folder of a model")

@@ -33,6 +33,7 @@ from transformers.dynamic_module_utils import get_relative_imports
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .checks import check_processor, check_weights
+from .configuration_mctf import check_exists
 from .files import WEIGHTS, drafts, is_plain_name, read_object
 from .reducers import REDUCERS
 from .registry import BACKBONES
@@ -70,6 +71,7 @@ def load_image_processor(name: str) -> Any:
         ValueError: if it cannot be had without running code of its own, or if one of its settings
             is not allowed.
     """
+    check_exists(name)
     try:
         processor = AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
     except OSError:

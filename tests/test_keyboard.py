@@ -251,3 +251,32 @@ def test_the_file_of_a_run_tests_what_came_of_it(
          DIGITS, "--trainer.limit_test_batches", "1", "--trainer.logger", "false"]
     )  # fmt: skip
     assert "test/accuracy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["/no/where", "./nowhere", "../nowhere", "~/nowhere", "a/b/c"])
+def test_a_folder_that_is_not_there_is_taken_for_no_id_on_the_hub(
+    name: str, capsys: pytest.CaptureFixture
+) -> None:
+    for words in (
+        ["visualize", name, "--images", DIGITS, "--output", "o.png"],
+        ["benchmark", f"{name},r=3"],
+        ["export", name, "--output", "o.pt2"],
+        ["push", name, "org/name", "--license", "mit"],
+        ["fit", "--model.pretrained", name, "--data.dataset", DIGITS],
+        ["test", "--model.pretrained", name, "--data.dataset", DIGITS],
+    ):
+        assert f"{name}: there is no such folder" in "\n".join(refused(capsys, *words))
+    assert "there is no such f" in refused(capsys, "convert", name, "--output", "o")[0]
+
+
+def test_a_folder_without_a_model_is_told_as_such(capsys: pytest.CaptureFixture) -> None:
+    Path("empty").mkdir()
+    for words in (
+        ["visualize", "empty", "--images", DIGITS, "--output", "o.png"],
+        ["benchmark", "empty"],
+        ["convert", "empty", "--output", "o"],
+        ["push", "empty", "org/name", "--license", "mit"],
+        ["fit", "--model.pretrained", "empty", "--data.dataset", DIGITS],
+    ):
+        assert "empty has no config.json" in "\n".join(refused(capsys, *words))
+    assert "did you mean 'deit_s'?" in refused(capsys, "benchmark", "deits")[0]
