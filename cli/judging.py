@@ -40,7 +40,7 @@ def open_judge(
         batches = list(DataLoader(labelled, batch_size=64))
         pixel_values = torch.cat([batch["pixel_values"] for batch in batches])
         return Judge(model, pixel_values, torch.cat([batch["labels"] for batch in batches]))
-    pictures = open_images(images, count, exactly=False)
+    pictures = list(open_images(images, count, exactly=False).values())
     if len(pictures) < 2:
         raise ValueError(f"{images} has {len(pictures)} images: at least 2 are needed")
     return Judge(model, ImageReader(processor).batch(pictures))
