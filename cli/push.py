@@ -28,6 +28,8 @@ from mctf_hf.hub import (
     EVALUATION,
     PICTURE,
     TRAINING,
+    TUNED,
+    TUNING,
     check_folder,
     check_repo_id,
     loadable_files,
@@ -134,7 +136,8 @@ def push_model(
     loaded, processor = load(model)
     source = parse(model)[0]
     training = _training(source)
-    files: dict[str, str | bytes] = {}
+    tuning, found = _tuning(source, loaded.config)
+    files: dict[str, str | bytes] = {**found}
     if picture is not None:
         files[PICTURE] = _picture(loaded, processor, picture)
     images = None
@@ -162,6 +165,7 @@ def push_model(
             base_model=base_model or _origin(source, training, repo_id),
             datasets=[found] if (found := _hub_id(training.get("dataset"))) else None,
             training=training,
+            tuning=tuning,
             picture=None if picture is None else PICTURE,
             model=loaded,
         )
@@ -206,23 +210,41 @@ def _list(folder: Path) -> None:
         print(f"  {file.stat().st_size:>12,} bytes  {file.name}")
 
 
-def _training(name: str) -> dict[str, Any]:
-    """The record of its training that lies beside a model; empty if there is none."""
-    file = Path(name, TRAINING)
+def _beside(name: str, file: str) -> Path | None:
+    """A file that lies beside a model, if there is one."""
+    path = Path(name, file)
     if not Path(name).is_dir():
         try:
-            file = Path(hf_hub_download(name, TRAINING))
+            return Path(hf_hub_download(name, file))
         except EntryNotFoundError:
-            return {}
-    elif not file.exists():
+            return None
+    if path.exists() and not stays_within(path):
+        raise ValueError(f"{path} is not allowed: it is a link out of the folder")
+    return path if path.exists() else None
+
+
+def _training(name: str) -> dict[str, Any]:
+    """The record of its training that lies beside a model; empty if there is none."""
+    file = _beside(name, TRAINING)
+    if file is None:
         return {}
-    elif not stays_within(file):
-        raise ValueError(f"{file} is not allowed: it is a link out of the folder")
     local = ("pretrained", "dataset", "distill_from")
     return {
         key: public_name(value) if key in local and isinstance(value, str) else value
         for key, value in read_object(file).items()
     }
+
+
+def _tuning(name: str, config: Any) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """How a model's setting was found, and the files that tell it; empty if it is another's."""
+    found = {one: _beside(name, one) for one in TUNED}
+    files = {one: file.read_bytes() for one, file in found.items() if file is not None}
+    record = {} if (file := found[TUNING]) is None else read_object(file)
+    settings = record.get("settings")
+    own = isinstance(settings, dict) and all(
+        getattr(config, str(key), None) == value for key, value in settings.items()
+    )
+    return (record, files) if own else ({}, {})
 
 
 def _picture(model: MCTFViTForImageClassification, processor: Any, source: str) -> bytes:

@@ -45,7 +45,7 @@ TRAINING, EVALUATION = "training.json", "evaluation.json"
 PICTURE, CARD = "fused_tokens.png", "README.md"
 # How the setting of fusion was found.
 TUNING, TUNING_TABLE, TUNING_PICTURE = "tuning.json", "tuning.csv", "tuning.png"
-_TUNED = {TUNING, TUNING_TABLE, TUNING_PICTURE}
+TUNED = (TUNING, TUNING_TABLE, TUNING_PICTURE)
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # organisation/name; a local path may look the same
 PROCESSOR = "preprocessor_config.json"
@@ -156,7 +156,7 @@ def _stale(present: Collection[str], new: Collection[str]) -> list[str]:
 
     A card and a picture count only beside the measurements that they were made with.
     """
-    told = {TRAINING, EVALUATION, *_TUNED} | ({CARD, PICTURE} if EVALUATION in present else set())
+    told = {TRAINING, EVALUATION, *TUNED} | ({CARD, PICTURE} if EVALUATION in present else set())
     return sorted(
         name for name in present if name not in new and (name in told or WEIGHTS.fullmatch(name))
     )
@@ -188,7 +188,7 @@ def check_folder(folder: str | os.PathLike, *, alone: bool = False) -> Path:
 def _foreign(folder: Path) -> list[str]:
     """Files that neither are replaced by a model that is saved to a folder nor removed."""
     modules = {file.name for file in Path(__file__).parent.glob("*.py")}
-    usual = {"config.json", PROCESSOR, TRAINING, EVALUATION, CARD, PICTURE, *_TUNED}
+    usual = {"config.json", PROCESSOR, TRAINING, EVALUATION, CARD, PICTURE, *TUNED}
     own = usual | modules | _recorded(folder)
     names = sorted(file.name for file in folder.glob("*") if not file.is_dir())
     seen = [name for name in names if not name.startswith(".")]

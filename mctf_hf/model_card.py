@@ -11,6 +11,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from .configuration_mctf import EncoderConfigMixin, FusionConfigMixin
 from .cost import describe
+from .hub import TUNING_PICTURE
 from .problems import QUALITIES, problem_type
 from .registry import output_of
 from .schedule import KeepRate, TokensFused
@@ -168,6 +169,7 @@ def make_card(
     base_model: str | None = None,
     datasets: list[str] | None = None,
     training: dict[str, Any] | None = None,
+    tuning: dict[str, Any] | None = None,
     picture: str | None = None,
     model: Any = None,
 ) -> ModelCard:
@@ -180,6 +182,7 @@ def make_card(
         base_model: id of the model on the Hub that it was made from.
         datasets: ids of the datasets on the Hub that it was trained on.
         training: settings of its training by name.
+        tuning: how its setting of fusion was found, as ``mctf tune`` records it.
         picture: file beside the card that shows fused tokens.
         model: that the card is of; unset, the configuration's classifier.
 
@@ -218,10 +221,45 @@ def make_card(
         evaluation=evaluation,
         base_model=base_model,
         training=training,
+        tuning=_ranking(tuning or {}),
+        tuning_picture=TUNING_PICTURE,
         picture=picture,
         code=code,
         word=word,
     )
+
+
+def _ranking(tuning: dict[str, Any]) -> dict[str, Any] | None:
+    """What the card says of a search, with all its figures as texts; ``None`` if there was none."""
+    rows = tuning.get("ranking")
+    if not isinstance(rows, list):
+        return None
+    columns = {"gmacs": ".4g", "loss": ".5f", "agreement": ".2f", "accuracy": ".2f", "speed": ".2f"}
+    rows = [row for row in rows if isinstance(row, dict)]
+    shown = [name for name in columns if any(_is_number(row.get(name)) for row in rows)]
+    goals = ("budget", "speed", "max_loss")
+    return {
+        "goal": ", ".join(
+            f"{goal} {tuning[goal]}" for goal in goals if _is_number(tuning.get(goal))
+        ),
+        "images": tuning.get("images"),
+        "num_images": tuning.get("num_images"),
+        "columns": shown,
+        "rows": [
+            [
+                code(row.get("setting")),
+                *[
+                    f"{row[name]:{columns[name]}}" if _is_number(row.get(name)) else ""
+                    for name in shown
+                ],
+            ]
+            for row in rows
+        ],
+    }
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _tokens_by_layer(config: EncoderConfigMixin) -> list[int]:

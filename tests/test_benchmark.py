@@ -180,7 +180,10 @@ def test_a_budget_counts_the_images_as_they_are(tiny_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["deit_x"], "model 'deit_x' is not known, did you mean 'deit_t'\\?: it is a folder, an id"),
+        (
+            ["deit_x"],
+            "model 'deit_x' is not known, did you mean 'deit_t'\\?: it is a folder, an id",
+        ),
         (["deit_t,speed=9"], "setting 'speed' of 'deit_t,speed=9' is not known: it is one of"),
         (["deit_t,r=-1"], "r=-1 is not allowed"),
         (["deit_t,r=auto:2"], "budget 2.0 is not allowed"),

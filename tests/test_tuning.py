@@ -192,6 +192,23 @@ def test_the_command_tunes_a_model(tiny_folder: Path, capsys: pytest.CaptureFixt
     assert Path("tuned/tuning.json").read_text() == before
 
 
+def test_a_card_tells_how_the_setting_was_found(tiny_folder: Path) -> None:
+    words = ["tune", str(tiny_folder), *WORDS, "--budget", "0.7", "--trials", "2"]
+    main([*words, "--methods", "tome", "--output", "tuned"])
+    push = ["org/model", "--license", "mit", "--rounds", "1", "--batch_size", "2"]
+    main(["push", "tuned", *push, "--dry-run", "draft"])
+    card = Path("draft/README.md").read_text()
+    assert "## How the setting was found" in card and "(budget 0.7)" in card
+    record = json.loads(Path("tuned/tuning.json").read_text())
+    for row in record["ranking"]:
+        assert f"| `{row['setting']}` | {row['gmacs']:.4g} | {row['loss']:.5f} |" in card
+    for name in ("tuning.json", "tuning.csv", "tuning.png"):
+        assert Path("draft", name).read_bytes() == Path("tuned", name).read_bytes()
+    main(["push", "tuned,r=3", *push, "--dry-run", "other"])
+    assert "was found" not in Path("other/README.md").read_text()
+    assert not Path("other/tuning.json").exists()
+
+
 def test_the_command_tunes_for_a_loss_and_by_labels(tiny_folder: Path) -> None:
     words = ["tune", str(tiny_folder), *WORDS, "--trials", "4", "--methods", "tome"]
     main([*words, "--max_loss", "99", "--labels", "true", "--output", "tuned"])
