@@ -1,6 +1,5 @@
 """What settings of fusion lose on real images: judges, tables and pictures of their verdicts."""
 
-import csv
 import io
 import math
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from cli.files import open_images
 from cli.measuring import images_per_second
 from lightning_modules.data import HFImageDataModule
 from mctf_hf.candidates import WAYS, ways_for
+from mctf_hf.files import write_csv
 from mctf_hf.images import ImageReader
 from mctf_hf.tuning import Judge, Verdict, applied
 
@@ -43,7 +43,8 @@ def open_judge(
     pictures = list(open_images(images, count, exactly=False).values())
     if len(pictures) < 2:
         raise ValueError(f"{images} has {len(pictures)} images: at least 2 are needed")
-    return Judge(model, ImageReader(processor).batch(pictures))
+    reader = ImageReader(processor, model.config.num_channels)
+    return Judge(model, reader.batch(pictures.values()))
 
 
 def halves(judging: Judge) -> tuple[Judge, Judge]:
@@ -139,9 +140,7 @@ def _cell(row: dict[str, Any], name: str) -> str:
 def csv_of(rows: Sequence[dict[str, Any]]) -> str:
     """Rows of one shape as the text of a CSV file."""
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    write_csv(text, list(rows[0]), rows)
     return text.getvalue()
 
 

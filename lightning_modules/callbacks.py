@@ -1,6 +1,5 @@
 """What comes out of Lightning's loops: the Hugging Face folder, predictions to a file."""
 
-import csv
 import json
 import os
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from lightning_modules.checkpoint_files import SafeCheckpointIO
 from lightning_modules.checkpoints import by_the_first, is_there
 from lightning_modules.locks import FolderLock
 from lightning_modules.run_settings import ema_decay, public_name
-from mctf_hf.files import draft
+from mctf_hf.files import draft, write_csv
 from mctf_hf.hub import TRAINING, check_folder, save
 from mctf_hf.losses import told_limit
 from mctf_hf.registry import build
@@ -198,15 +197,7 @@ class PredictionFile(BasePredictionWriter):
         ):
             if self.path.suffix == ".csv":
                 columns = list(rows[0]) if rows else ["file", "label", "score"]
-                writer = csv.DictWriter(file, fieldnames=columns)
-                writer.writeheader()
-                writer.writerows({key: harmless(cell) for key, cell in row.items()} for row in rows)
+                write_csv(file, columns, rows)
             else:
                 lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows)
                 file.writelines(f"{line}\n" for line in lines)
-
-
-def harmless(cell: Any) -> Any:
-    """A cell of a CSV file that no spreadsheet takes for a formula."""
-    formula = isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r"))
-    return f"'{cell}" if formula else cell

@@ -1,13 +1,14 @@
 """Files of a folder: read with suspicion, written whole or not at all."""
 
+import csv
 import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 # A model's weights, as transformers names them.
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
@@ -105,3 +106,15 @@ def drop_links(folder: str | os.PathLike, names: Collection[str]) -> None:
         ours = file.name in {*configurations, *names} or WEIGHTS.fullmatch(file.name)
         if ours and file.is_symlink():
             file.unlink()
+
+
+def write_csv(file: TextIO, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows as CSV, with ``'`` before texts that a spreadsheet would take for formulas."""
+    writer = csv.DictWriter(file, [_harmless(column) for column in columns])
+    writer.writeheader()
+    writer.writerows({_harmless(key): _harmless(cell) for key, cell in row.items()} for row in rows)
+
+
+def _harmless(cell: Any) -> Any:
+    formula = isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r"))
+    return f"'{cell}" if formula else cell

@@ -80,6 +80,9 @@ def test_a_decompression_bomb_is_named_by_every_command(
         ["visualize", model, "--images", str(bomb), "--output", "x.png"],
         ["visualize", model, "--images", str(tmp_path / "set"), "--output", "x.png"],
         ["benchmark", model, "--images", str(bomb), "--batch_sizes", "[1]"],
+        ["export", model, "--images", str(tmp_path / "set"), "--output", "x.pt2"],
+        ["sweep", str(tiny_folder), "--images", str(tmp_path / "set")],
+        ["push", model, "org/x", "--license", "mit", "--picture", str(bomb), "--dry-run", "d"],
         predict_words(tiny_folder, tmp_path / "set"),
     ]
     for words in commands:
