@@ -17,7 +17,7 @@ from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
 from mctf_hf.classes import check_classes, names_of
 from mctf_hf.cost import describe
 from mctf_hf.model_card import Evaluation, Measurement
-from mctf_hf.problems import quality
+from mctf_hf.problems import problem_type, quality
 from mctf_hf.registry import plain_class, plain_config
 
 
@@ -40,7 +40,7 @@ def open_labelled(
             "head for classes: finetune it with num_labels first"
         )
     rows = data.rows(split, names_of(model.config))
-    rows.check_labels(model.num_labels)
+    rows.settle_labels(problem_type(model.config), model.num_labels)
     if rows.label_names is not None:
         check_classes(model.config, rows.label_names, "the model", data.dataset)
     indices = np.array(evenly_spaced(len(rows), max_images))

@@ -27,8 +27,10 @@ from lightning_modules import (
     make_loggers,
 )
 from lightning_modules.checkpoint_files import LAST, PREVIOUS
+from mctf_hf.problems import REGRESSION
 from mctf_hf.registry import backbone_of
 
+MONITOR = "val/accuracy"  # of the best checkpoint, unless something else is asked for
 TOLD_TO_STOP = 128 + 15  # the exit status of what SIGTERM ends
 
 
@@ -62,7 +64,7 @@ class FinetuningCommandLine(LightningCLI):
         parser.set_defaults(
             {
                 "best.filename": "best-{epoch}-{step}",
-                "best.monitor": "val/accuracy",
+                "best.monitor": MONITOR,
                 "best.mode": "max",
             }
         )
@@ -103,7 +105,16 @@ class FinetuningCommandLine(LightningCLI):
             and (call.decay is None or self.subcommand != "fit")
         ]
         callbacks = [Watch(), *(call for call in callbacks if call not in unused)]
+        if self.model.problem_type == REGRESSION:
+            callbacks = [self._by_loss(call) for call in callbacks]
         return super()._instantiate_trainer(config, callbacks)
+
+    def _by_loss(self, call: Callback) -> Callback:
+        """What keeps the best by an accuracy that regression does not have, by the loss instead."""
+        if not isinstance(call, BestCheckpoint) or call.monitor != MONITOR:
+            return call
+        settings = self._get(self.config, "best").as_dict()
+        return BestCheckpoint(**{**settings, "monitor": "val/loss", "mode": "min"})
 
     def _parse_ckpt_path(self) -> None:
         """Leave the settings alone: a checkpoint holds weights and progress, not what to run."""

@@ -126,12 +126,12 @@ class Mixing:
 
         Args:
             images: (b, 3, height, width).
-            labels: (b,) int64.
+            labels: (b,) int64, or (b, num_labels) numbers.
             draw: in [0, 1): all that chance decides.
             num_labels: classes.
 
         Returns:
-            Images, and labels as (b, num_labels) probabilities.
+            Images, and labels as (b, num_labels) probabilities, or numbers mixed likewise.
         """
         generator = np.random.default_rng(int(draw * DRAWS))
         cut = generator.random() < 0.5 if self.mixup and self.cutmix else self.cutmix > 0
@@ -147,7 +147,9 @@ class Mixing:
             share = 1 - (bottom - top) * (right - left) / (height * width)
         else:
             images = share * images + (1 - share) * others
-        one_hot = F.one_hot(labels, num_labels).to(images.dtype)
+        one_hot = labels
+        if not labels.is_floating_point():
+            one_hot = F.one_hot(labels, num_labels).to(images.dtype)
         return images, share * one_hot + (1 - share) * one_hot.flip(0)
 
 
@@ -186,7 +188,7 @@ class BatchAugmentation:
 
         Args:
             images: (b, 3, height, width) uint8.
-            labels: (b,) int64.
+            labels: (b,) int64, or (b, num_labels) numbers.
             draws: (b, ``num_draws``), or None if that is 0.
 
         Returns:

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from mctf_hf.classes import names_of
 from mctf_hf.images import UnreadableImage, check_head
+from mctf_hf.problems import SINGLE
 
 from .augmentation import Crop, FlipAndCrop
 from .batch_augmentation import BatchAugmentation, Mixing, Normalization, RandomErasing
@@ -59,8 +60,10 @@ class HFImageDataModule(L.LightningDataModule):
         val_fraction: part of the training split to validate on where there is no other.
         test_split: split for the final test.
         image_column: column of the images. Unset: the only one of type image.
-        label_column: column of the labels: integers, class labels or names. Unset: the only one of
-            type class label, or ``label``, or the only one of texts.
+        label_column: column of the labels: integers, class labels or names; for several labels per
+            image, lists of class labels or of 1 and 0; for regression, numbers or lists of them.
+            Unset: the only one of type class label, the only list of these, ``label`` if it holds
+            integers or names, or the only one of texts.
         batch_size: images per process and step in training.
         eval_batch_size: images per process and step otherwise. Unset: the same.
         num_workers: processes that load and augment images; 0 does it in the main process.
@@ -199,7 +202,7 @@ class HFImageDataModule(L.LightningDataModule):
             self._sets["test"] = self._evaluated(self.test_split, processor)
         elif not self._sets.keys() >= ({"train", "val"} if stage == "fit" else {"val"}):
             self._open_train_and_val(processor, train=stage == "fit")
-        self._check_labels(model.num_labels)
+        self._settle_labels()
         names = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}[stage]
         for name in names:
             rank_zero_info(f"{name}: {self._sets[name].told()}")
@@ -270,12 +273,14 @@ class HFImageDataModule(L.LightningDataModule):
         return LabelledImages(rows or self._own_rows(self.train_split), process, **options)
 
     def _stream(self, split: str, process: Any, batch_size: int, **options: Any) -> StreamedImages:
+        problem, num_labels = self._head()
         images = StreamedImages(
             self.named.load(split, streaming=True),
             f"{self.dataset}, split {split}",
             process,
             share=Share(self.trainer.global_rank, self.trainer.world_size),
-            num_labels=self.trainer.lightning_module.num_labels,
+            problem=problem,
+            num_labels=num_labels,
             batch_size=batch_size,
             image_column=self.image_column,
             label_column=self.label_column,
@@ -312,6 +317,11 @@ class HFImageDataModule(L.LightningDataModule):
         found = self.named.texts(columns.label)
         return Rows(rows, origin, columns, class_names(found, known, all_of_them=all_of_them))
 
+    def _head(self) -> tuple[str, int]:
+        """The model's ``problem_type`` and its number of outputs."""
+        model = self.trainer.lightning_module
+        return getattr(model, "problem_type", SINGLE), model.num_labels
+
     def _own_rows(self, split: str) -> Rows:
         """The same for the model that is trained or evaluated."""
         model = self.trainer.lightning_module
@@ -319,11 +329,11 @@ class HFImageDataModule(L.LightningDataModule):
         known = None if config is None else names_of(config)
         return self.rows(split, known, all_of_them=self._fitting)
 
-    def _check_labels(self, num_labels: int) -> None:
-        """Compare the labels of all open splits with the model's classes."""
+    def _settle_labels(self) -> None:
+        """Make the labels of all open splits those of the model's head."""
         for images in self._sets.values():
             if isinstance(images, LabelledImages):
-                images.rows.check_labels(num_labels)
+                images.rows.settle_labels(*self._head())
                 self.label_names = images.rows.label_names
 
     def training_labels(self) -> np.ndarray | None:

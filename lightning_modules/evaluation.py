@@ -16,7 +16,7 @@ from torchmetrics.classification import (
     MultilabelStatScores,
 )
 
-from lightning_modules.images import NOT_COUNTED
+from lightning_modules.labels import NOT_COUNTED
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
 from mctf_hf.checks import check_scores
 from mctf_hf.classes import names_of

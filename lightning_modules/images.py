@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, IterableDataset, Value
+from datasets import ClassLabel, Dataset, IterableDataset
 from datasets import Image as ImageFeature
 from PIL import Image
 from torch import Tensor
@@ -16,22 +16,32 @@ from torch.utils.data import Dataset as TorchDataset
 from mctf_hf.images import MODES, ImageReader, UnreadableImage
 
 from .augmentation import FlipAndCrop
+from .labels import (
+    NOT_COUNTED,
+    encode,
+    is_classes,
+    is_integer,
+    is_labels,
+    is_text,
+    names_in,
+    not_counted,
+    settle,
+)
 from .processors import output_size
 
 Sample = dict[str, Any]
 OnBadImage = Literal["error", "skip"]
-NOT_COUNTED = -100  # the label of an image that is not to be counted, as PyTorch's losses have it
 DRAWS = 2**53  # random integers below this are exact as float64
 
 
 class Process(ImageReader):
     """Images as the image processor makes them, see :class:`mctf_hf.images.ImageReader`."""
 
-    def black(self) -> Sample:
+    def black(self, label: Any = NOT_COUNTED) -> Sample:
         """A black image in the place of one that there is not, which is not to be counted."""
         height, width = output_size(self.processor)
         image = Image.new(MODES[self.channels], (width, height))
-        return {"pixel_values": self(image), "labels": NOT_COUNTED}
+        return {"pixel_values": self(image), "labels": label}
 
 
 class AsBytes(Process):
@@ -55,12 +65,14 @@ class Columns(NamedTuple):
         label: column of the labels.
         label_names: names of the classes, if the dataset has them in an order.
         by_name: whether labels are the names themselves, in no order.
+        feature: of the labels.
     """
 
     image: str
     label: str
     label_names: list[str] | None
     by_name: bool
+    feature: Any
 
 
 def find_columns(
@@ -80,21 +92,24 @@ def find_columns(
     image = find_image_column(rows, origin, image_column)
     label = label_column
     if label is None and not _of_kind(rows, ClassLabel):
-        texts = [name for name, feature in rows.features.items() if _is_text(feature)]
+        texts = [name for name, feature in rows.features.items() if is_text(feature)]
+        several = [name for name, feature in rows.features.items() if is_classes(feature)]
         plain = rows.features.get("label")
-        if _is_text(plain) or _is_integer(plain):
+        if len(several) == 1:
+            label = several[0]
+        elif is_text(plain) or is_integer(plain):
             label = "label"
         elif len(texts) == 1:
             label = texts[0]
     label = _column(rows, "label_column", label, ClassLabel, origin)
     feature = rows.features[label]
-    if not (_is_integer(feature) or _is_text(feature) or isinstance(feature, ClassLabel)):
+    if not is_labels(feature):
         raise ValueError(
             f"label_column={label_column!r} of {origin} holds {feature}: labels are integers, "
-            "names or class labels (datasets' class_encode_column makes them)"
+            "names or class labels (datasets' class_encode_column makes them), lists of class "
+            "labels or of 1 and 0, or numbers"
         )
-    names = list(feature.names) if isinstance(feature, ClassLabel) else None
-    return Columns(image, label, names, _is_text(feature))
+    return Columns(image, label, names_in(feature), is_text(feature), feature)
 
 
 def find_image_column(
@@ -132,14 +147,6 @@ def _of_kind(rows: Dataset | IterableDataset, kind: type) -> list[str]:
     return [name for name, feature in rows.features.items() if isinstance(feature, kind)]
 
 
-def _is_integer(feature: Any) -> bool:
-    return isinstance(feature, Value) and feature.dtype.startswith(("int", "uint"))
-
-
-def _is_text(feature: Any) -> bool:
-    return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
-
-
 def class_names(found: set[str], known: Sequence[str] | None, *, all_of_them: bool) -> list[str]:
     """The classes, in order, where labels are names.
 
@@ -157,17 +164,8 @@ def class_names(found: set[str], known: Sequence[str] | None, *, all_of_them: bo
     return own if agree and len(set(own)) == len(own) else sorted(found)
 
 
-def check_label(label: int, num_labels: int, name: str) -> None:
-    """Raise ValueError, with the row's name, for a label that a model lacks."""
-    if not 0 <= label < num_labels:
-        raise ValueError(
-            f"{name} has the label {label}: the model has the classes 0 to {num_labels - 1} "
-            "(set num_labels for a new head)"
-        )
-
-
 class Rows:
-    """Rows of one split: images, undecoded, and labels as integers.
+    """Rows of one split: images, undecoded, and labels as numbers, see :func:`.labels.encode`.
 
     Args:
         rows: the split.
@@ -187,13 +185,12 @@ class Rows:
         labels = rows[columns.label][:]
         if not labels:
             raise ValueError(f"{origin} has no rows")
-        if None in labels:
-            raise ValueError(f"row {labels.index(None)} of {origin} has no label")
-        if columns.by_name:
+        if columns.by_name and None not in labels:
             self.label_names = list(names or [])
             numbers = {name: i for i, name in enumerate(self.label_names)}
             labels = [numbers[name] for name in labels]
-        self.labels = np.asarray(labels, dtype=np.int64)
+        self.labels = encode(labels, columns.feature, self.name)
+        self.not_counted: Any = NOT_COUNTED
         self.images = rows.select_columns([self.image_column]).cast_column(
             self.image_column, ImageFeature(decode=False)
         )
@@ -201,19 +198,25 @@ class Rows:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def check_labels(self, num_labels: int) -> None:
-        """Compare the labels with the number of a model's classes.
+    def name(self, index: int) -> str:
+        """What errors call a row."""
+        return f"row {index} of {self.origin}"
 
-        Raises:
-            ValueError: for the first label that the model lacks.
-        """
-        wrong = np.flatnonzero((self.labels < 0) | (self.labels >= num_labels))
-        if len(wrong):
-            check_label(self.labels[wrong[0]], num_labels, f"row {wrong[0]} of {self.origin}")
+    def settle_labels(self, problem: str, num_labels: int) -> None:
+        """Make the labels those of a model's head, see :func:`.labels.settle`, which raises."""
+        self.labels = settle(
+            self.labels,
+            problem,
+            num_labels,
+            named=self.label_names is not None,
+            origin=self.origin,
+            row_name=self.name,
+        )
+        self.not_counted = not_counted(problem, num_labels)
 
     def stored(self, index: int) -> tuple[Any, str]:
         """What is stored of the image of a row, and what errors call it."""
-        return self.images[index][self.image_column], f"row {index} of {self.origin}"
+        return self.images[index][self.image_column], self.name(index)
 
 
 class LabelledImages(TorchDataset):
@@ -260,8 +263,16 @@ class LabelledImages(TorchDataset):
 
     def told(self) -> str:
         """How much it is, in words."""
-        classes = len(np.unique(self.rows.labels[np.asarray(self.indices)]))
-        return f"{len(self):,} images of {classes:,} classes"
+        labels = self.rows.labels[np.asarray(self.indices)]
+        if labels.ndim == 1:
+            return f"{len(self):,} images of {len(np.unique(labels)):,} classes"
+        if self.rows.label_names is None:
+            return f"{len(self):,} images"
+        return f"{len(self):,} images of {np.count_nonzero(labels.any(0)):,} classes"
+
+    def black(self) -> Sample:
+        """A black image that is not to be counted."""
+        return self.process.black(self.rows.not_counted)
 
     def __getitem__(self, key: int | tuple[int, ...]) -> Sample:
         epoch, index, *copy = key if isinstance(key, tuple) else (0, key)
@@ -275,11 +286,12 @@ class LabelledImages(TorchDataset):
                     raise
                 warnings.warn(f"{error}: skipped", stacklevel=2)
                 if self.leave_out:
-                    return {**self.process.black(), "skipped": 1}
+                    return {**self.black(), "skipped": 1}
                 continue
             generator = np.random.default_rng([self.seed, epoch, asked, *copy])
             sample = make_sample(image, self.process, self.augment, generator, self.num_draws)
-            sample["labels"] = int(self.rows.labels[row])
+            label = self.rows.labels[row]
+            sample["labels"] = int(label) if label.ndim == 0 else label
             if self.on_bad_image == "skip":
                 sample["skipped"] = int(skipped > 0)
             return sample

@@ -43,7 +43,7 @@ def in_step(
     """The batches, and then some of one black image that is not counted.
 
     Args:
-        images: what the batches are made of, with the attributes ``process`` and ``on_bad_image``.
+        images: what the batches are made of, with the attributes ``black`` and ``on_bad_image``.
         goes_on: asked before each batch, and told whether there is one: whether any process has.
     """
     own = iter(batches)
@@ -53,5 +53,5 @@ def in_step(
             return
         if batch is None:
             reports = {"skipped": 0} if images.on_bad_image == "skip" else {}
-            batch = default_collate([{**images.process.black(), **reports}])
+            batch = default_collate([{**images.black(), **reports}])
         yield batch

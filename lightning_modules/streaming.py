@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data import IterableDataset as TorchIterableDataset
 
 from mctf_hf.images import UnreadableImage
+from mctf_hf.problems import SINGLE
 
 from .augmentation import FlipAndCrop
 from .images import (
@@ -26,10 +27,10 @@ from .images import (
     OnBadImage,
     Process,
     Sample,
-    check_label,
     find_columns,
     make_sample,
 )
+from .labels import encode, not_counted, settle
 from .sampling import ResumableDataLoader
 from .shares import in_step
 
@@ -60,6 +61,7 @@ class StreamedImages(TorchIterableDataset):
         process: reads an image and makes its tensor.
         share: this process's.
         num_labels: the model's classes.
+        problem: the model's ``problem_type``.
         batch_size: images per batch, which the loader has to make of them.
         shuffle_buffer: rows among which the next one is drawn; None leaves the order alone.
         image_column, label_column: see ``find_columns``.
@@ -79,6 +81,7 @@ class StreamedImages(TorchIterableDataset):
         *,
         share: Share,
         num_labels: int,
+        problem: str = SINGLE,
         batch_size: int,
         shuffle_buffer: int | None = None,
         image_column: str | None = None,
@@ -117,6 +120,7 @@ class StreamedImages(TorchIterableDataset):
         self.process = process
         self.share = share
         self.num_labels = num_labels
+        self.problem = problem
         self.batch_size = batch_size
         self.augment = augment
         self.seed = seed
@@ -158,18 +162,32 @@ class StreamedImages(TorchIterableDataset):
             source, image = self._readable(rows, i, first, place)
             if image is None:
                 if self.augment is None:
-                    yield {**self.process.black(), "skipped": 1}
+                    yield {**self.black(), "skipped": 1}
                 continue
-            name, label = self._name(first + source, place), rows[source][self.columns.label]
-            if label is None:
-                raise ValueError(f"{name} has no label")
-            check_label(label, self.num_labels, name)
+            label = self._label(rows[source], self._name(first + source, place))
             generator = np.random.default_rng([self.seed, *place, first + i])
             sample = make_sample(image, self.process, self.augment, generator, self.num_draws)
             sample["labels"] = label
             if self.on_bad_image == "skip":
                 sample["skipped"] = int(source != i)
             yield sample
+
+    def _label(self, row: Any, name: str) -> Any:
+        columns = self.columns
+        labels = encode([row[columns.label]], columns.feature, lambda _: name)
+        (label,) = settle(
+            labels,
+            self.problem,
+            self.num_labels,
+            named=columns.label_names is not None,
+            origin=self.origin,
+            row_name=lambda _: name,
+        )
+        return int(label) if label.ndim == 0 else label
+
+    def black(self) -> Sample:
+        """A black image that is not to be counted."""
+        return self.process.black(not_counted(self.problem, self.num_labels))
 
     def _readable(
         self, rows: list[Any], i: int, first: int, place: tuple[int, ...]

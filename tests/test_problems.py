@@ -1,19 +1,29 @@
 """One label per image, several, or numbers: what each training and evaluation makes of them."""
 
+import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, Features, List, Value, load_dataset
+from datasets import Image as ImageFeature
+from PIL import Image
 from torch import Tensor
-from transformers import AutoModelForImageClassification, TrainingArguments
+from torchmetrics.functional.classification import multilabel_average_precision
+from transformers import AutoModelForImageClassification, TrainingArguments, ViTImageProcessorPil
 
+from cli.main import main
+from lightning_modules import HFImageDataModule, HuggingFaceFolder, MCTFFinetuner
 from mctf_hf import MCTFViTForImageClassification
 from mctf_hf.losses import TokenReductionConsistency, label_loss, label_probability
 from mctf_hf.problems import MULTI, REGRESSION, SINGLE
 from mctf_hf.trainer import ConsistencyTrainer
 from tests.conftest import tiny_model
+from tests.test_finetuning import digits, trainer
 
 SEVERAL = torch.tensor([[1.0, 0, 0, 1, 0], [0, 0, 0, 0, 0], [0, 1, 0, 0, 0]])
 KINDS: dict[str, tuple[dict[str, Any], Tensor]] = {
@@ -180,3 +190,168 @@ def test_a_whole_program_is_compiled_at_each_amount(
             torch.testing.assert_close(
                 compiled(images, **call).logits, model(images, **call).logits
             )
+
+
+def photos(labels: list[Any], feature: Any, column: str = "tags") -> str:
+    """A folder of parquet files with 12 noisy images in each split, and labels of a type."""
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(256, size=(12, 32, 32, 3), dtype=np.uint8)
+    for split in ("train", "test"):
+        rows = Dataset.from_dict(
+            {"image": [Image.fromarray(one) for one in pixels], column: labels},
+            features=Features({"image": ImageFeature(), column: feature}),
+        )
+        Path("photos").mkdir(exist_ok=True)
+        rows.to_parquet(f"photos/{split}-00000-of-00001.parquet")
+    return "photos"
+
+
+TAGS = List(ClassLabel(names=["cat", "dog", "bird"]))
+SEVERAL_TAGS: list[Any] = [[0, 2], [1], [], [0], [0, 1, 2], [2]] * 2
+
+
+def run(command: str, capsys: pytest.CaptureFixture, **options: Any) -> str:
+    words = [command] + [f"--{name}={value}" for name, value in options.items()]
+    main(words)
+    return capsys.readouterr().out
+
+
+QUICK = {
+    "trainer.max_epochs": 1, "trainer.accelerator": "cpu", "data.batch_size": 4,
+    "data.num_workers": 0, "data.val_split": "test", "picture.every_n_epochs": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_several_labels_per_image_from_fit_to_predict(
+    streaming: bool, tiny_folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    dataset = photos(SEVERAL_TAGS, TAGS)
+    mixed = {"data.mixup": 0.8} if not streaming else {"data.train_images": 12}
+    run(
+        "fit", capsys, **QUICK, **mixed,
+        **{
+            "model.pretrained": tiny_folder, "model.r": 6, "model.num_labels": 3,
+            "model.problem_type": MULTI, "model.class_weights": [1, 2, 3],
+            "model.learning_rate": 1e-3, "data.dataset": dataset, "export.folder": "model",
+            "data.streaming": str(streaming).lower(),
+        },
+    )  # fmt: skip
+    config = json.loads(Path("model/config.json").read_text())
+    assert config["problem_type"] == MULTI
+    assert config["id2label"] == {"0": "cat", "1": "dog", "2": "bird"}
+    if streaming:
+        return
+    images, labels = images_of(dataset), torch.zeros(12, 3)
+    for row, tags in enumerate(SEVERAL_TAGS):
+        labels[row, tags] = 1
+    model = MCTFViTForImageClassification.from_pretrained("model").eval()
+    with torch.no_grad():
+        logits = model(images).logits
+    out = run(
+        "test", capsys, **{"model.pretrained": "model", "data.dataset": dataset,
+                           "data.num_workers": 0, "trainer.accelerator": "cpu",
+                           "trainer.default_root_dir": "."},
+    )  # fmt: skip
+    right = ((logits > 0) == (labels > 0)).all(1).float().mean().item()
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels).item()
+    precision = multilabel_average_precision(logits.sigmoid(), labels.long(), 3).item()
+    for name, value in (
+        ("accuracy", right), ("loss", loss), ("mean_average_precision", precision),
+        ("accuracy/dog", ((logits > 0) == (labels > 0))[:, 1].float().mean().item()),
+    ):  # fmt: skip
+        assert told(out, f"test/{name}") == pytest.approx(value, abs=1e-4)
+    main(["push", "model", "org/several", "--license=mit", f"--dataset={dataset}", "--rounds=1",
+          "--dry-run", "draft"])  # fmt: skip
+    evaluation = json.loads(Path("draft/evaluation.json").read_text())
+    assert evaluation["metric"] == "exact_match"
+    assert evaluation["own"]["accuracy"] == pytest.approx(right)
+    card = Path("draft/README.md").read_text()
+    assert "Images of which all labels are right on 12 images" in card and "sigmoid()" in card
+
+
+def test_numbers_from_fit_to_push(tiny_folder: Path, capsys: pytest.CaptureFixture) -> None:
+    ages = [float(i) / 4 for i in range(12)]
+    dataset = photos(ages, Value("float64"), "age")
+    run(
+        "fit", capsys, **QUICK,
+        **{
+            "model.pretrained": tiny_folder, "model.r": 6, "model.num_labels": 1,
+            "model.learning_rate": 1e-3, "data.dataset": dataset, "data.label_column": "age",
+            "export.folder": "model", "data.cutmix": 1.0,
+        },
+    )  # fmt: skip
+    assert json.loads(Path("model/config.json").read_text())["problem_type"] == REGRESSION
+    model = MCTFViTForImageClassification.from_pretrained("model").eval()
+    with torch.no_grad():
+        error = model(images_of(dataset)).logits[:, 0] - torch.tensor(ages)
+    out = run(
+        "test", capsys, **{"model.pretrained": "model", "data.dataset": dataset,
+                           "data.label_column": "age", "data.num_workers": 0,
+                           "trainer.accelerator": "cpu", "trainer.default_root_dir": "."},
+    )  # fmt: skip
+    assert told(out, "test/mean_absolute_error") == pytest.approx(
+        error.abs().mean().item(), abs=1e-4
+    )
+    assert told(out, "test/loss") == pytest.approx(error.square().mean().item(), abs=1e-4)
+    main(["push", "model", "org/ages", "--license=mit", f"--dataset={dataset}", "--rounds=1",
+          "--label-column=age", "--dry-run", "draft"])  # fmt: skip
+    evaluation = json.loads(Path("draft/evaluation.json").read_text())
+    assert evaluation["metric"] == "mae"
+    assert evaluation["own"]["accuracy"] == pytest.approx(error.abs().mean().item(), rel=1e-4)
+    assert "Mean absolute error on 12 images" in Path("draft/README.md").read_text()
+
+
+def images_of(dataset: str) -> Tensor:
+    processor = ViTImageProcessorPil.from_pretrained("model")
+    rows = load_dataset(dataset, split="test")
+    return processor([row["image"] for row in rows], return_tensors="pt")["pixel_values"]
+
+
+def told(out: str, name: str) -> float:
+    """The number beside a name in the table that Lightning prints."""
+    (line,) = [line for line in out.splitlines() if f" {name} " in line]
+    return float(line.split("│")[2])
+
+
+@pytest.mark.parametrize(
+    ("labels", "feature", "settings", "message"),
+    [
+        (SEVERAL_TAGS, TAGS, {"num_labels": 3}, "are several of the classes for each image, which"),
+        ([[0.5, 1.0]] * 12, List(Value("float32")), {"num_labels": 2}, "are numbers, which prob"),
+        ([0] * 12, ClassLabel(names=["a", "b"]), {"num_labels": 1}, "the classes for each image"),
+        (
+            [0, 1] * 6, ClassLabel(names=["a", "b"]),
+            {"num_labels": 2, "problem_type": MULTI}, "are one of the classes for each image, whic",
+        ),
+        (
+            [[0, 1]] * 11 + [[0]], List(Value("int8")),
+            {"num_labels": 2, "problem_type": MULTI}, r"row 11 .* has the labels \[0\], where othe",
+        ),
+        (
+            [[0, 1]] * 12, List(Value("int8")),
+            {"num_labels": 3, "problem_type": MULTI}, "are 2 numbers for each image, the model ha",
+        ),
+        ([math.nan] * 12, Value("float32"), {"num_labels": 1}, "row 0 .* it is finite"),
+    ],
+)  # fmt: skip
+def test_labels_of_another_problem_than_the_models(
+    labels: list[Any], feature: Any, settings: dict[str, Any], message: str, tiny_folder: Path,
+) -> None:  # fmt: skip
+    data = HFImageDataModule(photos(labels, feature), label_column="tags", num_workers=0)
+    with pytest.raises(ValueError, match=message):
+        trainer(Path()).fit(MCTFFinetuner(str(tiny_folder), **settings), data)
+
+
+def test_one_label_per_image_ends_what_a_checkpoint_says(tiny_folder: Path, tmp_path: Path) -> None:
+    model = tiny_model(r=6, num_labels=10, problem_type=MULTI)
+    model.save_pretrained("several")
+    shutil.copy(tiny_folder / "preprocessor_config.json", "several")
+    with pytest.raises(ValueError, match="which problem_type=multi_label_classification is not f"):
+        trainer(tmp_path).fit(MCTFFinetuner("several"), digits())
+    for settings in ({"problem_type": SINGLE}, {"num_labels": 10, "learning_rate": 1e-3}):
+        module = MCTFFinetuner("several", **settings)
+        folder = HuggingFaceFolder("trained")
+        run = trainer(tmp_path, max_epochs=1, limit_train_batches=1, callbacks=[folder])
+        run.fit(module, digits())
+        assert json.loads(Path("trained/config.json").read_text())["problem_type"] == SINGLE
