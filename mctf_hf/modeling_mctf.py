@@ -66,7 +66,13 @@ def check_contents(model: nn.Module, files: Sequence[str | os.PathLike] | None) 
 
 
 # What transformers hands to a model beside the arguments that it names.
-_OPTIONS = {"num_items_in_batch", "output_attentions", "output_hidden_states", "return_dict"}
+_OPTIONS = {
+    "num_items_in_batch",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "use_cache",  # of a Trainer, to any model
+}
 
 
 def check_options(model: Any, options: Mapping[str, Any]) -> None:
