@@ -6,15 +6,15 @@ from typing import Any
 from rich.console import Console
 
 from cli.files import check_output
-from cli.judging import csv_of, draw, measure_speed, open_judge, table_of, ways_of
 from cli.measuring import machine_name
 from cli.models import load, parse
 from cli.options import read, refuse
 from cli.parsing import ArgumentParser
+from cli.verdicts import csv_of, draw, measure_speed, open_judge, table_of, ways_of
 from mctf_hf.candidates import Candidate, Setting, budget_of, meet
 from mctf_hf.cost import describe
 from mctf_hf.files import replace, write_text
-from mctf_hf.tuning import Judge, Verdict, judge
+from mctf_hf.judging import Judge, Verdict, judge
 
 
 def main(args: Sequence[str]) -> None:

@@ -10,7 +10,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cli.judging import (
+from cli.models import load
+from cli.options import read, refuse
+from cli.parsing import ArgumentParser
+from cli.verdicts import (
     csv_of,
     draw,
     halves,
@@ -19,13 +22,11 @@ from cli.judging import (
     table_of,
     ways_of,
 )
-from cli.models import load
-from cli.options import read, refuse
-from cli.parsing import ArgumentParser
 from lightning_modules.callbacks import public_name
 from mctf_hf.candidates import Candidate, budget_of, meet, untuned
 from mctf_hf.hub import TUNING, TUNING_PICTURE, TUNING_TABLE, check_folder, save
-from mctf_hf.tuning import Judge, Tuned, Verdict, judge, tune
+from mctf_hf.judging import Judge, Verdict, judge
+from mctf_hf.tuning import Tuned, tune
 
 # Budgets to try, the dearest first, where a loss is given; and of the picture.
 BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)

@@ -16,7 +16,8 @@ from cli.main import main
 from mctf_hf import MCTFViTForImageClassification, fuse_tokens, tuning
 from mctf_hf.candidates import WAYS, Candidate, Dial, budget_of, meet, ways_for
 from mctf_hf.cost import multiply_accumulates
-from mctf_hf.tuning import Judge, Search, judge, tune
+from mctf_hf.judging import Judge, applied, judge
+from mctf_hf.tuning import Search, tune
 from tests.conftest import DIGITS, tiny_model
 
 
@@ -31,13 +32,13 @@ def test_every_method_meets_a_budget(way: str, fraction: float) -> None:
     budget = budget_of(model, fraction)
     setting = meet(model, Candidate.untuned(way), budget)
     assert setting.cost <= budget
-    with tuning.applied(model, setting.settings):
+    with applied(model, setting.settings):
         assert multiply_accumulates(model.config) == setting.cost
         assert model.config.reduction == WAYS[way].fixed["reduction"]
     assert setting.cost > 0.9 * budget
     weights = (0.0, 2.0, 0.0, 1.0, 1.0)
     spread = meet(model, Candidate(way, setting.candidate.settings, weights), budget)
-    with tuning.applied(model, spread.settings):
+    with applied(model, spread.settings):
         fused = model.config.tokens_fused(65)
     assert fused[0] == fused[2] == 0 < min(fused[1], fused[3]) and spread.cost <= budget
 

@@ -18,7 +18,7 @@ from lightning_modules.data import HFImageDataModule
 from mctf_hf.candidates import WAYS, ways_for
 from mctf_hf.files import write_csv
 from mctf_hf.images import ImageReader
-from mctf_hf.tuning import Judge, Verdict, applied
+from mctf_hf.judging import Judge, Verdict, applied
 
 
 def open_judge(
