@@ -44,7 +44,7 @@ def open_judge(
     if len(pictures) < 2:
         raise ValueError(f"{images} has {len(pictures)} images: at least 2 are needed")
     reader = ImageReader(processor, model.config.num_channels)
-    return Judge(model, reader.batch(pictures.values()))
+    return Judge(model, reader.batch(pictures))
 
 
 def halves(judging: Judge) -> tuple[Judge, Judge]:
