@@ -10,8 +10,8 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from cli.options import command
 from cli.parsing import BriefErrors
 from lightning_modules import (
     AveragedWeights,
@@ -22,17 +22,17 @@ from lightning_modules import (
     LastCheckpoint,
     MCTFFinetuner,
     PredictionFile,
+    ProgressLines,
     Summary,
     Watch,
     make_loggers,
 )
 from lightning_modules.checkpoint_files import LAST, PREVIOUS
+from lightning_modules.checkpoints import Stopped
 from mctf_hf.problems import REGRESSION
 from mctf_hf.registry import backbone_of
 
 MONITOR = "val/accuracy"  # of the best checkpoint, unless something else is asked for
-TOLD_TO_STOP = 128 + 15  # the exit status of what SIGTERM ends
-
 
 # Settings of data that a subcommand has a use for; `fit` has one for all but those of others.
 _LOADED = ("batch_size", "eval_batch_size", "num_workers", "on_bad_image")
@@ -59,6 +59,7 @@ class FinetuningCommandLine(LightningCLI):
         parser.add_lightning_class_args(LastCheckpoint, "last")
         parser.add_lightning_class_args(HuggingFaceFolder, "export")
         parser.add_lightning_class_args(FusedTokensPicture, "picture")
+        parser.add_lightning_class_args(ProgressLines, "progress")
         parser.add_lightning_class_args(Summary, "summary")
         parser.add_lightning_class_args(PredictionFile, "predictions")
         parser.set_defaults(
@@ -104,6 +105,9 @@ class FinetuningCommandLine(LightningCLI):
             if isinstance(call, AveragedWeights)
             and (call.decay is None or self.subcommand != "fit")
         ]
+        lines = [call for call in callbacks if isinstance(call, ProgressLines) and call.writes]
+        if self.subcommand == "fit" and lines and config.get("enable_progress_bar") is None:
+            config["enable_progress_bar"] = False
         callbacks = [Watch(), *(call for call in callbacks if call not in unused)]
         if self.model.problem_type == REGRESSION:
             callbacks = [self._by_loss(call) for call in callbacks]
@@ -130,18 +134,22 @@ def _own_head(pretrained: str, num_labels: int | None, **others: Any) -> None:
         )
 
 
-def finetuning(args: Sequence[str] | None = None) -> None:
+def finetuning(args: Sequence[str] | None = None, imports: Sequence[str] = ()) -> None:
     """Run the subcommand that ``args``, or the command line, begins with.
+
+    Args:
+        imports: words before it, for a command that is printed to go on with.
 
     Raises:
         ValueError: for an option that has no effect there.
     """
-    _check_effect(sys.argv[1:] if args is None else args)
+    words = list(sys.argv[1:] if args is None else args)
+    _check_effect(words)
     try:
         FinetuningCommandLine(
             MCTFFinetuner,
             HFImageDataModule,
-            args=None if args is None else list(args),
+            args=words,
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
             # Its table knows no operations of these models; the finetuner tells their weights.
@@ -149,9 +157,27 @@ def finetuning(args: Sequence[str] | None = None) -> None:
             parser_class=FinetuningParser,
             parser_kwargs={"prog": "mctf"},
         )
-    except SIGTERMException as stopped:
-        print(f"mctf: {stopped}", file=sys.stderr)
-        sys.exit(TOLD_TO_STOP)
+    except Stopped as stopped:
+        print(f"mctf: {_how_to_go_on(stopped, [*imports, *words])}", file=sys.stderr)
+        sys.exit(128 + stopped.signum)  # the exit status of what a signal ends
+    except SystemExit as stopped:
+        if isinstance(stopped.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
+
+
+def _how_to_go_on(stopped: Stopped, words: Sequence[str]) -> str:
+    """What to say of a run that was told to stop: the command that goes on from there."""
+    if stopped.checkpoint is None:
+        return f"{stopped.told}: no state was saved, for no checkpoints are kept"
+    kept, rest = [], iter(words)
+    for word in rest:
+        if word == "--ckpt_path":
+            next(rest, None)
+        elif not word.startswith("--ckpt_path="):
+            kept.append(word)
+    go_on = command(*kept, "--ckpt_path", stopped.checkpoint)
+    return f"{stopped.told}, its state is saved. Go on from there with\n{go_on}"
 
 
 def _check_effect(words: Sequence[str]) -> None:

@@ -79,8 +79,10 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _run(words: Sequence[str]) -> None:
+    imports: list[str] = []
     while words[:1] == ["--import"]:
         _import(words[1] if len(words) > 1 else "")
+        imports += words[:2]
         words = words[2:]
     command, *rest = words or [""]
     if command in ("-h", "--help"):
@@ -91,7 +93,7 @@ def _run(words: Sequence[str]) -> None:
         with quiet():
             from cli.finetuning import finetuning
 
-            finetuning(words)
+            finetuning(words, imports)
     elif command in COMMANDS:
         options = [re.sub(r"^--[\w-]+", _underscored, word) for word in rest]
         with quiet():

@@ -4,7 +4,7 @@ from .callbacks import HuggingFaceFolder, PredictionFile
 from .checkpoints import AveragedWeights, BestCheckpoint, LastCheckpoint
 from .data import HFImageDataModule
 from .finetuning import MCTFFinetuner
-from .watching import FusedTokensPicture, Summary, Watch, make_loggers
+from .watching import FusedTokensPicture, ProgressLines, Summary, Watch, make_loggers
 
 __all__ = [
     "AveragedWeights",
@@ -15,6 +15,7 @@ __all__ = [
     "LastCheckpoint",
     "MCTFFinetuner",
     "PredictionFile",
+    "ProgressLines",
     "Summary",
     "Watch",
     "make_loggers",

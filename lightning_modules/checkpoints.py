@@ -7,6 +7,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 import lightning as L
@@ -78,11 +79,30 @@ class BestCheckpoint(ModelCheckpoint):
         self.kth_value = torch.tensor(torch.inf if self.mode == "min" else -torch.inf)
 
 
+class Stopped(SIGTERMException):
+    """A run was told to stop by a signal.
+
+    Attributes:
+        signum: the signal.
+        step: optimizer steps that were done.
+        checkpoint: with the state of the run; ``None`` where none are kept.
+    """
+
+    def __init__(self, signum: int, step: int, checkpoint: Path | None):
+        self.signum, self.step, self.checkpoint = signum, step, checkpoint
+        super().__init__(f"{self.told}: go on from there with --ckpt_path {checkpoint}")
+
+    @property
+    def told(self) -> str:
+        return f"told to stop ({signal.Signals(self.signum).name}) at step {self.step}"
+
+
 class LastCheckpoint(Checkpoint):
     """Keep the latest state in ``last.ckpt``, and the one before it in ``previous.ckpt``.
 
-    It is saved every so many steps, after each epoch, and when SIGTERM tells the run to stop, as
-    batch systems do before they take a machine away. Every state that is saved resumes to the
+    It is saved every so many steps, after each epoch, and when a signal tells the run to stop:
+    SIGTERM, as batch systems send it before they take a machine away, or SIGINT, which is Ctrl-C
+    (a second one stops at once, without saving). Every state that is saved resumes to the
     weights of a run that was never interrupted, so it is saved neither between batches whose
     gradients are accumulated, nor before a validation that would then be left out. The folder is
     locked while the run lasts: another one that is to write there is refused. Settings that are
@@ -106,7 +126,7 @@ class LastCheckpoint(Checkpoint):
         self.use_previous = use_previous
         self._saved_step = 0
         self._lock: FolderLock | None = None
-        self._signalled = False
+        self._signal: int | None = None
         self._stop_after_step = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -144,20 +164,25 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._saved_step = trainer.global_step
-        self._signalled = trainer.received_sigterm
-        # In place of Lightning's handler, which talks to other processes from within a signal;
-        # the trainer puts the former one back when training ends.
+        self._signal = signal.SIGTERM if trainer.received_sigterm else None
+        # In place of Lightning's handlers, which talk to other processes from within a signal, or
+        # give up the step; the trainer puts the former ones back when training ends.
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._remember)
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(signum, self._remember)
 
-    def _remember(self, *_: Any) -> None:
-        self._signalled = True
+    def _remember(self, signum: int, frame: FrameType | None) -> None:
+        if signum == signal.SIGINT:
+            if self._signal is not None:
+                signal.default_int_handler(signum, frame)
+            os.write(2, b"\nThis step ends, then its state is saved. Ctrl-C again stops at once.\n")
+        self._signal = signum
 
     def _stopping(self, trainer: L.Trainer) -> bool:
         """Whether any process was told to stop; all of them ask at once."""
         if trainer.world_size == 1:
-            return self._signalled
-        return trainer.strategy.reduce_boolean_decision(self._signalled, all=False)
+            return self._signal is not None
+        return trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, *args: Any) -> None:
         if trainer.world_size > 1:  # here, where the loss is waited for as well
@@ -167,7 +192,8 @@ class LastCheckpoint(Checkpoint):
         loop = trainer.fit_loop
         if loop._should_accumulate():
             return
-        stopping = self._stop_after_step if trainer.world_size > 1 else self._signalled
+        alone = trainer.world_size == 1
+        stopping = self._signal is not None if alone else self._stop_after_step
         if loop.epoch_loop._is_training_done or loop.epoch_loop._should_check_val_fx(
             loop._data_fetcher
         ):
@@ -198,10 +224,7 @@ class LastCheckpoint(Checkpoint):
             self._stop(trainer)
 
     def _stop(self, trainer: L.Trainer) -> NoReturn:
-        raise SIGTERMException(
-            f"told to stop (SIGTERM) at step {trainer.global_step}: go on from there with "
-            f"--ckpt_path {self.path(trainer)}"
-        )
+        raise Stopped(self._signal or signal.SIGTERM, trainer.global_step, self.path(trainer))
 
     def path(self, trainer: L.Trainer) -> Path | None:
         """Of ``last.ckpt``; None where no checkpoints are kept."""

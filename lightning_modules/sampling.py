@@ -62,12 +62,13 @@ class ResumableDataLoader(DataLoader):
 
 
 def stop_with_parent_only(worker_id: int = 0) -> None:
-    """For ``worker_init_fn`` of a ``DataLoader``: SIGTERM ends a worker if its parent sends it.
+    """For ``worker_init_fn`` of a ``DataLoader``: signals end a worker if its parent sends them.
 
-    Batch systems signal every process of a job. A worker that died of it would end the training by
-    an error before the state is saved. Has no effect where signals do not tell their sender
-    (macOS, Windows).
+    Batch systems signal every process of a job (SIGTERM), and terminals do for Ctrl-C (SIGINT). A
+    worker that died of it would end the training by an error before the state is saved. SIGTERM
+    ends it all the same where signals do not tell their sender (macOS, Windows).
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_await_parent, daemon=True).start()

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import time
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,65 @@ class Watch(Callback):
 
     def on_save_checkpoint(self, *args: Any) -> None:
         self._since = None
+
+
+class ProgressLines(Callback):
+    """Write a line on how training goes, now and then and after each epoch, where nobody watches.
+
+    Args:
+        every_n_seconds: seconds between two lines within an epoch; the first comes after the first
+            step. 0 writes none at all.
+        terminal: whether there is one, which shows a progress bar instead. Unset: look.
+    """
+
+    def __init__(self, every_n_seconds: float = 60.0, terminal: bool | None = None):
+        if every_n_seconds < 0:
+            raise ValueError(
+                f"every_n_seconds={every_n_seconds!r} is not allowed: it is at least 0"
+            )
+        self.every_n_seconds = every_n_seconds
+        self.terminal = Console().is_terminal if terminal is None else terminal
+        self._begun = self._told = -math.inf
+        self._first_step = 0
+
+    @property
+    def writes(self) -> bool:
+        """Whether there is something to be written."""
+        return bool(self.every_n_seconds) and not self.terminal
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._begun, self._told = time.perf_counter(), -math.inf
+        self._first_step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        due = time.perf_counter() - self._told >= self.every_n_seconds
+        if self.writes and due and not trainer.fit_loop._should_accumulate():
+            self._write(trainer, f"epoch {trainer.current_epoch + 1}", "train/loss")
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        found = trainer.callback_metrics  # in all processes, which may have to agree on it
+        if self.writes:
+            names = sorted(name for name in found if name.startswith("val/"))
+            self._write(trainer, f"end of epoch {trainer.current_epoch + 1}", "train/loss", *names)
+
+    def _write(self, trainer: L.Trainer, epoch: str, *names: str) -> None:
+        if not trainer.is_global_zero:
+            return
+        self._told = time.perf_counter()
+        found, step = trainer.callback_metrics, trainer.global_step
+        last, epochs = trainer.estimated_stepping_batches, trainer.max_epochs
+        told = [
+            f"{epoch} of {epochs}" if epochs is not None and epochs > 0 else epoch,
+            f"step {step} of {last}",
+            *(f"{name} {float(found[name]):.4g}" for name in names if name in found),
+        ]
+        if (speed := found.get("train/images_per_second")) is not None:
+            told.append(f"{float(speed):,.0f} images/s")
+        done = step - self._first_step
+        if done and last > step:
+            left = (last - step) / done * (self._told - self._begun)
+            told.append(f"{timedelta(seconds=round(left))} left")
+        print(", ".join(told), flush=True)
 
 
 class FusedTokensPicture(Callback):

@@ -1,22 +1,30 @@
 """What ``mctf fit`` makes of checkpoints, settings and folders, seen from the keyboard."""
 
+import os
 import re
+import shlex
 import shutil
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import load_dataset
+from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from cli.main import main
-from lightning_modules import MCTFFinetuner
+from lightning_modules import LastCheckpoint, MCTFFinetuner, ProgressLines
 from mctf_hf import MCTFViTForImageClassification
 from tests.conftest import DIGITS, TINY
 from tests.test_conversion import in_timm_names
+from tests.training_runs import finetuner, images, start, trainer
+
+pytestmark = pytest.mark.timeout(300)
 
 FEW_STEPS: tuple[Any, ...] = (
     "--data.dataset", DIGITS, "--data.num_workers", 0, "--data.batch_size", 16,
@@ -195,3 +203,79 @@ def test_a_resumed_run_tells_what_is_different_or_refuses_it(
     shutil.copytree(DIGITS, "moved/digits")  # the same, elsewhere
     run("fit", *RUN, "--model.r", 6, "--data.dataset", "moved/digits", "--ckpt_path",
         "other/last.ckpt", "--trainer.max_epochs", 1)  # fmt: skip
+
+
+def leader(words: list[str]) -> None:
+    """Run a command in a group of its own, as a terminal does."""
+    os.setpgrp()
+    main(words)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on_and_a_log_shows_how_far_it_is(tmp_path: Path) -> None:
+    plain_vit("a plain vit", torch.float32)
+    output, kept = tmp_path / "output", tmp_path / "kept"
+    words = ["fit", "--model.pretrained", "a plain vit", "--model.r", "6", "--data.dataset", DIGITS,
+             "--data.num_workers", "1", "--data.batch_size", "16", "--trainer.max_epochs", "200",
+             "--trainer.limit_train_batches", "4", "--trainer.limit_val_batches", "1",
+             "--trainer.log_every_n_steps", "2", "--trainer.accelerator", "cpu",
+             "--last.folder", str(kept)]  # fmt: skip
+    process = start(leader, words, output=output)
+    while not output.exists() or "end of epoch 2 of 200" not in output.read_text():
+        assert process.is_alive(), output.read_text()
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # workers too
+    process.join()
+    shown = output.read_text()
+    assert process.exitcode == 130, shown
+    assert "This step ends, then its state is saved" in shown and "Traceback" not in shown
+    step = torch.load(kept / "last.ckpt")["global_step"]
+    *_, told, go_on = shown.splitlines()
+    assert told == (
+        f"mctf: told to stop (SIGINT) at step {step}, its state is saved. Go on from there with"
+    )
+    assert shlex.split(go_on) == ["mctf", *words, "--ckpt_path", str(kept / "last.ckpt")]
+    number = r"[\d.e+-]+"
+    line = rf"epoch 1 of 200, step 1 of 800, train/loss {number}, \d+ images/s, \d+:\d\d:\d\d left"
+    assert re.search(f"^{line}$", shown, re.MULTILINE)
+    line = (
+        rf"end of epoch 2 of 200, step 8 of 800, train/loss {number}, val/accuracy {number}, "
+        rf"val/accuracy_top5 {number}, val/loss {number}, [\d,]+ images/s, \d+:\d\d:\d\d left"
+    )
+    assert re.search(f"^{line}$", shown, re.MULTILINE)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_signals_mean_what_they_meant_before_once_a_run_has_stopped(
+    times: int, tmp_path: Path
+) -> None:
+    class Interrupt(Callback):
+        def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
+            for _ in range(times if trainer.global_step == 3 else 0):
+                os.kill(os.getpid(), signal.SIGINT)
+
+    before = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
+    run = trainer(tmp_path, Interrupt(), LastCheckpoint(folder=str(tmp_path / "kept")))
+    with pytest.raises(SystemExit) as stopped:
+        run.fit(finetuner(), images())
+    assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)] == before
+    if times == 1:
+        assert str(stopped.value) == (
+            f"told to stop (SIGINT) at step 4: go on from there with --ckpt_path "
+            f"{tmp_path / 'kept' / 'last.ckpt'}"
+        )
+        assert torch.load(tmp_path / "kept" / "last.ckpt")["global_step"] == 4
+    else:  # at once
+        assert isinstance(stopped.value.__context__, KeyboardInterrupt)
+        assert not (tmp_path / "kept" / "last.ckpt").exists()
+
+
+def test_lines_on_progress_make_way_for_a_terminals_bar(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for lines in (ProgressLines(terminal=True), ProgressLines(0, terminal=False)):
+        trainer(tmp_path, lines, max_epochs=1, enable_checkpointing=False).fit(
+            finetuner(), images()
+        )
+    assert "epoch" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="every_n_seconds=-1 is not allowed"):
+        ProgressLines(-1)
