@@ -42,6 +42,16 @@ USED = {
     "test": ("test_split", *_LABELLED),
     "predict": ("predict_folder", *_LOADED),
 }
+# Settings of the model's own optimizer and schedule.
+SCHEDULE = (
+    "learning_rate",
+    "reference_batch_size",
+    "min_learning_rate",
+    "warmup_epochs",
+    "cooldown_epochs",
+    "layer_decay",
+    "weight_decay",
+)
 OF_OTHERS = {"predict_folder": "predict", "test_split": "test"}
 
 
@@ -83,6 +93,8 @@ class FinetuningCommandLine(LightningCLI):
             settings.model.config = None
             if settings.get("ckpt_path") is None:
                 settings.model.num_labels = _own_head(**settings.model)
+        if self.subcommand == "fit":
+            _check_optimizer(settings)
         if settings.get("ckpt_path") == "last":
             folder = settings.last.folder
             if folder is None:
@@ -111,7 +123,14 @@ class FinetuningCommandLine(LightningCLI):
         callbacks = [Watch(), *(call for call in callbacks if call not in unused)]
         if self.model.problem_type == REGRESSION:
             callbacks = [self._by_loss(call) for call in callbacks]
-        return super()._instantiate_trainer(config, callbacks)
+        try:
+            return super()._instantiate_trainer(config, callbacks)
+        except TypeError as error:
+            if "devices" not in str(error):
+                raise
+            raise ValueError(
+                f"trainer.devices={config.get('devices')!r} is not allowed: {error}"
+            ) from error
 
     def _by_loss(self, call: Callback) -> Callback:
         """What keeps the best by an accuracy that regression does not have, by the loss instead."""
@@ -122,6 +141,22 @@ class FinetuningCommandLine(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Leave the settings alone: a checkpoint holds weights and progress, not what to run."""
+
+
+def _check_optimizer(settings: Any) -> None:
+    """Raise ValueError for settings that an optimizer of Lightning's command line leaves unused."""
+    if not settings.get("optimizer"):
+        if settings.get("lr_scheduler"):
+            raise ValueError("--lr_scheduler is not allowed without --optimizer: it needs one")
+        return
+    parameters = inspect.signature(MCTFFinetuner).parameters
+    unused = [name for name in SCHEDULE if settings.model[name] != parameters[name].default]
+    if unused:
+        raise ValueError(
+            f"{', '.join(f'model.{name}' for name in unused)} is not allowed with --optimizer, "
+            "which takes the place of AdamW and its schedule: set --optimizer.lr and the like, or "
+            "leave --optimizer out"
+        )
 
 
 def _own_head(pretrained: str, num_labels: int | None, **others: Any) -> None:

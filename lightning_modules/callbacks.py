@@ -13,6 +13,7 @@ import torch
 import transformers
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 
@@ -86,7 +87,14 @@ class HuggingFaceFolder(Callback):
         if trainer.is_global_zero:
             folder = self.folder or os.path.join(log_dir, "huggingface")
             record = json.dumps(training_record(trainer, pl_module), indent=2) + "\n"
-            save(pl_module.model, pl_module.image_processor, folder, files={TRAINING: record})
+            try:
+                save(pl_module.model, pl_module.image_processor, folder, files={TRAINING: record})
+            except (OSError, SafetensorError) as error:
+                raise OSError(
+                    f"{folder} was not written ({error}): what lay there is untouched. Resume the "
+                    "run from its last checkpoint when there is room, which writes the folder "
+                    "without training again"
+                ) from error
             rank_zero_info(f"Hugging Face model ({weights or 'last weights'}): {folder}")
 
     def _best_checkpoint(self, trainer: L.Trainer) -> str | None:
@@ -165,6 +173,21 @@ class PredictionFile(BasePredictionWriter):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         pl_module.top_k = self.top_k
+        if stage == "predict":  # before the work, not after it
+            by_the_first(trainer, self._check_path)
+
+    def _check_path(self) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise type(error)(
+                f"predictions.path={str(self.path)!r} cannot be written: its folder cannot be made "
+                f"({error.strerror})"
+            ) from error
+        if self.path.is_dir():
+            raise IsADirectoryError(f"predictions.path={str(self.path)!r} is a folder")
+        if not os.access(self.path.parent, os.W_OK):
+            raise PermissionError(f"predictions.path={str(self.path)!r} cannot be written there")
 
     def write_on_epoch_end(
         self,

@@ -49,13 +49,15 @@ def check_file(path: str | os.PathLike) -> None:
 
     Raises:
         ValueError: if it is damaged, or no checkpoint.
-        OSError: if it can't be read.
+        OSError: if there is none, or it can't be read.
     """
     if os.path.isdir(path):
         raise ValueError(
             f"{path} is a folder, not a checkpoint, which is a single file (a model's folder goes "
             "to --model.pretrained)"
         )
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path}: there is no such checkpoint")
     with open(path, "rb") as file:
         if file.read(len(_BEGIN)) != _BEGIN:
             size = os.fstat(file.fileno()).st_size

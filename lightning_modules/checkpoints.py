@@ -55,7 +55,8 @@ def by_the_first(trainer: L.Trainer, work: Callable[[], T]) -> T:
 class BestCheckpoint(ModelCheckpoint):
     """ModelCheckpoint that still knows the best one when a resumed run logs to another folder.
 
-    Where that file is gone, the best of what follows counts.
+    Where that file is gone, the best of what follows counts. A metric that is not there is told
+    before training, or after the first step if it is one of training.
     """
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -67,6 +68,23 @@ class BestCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: L.Trainer, *args: Any) -> None:
         super().on_train_start(trainer, *args)
         self._forget_what_is_gone(trainer)  # shards are restored late
+
+    def on_sanity_check_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if not str(self.monitor).startswith("train/"):
+            self._check_monitor(trainer)
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        if trainer.fit_loop.total_batch_idx == 0 and str(self.monitor).startswith("train/"):
+            self._check_monitor(trainer)
+        super().on_train_batch_end(trainer, *args, **kwargs)
+
+    def _check_monitor(self, trainer: L.Trainer) -> None:
+        known = [name for name in self._monitor_candidates(trainer) if name.count("/") < 2]
+        if self.monitor not in (None, *self._monitor_candidates(trainer)):
+            raise ValueError(
+                f"best.monitor={self.monitor!r} is not allowed: there is no such metric, only "
+                f"{', '.join(sorted(known))}"
+            )
 
     def _forget_what_is_gone(self, trainer: L.Trainer) -> None:
         lost = self.best_model_path

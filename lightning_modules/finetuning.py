@@ -296,9 +296,12 @@ class MCTFFinetuner(L.LightningModule):
 
         Raises:
             ValueError: if the dataset, or the model to learn from, has not the model's classes, or
-                has them in another order.
+                has them in another order; if nothing is to be trained.
         """
         config = self.model.config
+        for name in ("limit_train_batches", "accumulate_grad_batches"):
+            if stage == "fit" and not getattr(self.trainer, name):
+                raise ValueError(f"trainer.{name}=0 is not allowed: nothing would be trained")
         rank_zero_info(f"fusion: {told_fusion(config, describe(config))}")
         if stage == "fit":
             weights = [(weight.numel(), weight.requires_grad) for weight in self.model.parameters()]

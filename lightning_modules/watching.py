@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 import time
 from datetime import timedelta
 from itertools import islice
@@ -130,7 +131,7 @@ class ProgressLines(Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         found = trainer.callback_metrics  # in all processes, which may have to agree on it
         if self.writes:
-            names = sorted(name for name in found if name.startswith("val/"))
+            names = sorted(name for name in found if re.fullmatch("val/[^/]+", name))
             self._write(trainer, f"end of epoch {trainer.current_epoch + 1}", "train/loss", *names)
 
     def _write(self, trainer: L.Trainer, epoch: str, *names: str) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -13,12 +14,13 @@ import pytest
 import torch
 from datasets import load_dataset
 from lightning.pytorch.callbacks import Callback
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from cli.main import main
-from lightning_modules import LastCheckpoint, MCTFFinetuner, ProgressLines
+from lightning_modules import HuggingFaceFolder, LastCheckpoint, MCTFFinetuner, ProgressLines
 from mctf_hf import MCTFViTForImageClassification
 from tests.conftest import DIGITS, TINY
 from tests.test_conversion import in_timm_names
@@ -239,7 +241,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on_and_a_log_shows_how_far_it_is(tmp_pa
     assert re.search(f"^{line}$", shown, re.MULTILINE)
     line = (
         rf"end of epoch 2 of 200, step 8 of 800, train/loss {number}, val/accuracy {number}, "
-        rf"val/accuracy_top5 {number}, val/loss {number}, [\d,]+ images/s, \d+:\d\d:\d\d left"
+        rf"(val/[a-z0-9_]+ {number}, )*[\d,]+ images/s, \d+:\d\d:\d\d left"
     )
     assert re.search(f"^{line}$", shown, re.MULTILINE)
 
@@ -279,3 +281,96 @@ def test_lines_on_progress_make_way_for_a_terminals_bar(
     assert "epoch" not in capsys.readouterr().out
     with pytest.raises(ValueError, match="every_n_seconds=-1 is not allowed"):
         ProgressLines(-1)
+
+
+TOO_EARLY: dict[str, tuple[tuple[Any, ...], str]] = {
+    "no steps": (
+        ("--trainer.limit_train_batches", 0),
+        "trainer.limit_train_batches=0 is not allowed: nothing would be trained",
+    ),
+    "no devices": (("--trainer.devices", -3), "trainer.devices='-3' is not allowed: "),
+    "no such metric": (
+        ("--best.monitor", "val/acuracy"),
+        "best.monitor='val/acuracy' is not allowed: there is no such metric, only epoch, step, "
+        "val/accuracy, val/accuracy_top5, ",
+    ),
+    "no such checkpoint": (("--ckpt_path", "nope.ckpt"), "nope.ckpt: there is no such checkpoint"),
+    "an export in a file": (
+        ("--export.folder", "file/model"),
+        "export.folder='file/model' is not allowed: it can't be written to (",
+    ),
+    "checkpoints in a file": (
+        ("--last.folder", "file"),
+        "last.folder='file' is not allowed: it can't be written to (",
+    ),
+    "two learning rates": (
+        ("--optimizer", "SGD", "--model.learning_rate", 0.123, "--model.warmup_epochs", 1),
+        "model.learning_rate, model.warmup_epochs is not allowed with --optimizer, which takes the "
+        "place of AdamW and its schedule: set --optimizer.lr",
+    ),
+    "a schedule of nothing": (
+        ("--lr_scheduler", "StepLR", "--lr_scheduler.step_size", 3),
+        "--lr_scheduler is not allowed without --optimizer",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TOO_EARLY)
+def test_what_can_be_known_before_training_is_told_before(
+    case: str, tiny_folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MCTFFinetuner, "training_step", lambda *_: pytest.fail("it trains"))
+    Path("file").write_text("in the way")
+    words, told = TOO_EARLY[case]
+    shown = refused("fit", "--model.pretrained", tiny_folder, "--trainer.logger", "false",
+                    *FEW_STEPS, *words, capsys=capsys)  # fmt: skip
+    assert f"mctf: error: {told}" in shown
+
+
+def test_an_optimizer_of_lightnings_command_line_has_its_own_learning_rate(
+    tiny_folder: Path,
+) -> None:
+    run("fit", "--model.pretrained", tiny_folder, "--last.folder", "kept", *FEW_STEPS,
+        "--optimizer", "SGD", "--optimizer.lr", 0.123)  # fmt: skip
+    (group,) = torch.load("kept/last.ckpt")["optimizer_states"][0]["param_groups"]
+    assert group["lr"] == 0.123
+
+
+def test_where_predictions_cannot_be_written_none_are_made(
+    tiny_folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MCTFFinetuner, "predict_step", lambda *_: pytest.fail("it predicts"))
+    Path("file").write_text("in the way")
+    Path("a.csv").mkdir()
+    Image.new("RGB", (32, 32)).save("a.png")
+    for path, told in (
+        ("file/rows.csv", "predictions.path='file/rows.csv' cannot be written: its folder cannot"),
+        ("a.csv", "predictions.path='a.csv' is a folder"),
+    ):
+        shown = refused("predict", "--model.pretrained", tiny_folder, "--data.predict_folder", ".",
+                        "--predictions.path", path, "--trainer.logger", "false",
+                        "--trainer.accelerator", "cpu", capsys=capsys)  # fmt: skip
+        assert told in shown
+
+
+def test_a_full_disk_at_the_end_leaves_the_folder_that_was_there(tmp_path: Path) -> None:
+    class FillDisk(Callback):
+        def on_train_end(self, *_: Any) -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    folder = tmp_path / "model"
+    for full in (False, True):
+        calls = [HuggingFaceFolder(str(folder)), *([FillDisk()] if full else [])]
+        one = trainer(tmp_path, *calls, max_epochs=1, enable_checkpointing=False)
+        if not full:
+            one.fit(finetuner(cooldown_epochs=0), images())
+            before = {file.name: file.read_bytes() for file in folder.iterdir()}
+            continue
+        try:
+            with pytest.raises(OSError, match=f"{folder} was not written .*what lay there is"):
+                one.fit(finetuner(cooldown_epochs=0), images())
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert not list(tmp_path.glob(".*"))
