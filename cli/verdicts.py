@@ -19,6 +19,7 @@ from mctf_hf.candidates import WAYS, ways_for
 from mctf_hf.files import write_csv
 from mctf_hf.images import ImageReader
 from mctf_hf.judging import Judge, Verdict, applied
+from mctf_hf.problems import SINGLE, problem_type
 
 
 def open_judge(
@@ -32,9 +33,16 @@ def open_judge(
         split: to take labelled images from.
 
     Raises:
-        ValueError: for fewer than two images, or labels that are missing or not the model's.
+        ValueError: for a head of several labels per image or of regression, fewer than two images,
+            or labels that are missing or not the model's.
         OSError: for a source that does not exist or holds no images.
     """
+    problem = problem_type(model.config)
+    if problem != SINGLE and hasattr(model, "classifier"):
+        raise ValueError(
+            f"{type(model).__name__} with problem_type={problem} is not judged: only models with "
+            "one label per image are, and encoders"
+        )
     if labels:
         labelled = open_labelled(HFImageDataModule(images), split, count, model, processor)
         batches = list(DataLoader(labelled, batch_size=64))
