@@ -1,6 +1,7 @@
 """Finetuning a Vision Transformer with token fusion, by token-reduction consistency."""
 
 import math
+import os
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torchmetrics import MeanMetric, Metric, MetricCollection
 
+from lightning_modules.checkpoint_files import check_file
 from lightning_modules.distillation import Guide
 from lightning_modules.evaluation import (
     accuracy_by_class,
@@ -263,6 +265,17 @@ class MCTFFinetuner(L.LightningModule):
     def backbone(self) -> nn.Module:
         """All but the heads, as Lightning's ``BackboneFinetuning`` wants it."""
         return self.model.base_model
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Lightning's own, of a file that is whole.
+
+        Raises:
+            ValueError: for a damaged checkpoint, or a file that is none.
+        """
+        if isinstance(checkpoint_path, str | os.PathLike) and "://" not in str(checkpoint_path):
+            check_file(checkpoint_path)
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def forward(self, pixel_values: Tensor | None = None, **options: Any) -> Any:
         """Classify images, (b, channels, height, width); see ``MCTFViTForImageClassification``."""

@@ -96,11 +96,11 @@ class Watch(Callback):
 
 
 class ProgressLines(Callback):
-    """Write a line on how training goes, now and then and after each epoch, where nobody watches.
+    """Write a line on how far a run is, now and then and after each epoch, where nobody watches.
 
     Args:
         every_n_seconds: seconds between two lines within an epoch; the first comes after the first
-            step. 0 writes none at all.
+            batch. 0 writes none at all.
         terminal: whether there is one, which shows a progress bar instead. Unset: look.
     """
 
@@ -124,9 +124,37 @@ class ProgressLines(Callback):
         self._first_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        due = time.perf_counter() - self._told >= self.every_n_seconds
-        if self.writes and due and not trainer.fit_loop._should_accumulate():
+        if self._due and not trainer.fit_loop._should_accumulate():
             self._write(trainer, f"epoch {trainer.current_epoch + 1}", "train/loss")
+
+    @property
+    def _due(self) -> bool:
+        return self.writes and time.perf_counter() - self._told >= self.every_n_seconds
+
+    def on_validation_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        if not trainer.sanity_checking:
+            self._count(trainer, "validation", trainer.num_val_batches, *args)
+
+    def on_test_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        self._count(trainer, "test", trainer.num_test_batches, *args)
+
+    def on_predict_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        self._count(trainer, "prediction", trainer.num_predict_batches, *args)
+
+    def _count(
+        self,
+        trainer: L.Trainer,
+        what: str,
+        batches: list[int | float],
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        index: int,
+        *args: Any,
+    ) -> None:
+        if self._due and trainer.is_global_zero:
+            self._told = time.perf_counter()
+            print(f"{what}: batch {index + 1} of {sum(batches)}", flush=True)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         found = trainer.callback_metrics  # in all processes, which may have to agree on it

@@ -374,3 +374,30 @@ def test_a_full_disk_at_the_end_leaves_the_folder_that_was_there(tmp_path: Path)
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_module_is_not_loaded_from_a_damaged_checkpoint(tmp_path: Path) -> None:
+    module = finetuner(cooldown_epochs=0)
+    kept = LastCheckpoint(folder=str(tmp_path))
+    trainer(tmp_path, kept, max_epochs=1, limit_train_batches=1).fit(module, images())
+    file = tmp_path / "last.ckpt"
+    loaded = MCTFFinetuner.load_from_checkpoint(file)
+    for name, weight in module.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight)
+    whole = bytearray(file.read_bytes())
+    whole[len(whole) // 2] ^= 8
+    file.write_bytes(whole)
+    with pytest.raises(ValueError, match=f"{file} is damaged or no checkpoint"):
+        MCTFFinetuner.load_from_checkpoint(file)
+
+
+def test_evaluation_without_a_terminal_tells_how_far_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    lines = ProgressLines(1e-9, terminal=False)
+    one = trainer(tmp_path, lines, limit_test_batches=3, enable_checkpointing=False)
+    one.test(finetuner(), images(), verbose=False)
+    shown = capsys.readouterr().out
+    assert [f"test: batch {i} of 3" in shown for i in (1, 2, 3)] == [True] * 3
+    one.validate(finetuner(), images(), verbose=False)
+    assert "validation: batch 2 of 2" in capsys.readouterr().out
