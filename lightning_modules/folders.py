@@ -8,7 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
@@ -210,7 +210,7 @@ def _metadata(file: Path, images: Sequence[Path], left_out: Counter[str]) -> dic
             "called image"
         )
     known = {path.relative_to(folder).as_posix() for path in images}
-    names = columns.pop("file_name")
+    names = [PurePosixPath(str(told)).as_posix() for told in columns.pop("file_name")]
     for row, told in enumerate(names):
         if told not in known:
             raise ValueError(f"row {row} of {file}: there is no image {told!r} in {folder}")

@@ -264,11 +264,10 @@ class LabelledImages(TorchDataset):
     def told(self) -> str:
         """How much it is, in words."""
         labels = self.rows.labels[np.asarray(self.indices)]
-        if labels.ndim == 1:
-            return f"{len(self):,} images of {len(np.unique(labels)):,} classes"
-        if self.rows.label_names is None:
+        if labels.ndim > 1 and self.rows.label_names is None:
             return f"{len(self):,} images"
-        return f"{len(self):,} images of {np.count_nonzero(labels.any(0)):,} classes"
+        classes = len(np.unique(labels)) if labels.ndim == 1 else np.count_nonzero(labels.any(0))
+        return f"{len(self):,} images of {classes:,} {'class' if classes == 1 else 'classes'}"
 
     def black(self) -> Sample:
         """A black image that is not to be counted."""

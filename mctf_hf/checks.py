@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 SHOWN = 3  # names in a message
-LARGEST_EDGE = 4096  # pixels of what an image processor makes; each patch of it is a token
+LARGEST_EDGE = 2560  # pixels of what an image processor makes; each patch of it is a token
 
 
 def check_weights(weights: nn.Module | Mapping[str, Tensor], owner: object) -> None:

@@ -149,7 +149,8 @@ class ImageReader:
         options: of the processor's call.
 
     Raises:
-        ValueError: for another number of channels, or a processor that makes other ones.
+        ValueError: for another number of channels, a processor that makes other ones, or one that
+            makes nothing of an image.
     """
 
     def __init__(self, processor: Any, channels: int = 3, **options: Any):
@@ -175,6 +176,15 @@ class ImageReader:
         self.processor = processor
         self.channels = channels
         self.options = options
+        try:
+            made = ImageReader.__call__(self, Image.new(MODES[channels], (64, 64)))
+        except Exception as error:  # whatever its settings are
+            raise ValueError(f"{type(processor).__name__} can't be used: {error}") from error
+        if len(made) != channels or not made.isfinite().all():
+            raise ValueError(
+                f"{type(processor).__name__} can't be used: of {channels} channels it makes "
+                f"{len(made)}, or numbers that are not finite"
+            )
 
     def read(self, stored: Any, name: str) -> Image.Image:
         """Decode what a row or a file holds, see :func:`decode`.

@@ -60,6 +60,12 @@ def test_an_image_that_would_fill_the_memory_is_refused_before(
     assert f"{long} has {told}" in fails(predict_words(keeps_ratio, tmp_path / "photos"), capsys)
     words = ["visualize", f"{keeps_ratio},r=4", "--images", str(long), "--output", "x.png"]
     assert told in fails(words, capsys)
+    Image.new("L", (40, 60)).save(tmp_path / "photos" / "small.png")
+    words = ["--data.on_bad_image", "skip", "--predictions.path", "p.jsonl"]
+    with pytest.warns(UserWarning, match=f"{told}: .*: skipped"):
+        main(predict_words(keeps_ratio, tmp_path / "photos", *words))
+    rows = [json.loads(line) for line in Path("p.jsonl").read_text().splitlines()]
+    assert [bool(row["error"]) for row in rows] == [True, False]
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < 500 * 1024  # of KiB
 
@@ -131,8 +137,9 @@ def test_numbers_without_an_end_are_refused_in_a_folder_too(
     ("settings", "message"),
     [
         ({"size": 0}, "size={'height': 0, 'width': 0} of the image processor is not allowed"),
-        ({"size": {"height": 10**6, "width": 9}}, "edges have 1 to 4096 pixels"),
+        ({"size": {"height": 10**6, "width": 9}}, "edges have 1 to 2560 pixels"),
         ({"size": "large"}, "can't be made: Could not convert size input to size dict: large"),
+        ({"do_center_crop": True, "crop_size": None}, "do_center_crop=True, and no crop_size"),
         ({"image_mean": {}}, "image_mean={} of the image processor is not allowed"),
         ({"image_std": [0, 1, 1]}, "image_std=(0, 1, 1) of the image processor is not allowed"),
     ],
@@ -227,6 +234,9 @@ def test_a_processor_of_other_channels_than_the_models_is_an_error(
     processor = load_image_processor(str(tiny_folder))
     with pytest.raises(ValueError, match="image_mean=.* not allowed: the model has num_channels=1"):
         ImageReader(processor, 1)
+    processor.resample = 99
+    with pytest.raises(ValueError, match="ViTImageProcessorPil can't be used: Unknown resampling"):
+        ImageReader(processor)
     processor.image_mean, processor.image_std, processor.do_convert_rgb = 0.5, 0.5, True
     with pytest.raises(ValueError, match="do_convert_rgb=True of the image processor"):
         ImageReader(processor, 1)
