@@ -87,6 +87,23 @@ def read_object(file: str | os.PathLike) -> dict[str, Any]:
     return content
 
 
+def read_index(file: str | os.PathLike) -> dict[str, str]:
+    """The file in the same folder that each weight is in, by an index of weights in parts.
+
+    Raises:
+        ValueError: if it names none, or something else.
+    """
+    index = read_object(file)
+    if not isinstance(index.get("metadata"), dict):
+        raise ValueError(f"{file} is not allowed: its metadata is to be a JSON object")
+    files = index.get("weight_map")
+    if not isinstance(files, dict) or not files or not all(map(is_plain_name, files.values())):
+        raise ValueError(
+            f"{file} is not allowed: its weight_map is to name a file of the folder for each weight"
+        )
+    return files
+
+
 def _kind(content: Any) -> str:
     return "a list" if isinstance(content, list) else json.dumps(content)[:40]
 

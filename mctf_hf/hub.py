@@ -34,7 +34,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .checks import check_processor, check_weights
 from .configuration_mctf import check_exists
-from .files import WEIGHTS, drafts, is_plain_name, read_object
+from .files import WEIGHTS, drafts, is_plain_name, read_index, read_object
 from .reducers import REDUCERS
 from .registry import BACKBONES
 
@@ -116,7 +116,10 @@ def save(
             for name, content in (files or {}).items():
                 data = content if isinstance(content, bytes) else content.encode()
                 Path(draft, name).write_bytes(data)
-            loadable_files(draft)
+            try:
+                loadable_files(draft)
+            except ValueError as error:
+                raise ValueError(str(error).replace(str(draft), str(folder))) from error
             code = {file.name: _digest(file) for file in draft.glob("*.py")}
             Path(draft, RECORD).write_text(json.dumps(code, indent=2) + "\n")
             names = os.listdir(draft)
@@ -343,12 +346,7 @@ def _weights(folder: Path) -> set[str]:
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     holds: dict[str, set[str]] = {single.name: set()}
     if index.exists():
-        names = read_object(index).get("weight_map")
-        if not isinstance(names, dict) or not names or not all(map(is_plain_name, names.values())):
-            raise ValueError(
-                f"{index} is not allowed: its weight_map is to name a file of the folder for each "
-                "weight"
-            )
+        names = read_index(index)
         holds = {name: set() for name in names.values()}
         for weight, name in names.items():
             holds[name].add(weight)

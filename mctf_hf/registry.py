@@ -6,6 +6,7 @@ Loading, conversion, costs, presets, saving and the command line find a backbone
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from transformers import (
@@ -23,6 +24,7 @@ from transformers import (
 )
 
 from .configuration_mctf import EncoderConfigMixin, FusionConfigMixin, reading_config
+from .files import read_object
 from .modeling_mctf_clip import (
     MCTFCLIPVisionConfig,
     MCTFCLIPVisionForImageClassification,
@@ -206,6 +208,8 @@ def stored_config(name: str | os.PathLike) -> dict[str, Any]:
         OSError: if there is no such model.
         ValueError: if it holds no settings by name.
     """
+    if Path(name, "config.json").exists():
+        read_object(Path(name, "config.json"))
     with reading_config(name):
         stored, _ = PreTrainedConfig.get_config_dict(name)
         architectures = stored.get("architectures") or ()

@@ -194,7 +194,7 @@ def _set(name: str, **settings: Any) -> Callable[[Path], Any]:
 
 
 def _index(weight_map: Any) -> Callable[[Path], Any]:
-    content = json.dumps({} if weight_map is None else {"weight_map": weight_map})
+    content = json.dumps({"metadata": {}, "weight_map": weight_map})
     return _write("model.safetensors.index.json", content)
 
 
