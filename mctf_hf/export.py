@@ -5,6 +5,7 @@ ONNX in its ``metadata_props`` and ``.pt2`` in its extra file ``metadata.json``.
 """
 
 import copy
+import io
 import json
 import logging
 import os
@@ -136,7 +137,9 @@ def to_torch_export(
         for node in program.graph.nodes:
             node.meta.pop("stack_trace", None)
         metadata = json.dumps(_metadata(model, image_processor, amount), indent=2)
-        torch.export.save(program, whole, extra_files={"metadata.json": metadata})
+        packed = io.BytesIO()  # on a full disk torch would end the process
+        torch.export.save(program, packed, extra_files={"metadata.json": metadata})
+        whole.write_bytes(packed.getbuffer())
     return file
 
 

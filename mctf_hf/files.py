@@ -52,7 +52,12 @@ def draft(file: str | os.PathLike) -> Iterator[Path]:
     """
     file = Path(file)
     with drafts(file.parent, file.name) as folder:
-        yield folder / file.name
+        try:
+            yield folder / file.name
+        except OSError as error:
+            if error.filename is None or Path(str(error.filename)).is_relative_to(folder):
+                error.filename = str(file)  # as it was asked for; a full disk names none
+            raise
 
 
 def replace(file: str | os.PathLike, write: Callable[[Path], object]) -> None:

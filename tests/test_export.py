@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import resource
 import sys
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import ViTImageProcessorPil
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from cli import export as command
+from cli.main import main
 from mctf_hf import MCTFViTForImageClassification
 from mctf_hf import export as exporting
 from mctf_hf.export import Model, check, check_rounding, load, to_onnx, to_torch_export
@@ -351,3 +353,20 @@ def test_real_weights_on_real_images() -> None:
     found = check(model, "model.onnx", pixels["pixel_values"].split([1, 99, 300, 600]))
     assert found.top1 == 1
     assert found.differing <= 0.002  # torch in float64 differs in none
+
+
+def test_a_full_disk_is_told_with_the_file_that_was_asked_for(
+    capsys: pytest.CaptureFixture,
+) -> None:
+    tiny_model(num_hidden_layers=1, reduction="none").save_pretrained("model")
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained("model")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            main(["export", "model", "--output", "model.pt2", "--count", "3"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert stopped.value.code == 1
+    assert "File too large: 'model.pt2'" in capsys.readouterr().err
+    assert [path.name for path in Path().iterdir()] == ["model"]
