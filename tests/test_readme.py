@@ -20,7 +20,7 @@ from transformers import (
 
 from cli.main import COMMANDS, main
 from mctf_hf.registry import BACKBONES
-from tests.conftest import REPOSITORY, TINY, Golden
+from tests.conftest import REPOSITORY, TINY, Golden, tiny_model
 from tests.test_conversion import in_timm_names
 
 README = (REPOSITORY / "README.md").read_text()
@@ -121,6 +121,25 @@ def test_the_commands_run(page: str, checkout: None, capsys: pytest.CaptureFixtu
             main([*words, *shlex.split(added)])
         except SystemExit as stopped:
             assert only_read and not stopped.code, f"{line}\n{capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("docs/")])
+def test_the_code_in_docs_runs(page: str, checkout: None, images: torch.Tensor) -> None:
+    text = (REPOSITORY / page).read_text()
+    instead = INSTEAD | {
+        "facebook/deit-small-patch16-224": "plain",
+        "224, 224": "32, 32",
+        "num_train_epochs=30": "max_steps=1, report_to=[]",
+        "trials=200": "trials=2",
+    }
+    rows = [{"pixel_values": image, "labels": 1} for image in images]
+    names: dict[str, object] = {"dataset": rows, "model": tiny_model(), "pixel_values": images}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        if "by_norm" in block:  # tests/test_own_reducers.py runs it
+            continue
+        for shown, used in instead.items():
+            block = block.replace(shown, used)
+        exec(compile(block, page, "exec"), names)
 
 
 def test_no_shell_takes_a_word_for_a_pattern() -> None:
