@@ -9,6 +9,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_warn
 
+from mctf_hf.files import write_text
+
 _NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 
@@ -40,7 +42,7 @@ class FolderLock:
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire()
-            self._owner.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+            write_text(self._owner, f"process {os.getpid()} on {socket.gethostname()}\n")
         except Timeout:
             raise RuntimeError(
                 f"{self.setting}={str(self.folder)!r} is not allowed: another run writes to this "

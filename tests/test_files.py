@@ -2,6 +2,7 @@
 
 import errno
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from lightning_modules.callbacks import PredictionFile
 from lightning_modules.checkpoints import SafeCheckpointIO
+from lightning_modules.locks import FolderLock
 from lightning_modules.watching import write_json
 from mctf_hf.files import draft, replace, write_text
 
@@ -46,6 +48,18 @@ def test_a_full_disk_leaves_the_old_file(name: str, monkeypatch: pytest.MonkeyPa
         WRITERS[name](name)
     assert [path.name for path in Path().iterdir()] == [name]
     assert Path(name).read_text() == "old"
+
+
+@pytest.mark.parametrize("link", [".run.lock", ".run.owner"])
+def test_a_lock_follows_no_links(link: str) -> None:
+    Path("precious").write_text("precious")
+    Path("run").mkdir()
+    Path("run", link).symlink_to("../precious")
+    lock = FolderLock("run", "last.folder")
+    with suppress(OSError):  # a link in the place of the lock itself is refused
+        lock.acquire()
+    lock.release()
+    assert Path("precious").read_text() == "precious"
 
 
 def test_a_draft_that_fails_is_swept_away() -> None:
