@@ -17,11 +17,17 @@ from lightning.pytorch.callbacks import Callback
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+from transformers import (
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+)
 
 from cli.main import main
 from lightning_modules import HuggingFaceFolder, LastCheckpoint, MCTFFinetuner, ProgressLines
 from mctf_hf import MCTFViTForImageClassification
+from mctf_hf.trainer import ConsistencyTrainer
 from tests.conftest import DIGITS, TINY
 from tests.test_conversion import in_timm_names
 from tests.training_runs import finetuner, images, start, trainer
@@ -401,3 +407,20 @@ def test_evaluation_without_a_terminal_tells_how_far_it_is(
     assert [f"test: batch {i} of 3" in shown for i in (1, 2, 3)] == [True] * 3
     one.validate(finetuner(), images(), verbose=False)
     assert "validation: batch 2 of 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_trainer_of_transformers_keeps_the_precision_of_loading(dtype: torch.dtype) -> None:
+    before = plain_vit("plain", torch.bfloat16)
+    model = MCTFViTForImageClassification.from_pretrained("plain", r=6, dtype=dtype)
+    draw = torch.Generator().manual_seed(0)
+    rows = [
+        {"pixel_values": torch.randn(3, 32, 32, generator=draw), "labels": i} for i in range(10)
+    ]
+    arguments = TrainingArguments(
+        "trained", max_steps=1, bf16=True, use_cpu=True, report_to=[], disable_tqdm=True,
+        save_strategy="no",
+    )  # fmt: skip
+    ConsistencyTrainer(model, arguments, train_dataset=rows, r_max=3).train()
+    assert {weight.dtype for weight in model.parameters()} == {dtype}
+    assert (part_changed(model.state_dict(), before) > 0.9) == (dtype == torch.float32)
