@@ -350,6 +350,7 @@ class HFImageDataModule(L.LightningDataModule):
         if not folder.is_dir():
             raise FileNotFoundError(
                 f"predict_folder={self.predict_folder!r}: there is no such folder"
+                + (", it is a file" if folder.exists() else "")
             )
         found = find_images(folder)
         if not found.images:

@@ -139,6 +139,7 @@ def _column(
         raise ValueError(
             f"{setting} is not set, and {origin} has {len(fitting)} columns of type "
             f"{kind.__name__} among {known}: name the one to use"
+            + (" (a folder of images has a subfolder for each class)" if known == "image" else "")
         )
     return fitting[0]
 

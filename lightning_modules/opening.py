@@ -75,6 +75,7 @@ class NamedDataset:
             numbers = [number[name] for name in rows[LABEL]]
             classes = ClassLabel(names=names)
             rows = rows.remove_columns(LABEL).add_column(LABEL, numbers, feature=classes)
+        rows = rows.shuffle(seed=0, keep_in_memory=True)  # so that no shard is one class
         return rows.to_iterable_dataset(min(SHARDS, len(rows)))
 
     def texts(self, column: str) -> set[str]:

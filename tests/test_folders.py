@@ -154,7 +154,10 @@ def test_streams_of_folders(tmp_path: Path) -> None:
     )
     stream = dataset.load("train", streaming=True)
     assert (stream.num_shards, stream.features["label"].names) == (4, ["a", "b"])
-    assert [row["label"] for row in stream] == [0, 0, 1, 1]
+    assert sorted(row["label"] for row in stream) == [0, 0, 1, 1]
+    many = NamedDataset(str(plant(tmp_path / "many", *(f"{i % 2}/{i}.png" for i in range(200)))))
+    (first, *_) = many.load("train", streaming=True).shard(8, 0).batch(25)
+    assert 5 < sum(first["label"]) < 20  # no shard is one class
     assert dataset.count("train") == 4
 
 
@@ -195,6 +198,12 @@ def test_an_unreadable_dataset_tells_its_cause(
     words = ["visualize", f"{tiny_folder},r=4", "--images", str(tmp_path / "set")]
     line = fails([*words, "--output", "x.png"], capsys)
     assert "set' can't be read: " in line and message in line
+
+
+def test_a_folder_without_classes_is_told_what_it_lacks(tmp_path: Path) -> None:
+    folder = plant(tmp_path / "flat", "1.png", "2.png")
+    with pytest.raises(ValueError, match="label_column is not set, .* has a subfolder for each"):
+        data_module(str(folder)).setup("fit")
 
 
 def test_images_without_a_name_are_asked_for(
