@@ -16,7 +16,7 @@ from cli.main import main
 from mctf_hf.hub import load_image_processor, save
 from mctf_hf.images import ImageReader
 from tests.conftest import TINY, tiny_model
-from tests.test_data import JPEG, encoded
+from tests.test_data import JPEG, PNG, data_module, encoded, write_dataset
 
 
 def predict_words(model: Path | str, photos: Path | str, *more: str) -> list[str]:
@@ -68,6 +68,26 @@ def test_an_image_that_would_fill_the_memory_is_refused_before(
     assert [bool(row["error"]) for row in rows] == [True, False]
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < 500 * 1024  # of KiB
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_row_that_would_fill_the_memory_is_named_and_can_be_skipped(
+    streaming: bool, keeps_ratio: Path, tmp_path: Path
+) -> None:
+    long = encoded(Image.new("L", (1, 60_000)))
+    folder = write_dataset(tmp_path / "set", [(PNG, 0), (long, 1), (PNG, 1)])
+    for choice in ("error", "skip"):
+        data = data_module(folder, val_split="train", streaming=streaming, on_bad_image=choice)
+        data.trainer.lightning_module.image_processor = load_image_processor(str(keeps_ratio))
+        data.trainer.current_epoch = 0
+        data.setup("validate")
+        if choice == "error":
+            with pytest.raises(ValueError, match="row 1 .*has 60000 x 1 pixels, of which"):
+                list(data.val_dataloader())
+        else:
+            with pytest.warns(UserWarning, match="60000 x 1 pixels"):
+                (batch,) = data.val_dataloader()
+            assert batch["skipped"].tolist() == [0, 1, 0]
 
 
 BOMBS = {"beyond Pillow's limit": (20_000, 10_000), "where Pillow warns": (10_000, 9_500)}
@@ -194,6 +214,9 @@ def test_grey_models_are_trained_and_used(tmp_path: Path) -> None:
     main([*words, "--output", "x.png"])
     pixels = np.asarray(Image.open("x.png"))
     assert ((pixels == 60).all(-1)).sum() >= 16 * 16  # the original, at least
+    words = ["push", "model", "org/x", "--license", "mit", "--rounds", "1", "--dry-run", "draft"]
+    main([*words, "--dataset", str(folder), "--split", "train", "--picture", str(folder)])
+    assert 'Image.open("photo.jpg").convert("L")' in Path("draft", "README.md").read_text()
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "test"])
