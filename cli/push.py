@@ -218,9 +218,11 @@ def _beside(name: str, file: str) -> Path | None:
             return Path(hf_hub_download(name, file))
         except EntryNotFoundError:
             return None
-    if path.exists() and not stays_within(path):
+    if not path.is_file():
+        return None
+    if not stays_within(path):
         raise ValueError(f"{path} is not allowed: it is a link out of the folder")
-    return path if path.exists() else None
+    return path
 
 
 def _training(name: str) -> dict[str, Any]:

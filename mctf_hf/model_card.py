@@ -259,7 +259,9 @@ def _ranking(tuning: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether a value is a number that can be written, which one of JSON need not be."""
+    known = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return known and -1e100 < value < 1e100  # type: ignore[operator]
 
 
 def _tokens_by_layer(config: EncoderConfigMixin) -> list[int]:

@@ -33,7 +33,7 @@ COMMANDS = {
 
 VALUES = st.recursive(
     st.one_of(
-        st.sampled_from([None, True, False, 0, -1, 1, 2, 7, 65, 10**6, 10**9, 2**63, -(10**30)]),
+        st.sampled_from([None, True, False, 0, -1, 1, 2, 7, 65, 10**6, 10**9, 2**63, -(10**400)]),
         st.sampled_from([0.5, 1e-30, 1e30, float("inf"), float("nan")]),
         st.sampled_from(["", "x", "mctf", "vit", "tome", "auto:0.5", "a/b--c.D", "\x00", "\ud800"]),
         st.sampled_from([PRECIOUS, f"{PRECIOUS}.X", "../precious", "../precious.X", ".", ".."]),
@@ -53,8 +53,11 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     size = {"height": 32, "width": 32}
     processor = ViTImageProcessorPil(size=size, do_center_crop=True, crop_size=size)
     training = json.dumps({"pretrained": "org/a", "dataset": "org/b", "r_max": 4, "config": None})
+    row = {"setting": "mctf", "gmacs": 0.1, "loss": 0.1, "accuracy": 9.5}
+    tuning = json.dumps({"settings": {}, "budget": 0.5, "images": "photos", "ranking": [row]})
     folder = tmp_path_factory.mktemp("sound") / "model"
-    save(tiny_model(r=7), processor, folder, files={"training.json": training})
+    records = {"training.json": training, "tuning.json": tuning}
+    save(tiny_model(r=7), processor, folder, files=records)
     model = tiny_model(r=7)
     (folder / "model.safetensors").unlink()
     model.save_pretrained(folder, max_shard_size="60KB")
@@ -100,7 +103,8 @@ def test_hostile_folders(
         raise ConnectionError("no Hub")
 
     monkeypatch.setattr("mctf_hf.hub.HfApi", unreachable)
-    files = ["config.json", "preprocessor_config.json", "training.json", INDEX, ".mctf_hf.json"]
+    files = ["config.json", "preprocessor_config.json", "training.json", "tuning.json"]
+    files += [INDEX, ".mctf_hf.json"]
     keys = {file: list(json.loads((sound / file).read_text())) for file in files}
     before = contents(sound)
     for name in ("precious", "precious.py", "precious.safetensors"):
