@@ -126,6 +126,8 @@ def training_record(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[st
     record = {name: getattr(data, name, None) for name in names}
     record |= {name: value for name, value in pl_module.hparams.items() if name[0] != "_"}
     record |= {
+        "problem_type": pl_module.problem_type,
+        "label_smoothing": pl_module.loss.label_smoothing,
         "r_max": told_limit(pl_module.model.config, pl_module.r_max),
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,

@@ -223,8 +223,8 @@ def _constant(amount: Any) -> Any:
     numbers of tokens with it.
     """
     if isinstance(amount, (list, tuple)):
-        return type(amount)([guard_scalar(number) for number in amount])
-    return amount if amount is None else guard_scalar(amount)
+        return type(amount)([_constant(number) for number in amount])
+    return guard_scalar(amount) if isinstance(amount, (int, float)) else amount
 
 
 def _fewer_by_rate(patches: int, rate: int | float, added: int) -> int:
