@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from cli.files import evenly_spaced
 from cli.measuring import images_per_second, machine_name
 from lightning_modules.data import HFImageDataModule, LabelledImages, Process
-from lightning_modules.evaluation import NOTHING, Amount, add_up, sweep, told
+from lightning_modules.evaluation import NOTHING, Amount, add_up, as_counts, sweep, told
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
 from mctf_hf.classes import check_classes, names_of
 from mctf_hf.cost import describe
@@ -70,7 +70,8 @@ def evaluate(
     runs: list[Callable[[], object]] = [lambda: plain(pixel_values)]
     if plain is None:
         runs = [lambda: model(pixel_values, r=0)]
-    runs += [lambda amount=amount: model(pixel_values, **amount) for amount in settings.values()]
+    amounts = [as_counts(config, pixel_values, amount) for amount in settings.values()]
+    runs += [lambda amount=amount: model(pixel_values, **amount) for amount in amounts]
     speeds = images_per_second(runs, len(pixel_values), rounds=rounds)
     accuracies = [None] * len(runs) if images is None else _accuracies(model, images, settings)
 

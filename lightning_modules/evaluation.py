@@ -86,9 +86,17 @@ def add_up(
         counted = are_counted(labels)
         total += int(counted.sum())
         for i, amount in enumerate(amounts):
-            logits = check_scores(model(images, **amount).logits, told(amount))
+            scores = model(images, **as_counts(model.config, images, amount)).logits
+            logits = check_scores(scores, told(amount))
             sums[i] += judge(logits[counted], labels[counted]).sum().cpu()
     return sums, total
+
+
+def as_counts(config: MCTFViTConfig, images: torch.Tensor, amount: Amount) -> Amount:
+    """An ``r`` as what the layers fuse of images (b, c, height, width), at most what they can."""
+    if not amount.get("r"):
+        return amount
+    return {"r": list(config.tokens_fused(config.num_tokens(tuple(images.shape[-2:])), **amount))}
 
 
 def are_counted(labels: torch.Tensor) -> torch.Tensor:

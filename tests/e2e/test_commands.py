@@ -70,7 +70,15 @@ def test_fit_tells_what_it_does_and_nothing_of_others(finished: Path) -> None:
     shown = (finished / "output").read_text()
     assert "by layer: 0, 6, 6, 6, 6 fewer" in shown
     assert "39,178 of 39,178 weights are trained" in shown
-    for noise in ("Tip", "deprecated", "Repo card", "FLOPs", "num_labels", "not empty"):
+    for noise in (
+        "Tip",
+        "deprecated",
+        "Repo card",
+        "FLOPs",
+        "num_labels",
+        "not empty",
+        "asks the layers",
+    ):
         assert noise not in shown, noise
 
 
