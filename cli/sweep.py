@@ -12,7 +12,6 @@ from cli.options import read, refuse
 from cli.parsing import ArgumentParser
 from cli.verdicts import csv_of, draw, measure_speed, open_judge, table_of, ways_of
 from mctf_hf.candidates import Candidate, Setting, budget_of, meet
-from mctf_hf.cost import describe
 from mctf_hf.files import replace, write_text
 from mctf_hf.judging import Judge, Verdict, judge
 
@@ -119,7 +118,7 @@ def _verdicts(
     judging: Judge, ways: Sequence[str], fractions: Sequence[float]
 ) -> dict[str, list[Verdict]]:
     """What each method loses at each budget that it can meet; the model's own setting besides."""
-    model, described = judging.model, describe(judging.model)
+    model, described = judging.model, judging.described
     found: dict[str, list[Verdict]] = {"unfused": [judge(judging, "unfused", None)]}
     if any(model.config.tokens_fused(described.num_tokens)):
         own = Setting(Candidate("own"), {}, described.of(model.config))
@@ -127,7 +126,8 @@ def _verdicts(
     for way in ways:
         for fraction in fractions:
             try:
-                setting = meet(model, Candidate.untuned(way), budget_of(model, fraction))
+                budget = budget_of(model, fraction, described)
+                setting = meet(model, Candidate.untuned(way), budget, described)
             except ValueError as error:
                 print(f"left out: {error}")
                 continue

@@ -218,9 +218,8 @@ def _for_speed(
         assert verdict.setting is not None and verdict.ratio is not None
         while verdict.ratio < speed:  # the same, reduced further
             fraction = verdict.fraction * min(0.98, verdict.ratio / speed)
-            setting = meet(
-                ranking.model, verdict.setting.candidate, budget_of(ranking.model, fraction)
-            )
+            budget = budget_of(ranking.model, fraction, ranking.described)
+            setting = meet(ranking.model, verdict.setting.candidate, budget, ranking.described)
             verdict = judge(ranking, verdict.name, setting)
             timed([verdict])
         tuned.ranking.append(verdict)
@@ -237,7 +236,8 @@ def _fraction_for(
     low, high = 0.1, 1.0
     for _ in range(5):
         middle = math.sqrt(low * high)
-        setting = meet(ranking.model, Candidate.untuned("tome"), budget_of(ranking.model, middle))
+        budget = budget_of(ranking.model, middle, ranking.described)
+        setting = meet(ranking.model, Candidate.untuned("tome"), budget, ranking.described)
         timed([verdict := judge(ranking, "tome", setting)])
         assert verdict.ratio is not None
         low, high = (low, middle) if verdict.ratio < speed else (middle, high)
@@ -277,13 +277,13 @@ def _curves(
 ) -> dict[str, list[Verdict]]:
     """What the best setting and the untuned methods lose at several budgets."""
     assert best.setting is not None
-    model = ranking.model
+    model, described = ranking.model, ranking.described
     curves = {"unfused": [judge(ranking, "unfused", None)], "tuned": [best]}
     for fraction in fractions:
-        budget = budget_of(model, fraction)
+        budget = budget_of(model, fraction, described)
         with suppress(ValueError):  # it cannot reduce as much
-            same = meet(model, best.setting.candidate, budget)
+            same = meet(model, best.setting.candidate, budget, described)
             curves["tuned"].append(judge(ranking, "tuned", same))
-        for way, setting in untuned(model, ways, budget).items():
+        for way, setting in untuned(model, ways, budget, described).items():
             curves.setdefault(way, []).append(judge(ranking, way, setting))
     return curves

@@ -154,17 +154,20 @@ def ways_for(model: Any) -> tuple[str, ...]:
     return tuple(name for name, way in WAYS.items() if not (way.drops and restores))
 
 
-def meet(model: Any, candidate: Candidate, budget: int) -> Setting:
+def meet(
+    model: Any, candidate: Candidate, budget: int, described: Description | None = None
+) -> Setting:
     """The settings of a candidate that cost most within a budget.
 
     Args:
         model: see :func:`.cost.multiply_accumulates`.
         budget: multiply-accumulates of one image.
+        described: what :func:`.cost.describe` says of the model, to be worked out once.
 
     Raises:
         ValueError: if the candidate cannot reduce as much.
     """
-    described = describe(model)
+    described = described or describe(model)
     config = copy.copy(settings_of(model))
     chosen: dict[str, Any] = {
         **WAYS[candidate.way].fixed,
@@ -205,8 +208,14 @@ def meet(model: Any, candidate: Candidate, budget: int) -> Setting:
     return Setting(candidate, chosen, cost(chosen["keep_rate" if by_rate else "r"]))
 
 
-def untuned(model: Any, ways: Sequence[str], budget: int) -> dict[str, Setting]:
+def untuned(
+    model: Any, ways: Sequence[str], budget: int, described: Description | None = None
+) -> dict[str, Setting]:
     """Methods as their papers have them, at a budget; those that cannot meet it are left out.
+
+    Args:
+        model, budget, described: see :func:`meet`.
+        ways: names in :data:`WAYS`.
 
     Raises:
         ValueError: if none of them can.
@@ -215,7 +224,7 @@ def untuned(model: Any, ways: Sequence[str], budget: int) -> dict[str, Setting]:
     problems: list[ValueError] = []
     for way in ways:
         try:
-            found[way] = meet(model, Candidate.untuned(way), budget)
+            found[way] = meet(model, Candidate.untuned(way), budget, described)
         except ValueError as error:
             problems.append(error)
     if not found:
@@ -243,7 +252,7 @@ def _filled(counts: list[int], cost: Any, budget: int) -> list[int]:
     return counts
 
 
-def budget_of(model: Any, fraction: float) -> int:
+def budget_of(model: Any, fraction: float, described: Description | None = None) -> int:
     """Multiply-accumulates that are a part of what a model costs without fusion.
 
     Raises:
@@ -251,7 +260,7 @@ def budget_of(model: Any, fraction: float) -> int:
     """
     if isinstance(fraction, bool) or not 0 < fraction < 1 or not math.isfinite(fraction):
         raise ValueError(f"budget={fraction!r} is not allowed: it is above 0 and below 1")
-    return int(fraction * unfused_cost(describe(model), settings_of(model)))
+    return int(fraction * unfused_cost(described or describe(model), settings_of(model)))
 
 
 def unfused_cost(described: Description, settings: Any) -> int:

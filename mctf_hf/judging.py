@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .apply import FusedModel, fusion_of
-from .candidates import Setting
+from .candidates import Setting, unfused_cost
 from .cost import describe, settings_of
 
 # Images that are judged at once.
@@ -60,10 +60,15 @@ class Judge:
         model: of this library, or one that ``fuse_tokens`` was called with, in evaluation.
         pixel_values: (n, channels, height, width).
         labels: (n,) int64, of a classifier; unset, the model without fusion is the measure.
+
+    Attributes:
+        described: what the model costs.
+        unfused: its outputs without fusion, (n, d).
     """
 
     def __init__(self, model: Any, pixel_values: Tensor, labels: Tensor | None = None):
         self.model, self.pixel_values, self.labels = model, pixel_values, labels
+        self.described = describe(model)
         self.unfused = self.outputs({"reduction": "none"})
         output = self._call(pixel_values[:1])
         self.classifies = getattr(output, "logits", None) is not None
@@ -175,8 +180,7 @@ def _error(values: Tensor) -> float:
 
 def judge(judging: Judge, name: str, setting: Setting | None) -> Verdict:
     """A setting on all of the judge's images; without one, the model without fusion."""
-    described, config = describe(judging.model), settings_of(judging.model)
-    whole = described.cost(config, [0] * described.num_layers)
+    whole = unfused_cost(judging.described, settings_of(judging.model))
     outputs = judging.unfused if setting is None else judging.outputs(setting.settings)
     cost = whole if setting is None else setting.cost
     return Verdict(

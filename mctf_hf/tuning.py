@@ -2,7 +2,7 @@
 
 No training and no labels are needed: a good setting is one whose outputs are near those of the
 model without fusion. Candidates (:mod:`.candidates`) are proposed by Optuna (arXiv 1907.10902): by
-a tree-structured Parzen estimator for methods and settings, and by CMA-ES for how the best of them
+a tree-structured Parzen estimator for methods and settings; then by CMA-ES for how the best of them
 is spread over the layers. They are judged on a few hundred images, poor ones by the first of these
 (Wilcoxon's signed-rank test), and ranked on images that the search has not seen.
 """
@@ -31,7 +31,6 @@ from .candidates import (
     meet,
     untuned,
 )
-from .cost import describe
 from .judging import CHUNK, Judge, Verdict, judge
 
 if TYPE_CHECKING:
@@ -41,6 +40,8 @@ Told = Callable[[int, float], None]
 
 # Part of the trials that go to methods and settings; the rest go to the layers.
 _EXPLORING = 0.4
+# How far the first numbers of the second part lie apart.
+STEP = 0.1
 # Candidates of the search that are ranked on other images.
 FINALISTS = 8
 
@@ -75,8 +76,8 @@ class Search:
         import optuna
 
         self.judging, self.budget, self.trials, self.seed = judging, budget, trials, seed
-        self.num_layers = describe(judging.model).num_layers
-        self.untuned = untuned(judging.model, ways, budget)
+        self.num_layers = judging.described.num_layers
+        self.untuned = untuned(judging.model, ways, budget, judging.described)
         self.ways = tuple(self.untuned)
         hints = [hint for hint in HINTS if hint.way in self.ways]
         self.guesses = [*map(Candidate.untuned, self.ways), *hints]
@@ -137,10 +138,10 @@ class Search:
             if exploring == trials or not self._judged():
                 return
             start = self._best_explored()
+            numbers = {name: value for name, value in start.items() if isinstance(value, float)}
             for number in self._left(self.refining, trials - exploring):
-                numbers = {name: value for name, value in start.items() if isinstance(value, float)}
-                self.refining.sampler = _evolution(numbers, self.seed)
-                guess = None if number else numbers
+                known = [one.value for one in self.refining.get_trials(deepcopy=False)[:number]]
+                guess = _evolved(numbers, known, self.seed)
                 self._try(self.refining, guess, lambda trial: self._refine(trial, start))
                 told(exploring + number + 1, self._least())
 
@@ -228,7 +229,7 @@ class Search:
         candidate = propose(trial)
         trial.set_user_attr("candidate", asdict(candidate))
         try:
-            setting = meet(self.judging.model, candidate, self.budget)
+            setting = self._meet(candidate)
         except ValueError:  # these layers alone cannot lose as much
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
             return
@@ -243,6 +244,9 @@ class Search:
         trial.set_user_attr("images", len(loss))
         # A candidate given up counts as what it has shown, as the pruner's documentation advises.
         study.tell(trial, float(loss.mean()))
+
+    def _meet(self, candidate: Candidate) -> Setting:
+        return meet(self.judging.model, candidate, self.budget, self.judging.described)
 
     def _finished(self, study: "optuna.Study") -> list[Any]:
         return [trial for trial in study.get_trials(deepcopy=False) if trial.value is not None]
@@ -265,7 +269,7 @@ class Search:
         """The best candidates that were judged on all images, the best first, each once."""
         found: dict[str, Setting] = {}
         for trial in self._judged():
-            setting = meet(self.judging.model, self._candidate(trial), self.budget)
+            setting = self._meet(self._candidate(trial))
             found.setdefault(json.dumps(setting.settings, sort_keys=True), setting)
             if len(found) == count:
                 break
@@ -282,6 +286,7 @@ def _quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            warnings.filterwarnings("ignore", "The reported value is ignored")  # of an interrupted
             yield
     finally:
         optuna.logging.set_verbosity(verbosity)
@@ -296,13 +301,30 @@ def _estimator(startup: int, seed: int) -> "optuna.samplers.BaseSampler":
     )
 
 
-def _evolution(start: dict[str, float], seed: int) -> "optuna.samplers.BaseSampler":
-    """Proposes numbers in [0, 1] around some; likewise, for it keeps its state in the study."""
-    import optuna
+def _evolved(
+    start: dict[str, float], values: Sequence[float | None], seed: int
+) -> dict[str, float]:
+    """The next numbers of an evolution strategy around some, in [0, 1].
 
-    return optuna.samplers.CmaEsSampler(
-        x0=start, sigma0=0.1, seed=seed, warn_independent_sampling=False
+    CMA-ES (arXiv 1604.00772). They follow from the losses of those before, ``None`` for numbers
+    that could not be judged, so an interrupted search goes on as if it had not been.
+    """
+    import cmaes
+    import numpy as np
+
+    optimizer = cmaes.CMA(
+        mean=np.array(list(start.values())),
+        sigma=STEP,
+        bounds=np.array([[0.0, 1.0]] * len(start)),
+        seed=seed,
     )
+    generation = []
+    for value in values:
+        generation.append((optimizer.ask(), math.inf if value is None else value))
+        if len(generation) == optimizer.population_size:
+            optimizer.tell(generation)
+            generation = []
+    return dict(zip(start, map(float, optimizer.ask()), strict=True))
 
 
 @dataclass
@@ -345,7 +367,7 @@ def tune(
     Raises:
         ValueError: see :class:`Search`.
     """
-    budget = budget_of(searching.model, fraction)
+    budget = budget_of(searching.model, fraction, searching.described)
     search = Search(searching, ways, budget, trials=trials, storage=storage, seed=seed)
     search.run(told)
     verdicts = [
