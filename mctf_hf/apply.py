@@ -52,6 +52,7 @@ class Call:
         r, keep_rate: of these calls, or None.
         unmasked: nobody gave a mask, so that what transformers makes of none for a program that is
             exported masks nothing.
+        history: the tokens tell what each layer has made of them, too.
         tokens: of the last of these calls.
     """
 
@@ -59,6 +60,7 @@ class Call:
     r: TokensFused | None = None
     keep_rate: KeepRate | None = None
     unmasked: bool = False
+    history: bool = False
     tokens: Tokens | None = None
 
 
@@ -134,6 +136,7 @@ class HostedLayers(FusedLayers):
             r=call.r,
             keep_rate=call.keep_rate,
             track=True,
+            history=call.history,
             rotary=rotary,
             whole=not drops,
             **kwargs,
@@ -257,6 +260,8 @@ def _forward_of(host: type[PreTrainedModel]) -> Callable[..., Any]:
         active = calls
         if (r, keep_rate) != (None, None):
             calls = [Call(call.settings, r, keep_rate) for call in calls]
+        if output_fusion:
+            calls = [dataclasses.replace(call, history=True) for call in calls]
         if exported:
             masks = [value for name, value in kwargs.items() if "attention_mask" in name]
             unmasked = all(mask is None for mask in masks)
@@ -283,13 +288,13 @@ def _told(output: Any, calls: Sequence[Call], told: bool, fewer: bool) -> Any:
     """An output with what became of the tokens, if that was asked for."""
     if calls[0].tokens is None or not (told or fewer):
         return output
-    tokens = _tracked(calls[0].tokens)
+    tokens = _tracked(calls[0].tokens, calls[0])
     if fewer:
         output = _left(output, tokens)
     if not told:
         return output
-    more = {"token_sizes": tokens.sizes, "assignment": tokens.assignment()}
-    return _extended(type(output))(**dict(output), **more)
+    found = (tokens.sizes, tokens.assignment(), tokens.assignments)
+    return _extended(type(output))(**dict(output), **dict(zip(_TOLD, found, strict=True)))
 
 
 def _enter(layers: Sequence[HostedLayers], calls: Sequence[Call]) -> Any:
@@ -329,14 +334,19 @@ def _show_to_compiled(layers: Sequence[HostedLayers], calls: Sequence[Call], ins
                 del _BLOCKS[id(one)]
 
 
-def _tracked(tokens: Tokens) -> Tokens:
-    """The same with sizes and rows, which layers without fusion do not make."""
+def _tracked(tokens: Tokens, call: Call) -> Tokens:
+    """The tokens of a call with sizes and rows, which layers without fusion do not make."""
     if tokens.rows is not None:
         return tokens
     batch, num_tokens, _ = tokens.hidden_states.shape
     device = tokens.hidden_states.device
     sizes = torch.ones(batch, num_tokens, device=device)
-    return tokens._replace(sizes=sizes, rows=torch.arange(batch * num_tokens, device=device))
+    places = torch.arange(num_tokens, device=device).expand(batch, -1)
+    return tokens._replace(
+        sizes=sizes,
+        rows=torch.arange(batch * num_tokens, device=device),
+        assignments=(places,) * call.settings.num_hidden_layers if call.history else None,
+    )
 
 
 def _left(output: Any, tokens: Tokens) -> Any:
@@ -365,12 +375,20 @@ def _left(output: Any, tokens: Tokens) -> Any:
     return type(output)(**changed)
 
 
+# What an output tells of the fusion, besides what transformers' has.
+_TOLD: dict[str, Any] = {
+    "token_sizes": Tensor | None,
+    "assignment": Tensor | None,
+    "assignments": tuple[Tensor, ...] | None,
+}
+
+
 def _extended(output: type[Any]) -> type[Any]:
-    """A class of outputs with two more fields."""
+    """A class of outputs with more fields."""
     if "token_sizes" in output.__dataclass_fields__:
         return output
     if output not in _EXTENDED:
-        more = [(name, Tensor | None, None) for name in ("token_sizes", "assignment")]
+        more = [(name, kind, None) for name, kind in _TOLD.items()]
         name = f"Fused{output.__name__}"
         made = dataclasses.make_dataclass(name, more, bases=(output,))
         made.__module__, made.__qualname__ = __name__, name  # by which it is pickled
@@ -388,8 +406,8 @@ def fuse_tokens(model: Any, **settings: Any) -> Any:
 
     Outputs keep their classes, fields and shapes: where the encoder ends, each original position
     gets its token's row back. ``model(…, r=8)`` fuses another amount in one call, and
-    ``model(…, output_fusion=True)`` adds ``token_sizes`` (b, m) and ``assignment`` (b, n) to the
-    output.
+    ``model(…, output_fusion=True)`` adds ``token_sizes`` (b, m), ``assignment`` (b, n) and that of
+    each layer, ``assignments``, to the output.
 
     Args:
         model: of transformers: one of the encoders of :func:`supported`, or a model with one in it.
@@ -539,7 +557,7 @@ class FusionRecord:
         tokens = self._calls[0].tokens
         if tokens is None:
             raise ValueError("the model has not been called in this block of fusion_of")
-        return _tracked(tokens)
+        return _tracked(tokens, self._calls[0])
 
     @property
     def token_sizes(self) -> Tensor | None:
@@ -550,6 +568,11 @@ class FusionRecord:
     def assignment(self) -> Tensor | None:
         """(b, n) int64, index of the final token that each embedded one became part of, or -1."""
         return self._tokens().assignment()
+
+    @property
+    def assignments(self) -> tuple[Tensor, ...] | None:
+        """Of each layer (b, n), the assignment to the tokens that leave it."""
+        return self._tokens().assignments
 
 
 @contextmanager
@@ -577,7 +600,8 @@ def fusion_of(model: Any, **settings: Any) -> Iterator[FusionRecord]:
         layers = encoder.layers
         assert isinstance(layers, HostedLayers)
         own = {name: getattr(layers.active().settings, name) for name in SETTINGS}
-        calls.append(Call(_settings(encoder, _defined(own) | settings, settings)))
+        chosen = _settings(encoder, _defined(own) | settings, settings)
+        calls.append(Call(chosen, history=True))
     _check_readers(model, find_encoders(model), [call.settings for call in calls])
     before = _enter(model.fused_layers, calls)
     _show_to_compiled(model.fused_layers, calls, inside=True)

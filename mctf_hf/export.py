@@ -97,11 +97,16 @@ def to_onnx(
             input_names=["pixel_values"],
             output_names=[output],
             dynamic_shapes={"pixel_values": {0: BATCH}},
+            custom_translation_table=_translations(),
             verbose=False,
         )
         assert program is not None
-        for node in program.model.graph:
+        graph = program.model.graph
+        for node in graph:
             node.metadata_props.clear()  # traces of the stack, which name folders of this machine
+        inner = [made for node in graph for made in node.outputs if not made.is_graph_output()]
+        for value in (*inner, *graph.initializers.values()):
+            value.shape = value.type = None  # else quantizing finds those of before
         program.model.metadata_props.update(_metadata(model, image_processor, amount))
         program.save(whole, external_data=False)  # a wish: ONNX has a limit, and torch respects it
     return file
@@ -278,6 +283,46 @@ def _metadata(model: Model, image_processor: Any, amount: dict[str, Any]) -> dic
             told["image_mean"] = image_processor.image_mean
             told["image_std"] = image_processor.image_std
     return {name: json.dumps(value, ensure_ascii=False) for name, value in told.items()}
+
+
+def _translations() -> dict[Any, Callable[..., Any]]:
+    """Operators as those that onnxruntime's tools for quantization know the shapes of.
+
+    These are lost on reductions whose axes are an input, but for sums and means.
+    """
+    from onnxscript import opset18 as op
+
+    def axes(dims: Any) -> Any:
+        return op.Constant(value_ints=[dims] if isinstance(dims, int) else list(dims))
+
+    def norm(x: Any, ord: float = 2.0, dim: Any = None, keepdim: bool = False, **_: Any) -> Any:
+        assert ord == 2 and dim is not None
+        return op.Sqrt(op.ReduceSum(op.Mul(x, x), axes(dim), keepdims=int(keepdim)))
+
+    def extreme(x: Any, dim: int, keepdim: bool, largest: bool) -> tuple[Any, Any]:
+        values, indices = op.TopK(x, axes(1), axis=dim, largest=int(largest))
+        if not keepdim:
+            values, indices = op.Squeeze(values, axes(dim)), op.Squeeze(indices, axes(dim))
+        return values, indices
+
+    def maximum(x: Any, dim: int, keepdim: bool = False) -> tuple[Any, Any]:
+        return extreme(x, dim, keepdim, True)
+
+    def amax(x: Any, dim: Any = (), keepdim: bool = False) -> Any:
+        (dim,) = dim
+        return extreme(x, dim, keepdim, True)[0]
+
+    def amin(x: Any, dim: Any = (), keepdim: bool = False) -> Any:
+        (dim,) = dim
+        return extreme(x, dim, keepdim, False)[0]
+
+    aten = torch.ops.aten
+    return {
+        aten.linalg_vector_norm.default: norm,
+        aten.max.dim: maximum,
+        aten.amax.default: amax,
+        aten.amin.default: amin,
+    }
 
 
 @contextmanager

@@ -103,6 +103,7 @@ class FusedLayers(nn.ModuleList):
         r: TokensFused | None = None,
         keep_rate: KeepRate | None = None,
         track: bool = False,
+        history: bool = False,
         rotary: Rotary | None = None,
         mask: Tensor | None = None,
         whole: bool = False,
@@ -115,6 +116,7 @@ class FusedLayers(nn.ModuleList):
             settings: instead of the layers' own.
             r, keep_rate: see :meth:`.schedule.ScheduleMixin.tokens_fused`.
             track: fill the tokens' sizes and rows, also where nothing is fused.
+            history: and the assignments of each layer.
             rotary: positions of the patches of rotary encoders.
             mask: of attention, as the layers take it; only without fusion.
             whole: the tokens are going to be restored.
@@ -129,7 +131,7 @@ class FusedLayers(nn.ModuleList):
             mask = None
             if not torch.compiler.is_compiling():
                 _warn_of_shortfall(settings, hidden_states.shape[1], r, keep_rate)
-        track = track or (whole and any(counts))
+        track = track or history or (whole and any(counts))
         run = functools.partial(
             self._run,
             args=args,
@@ -137,6 +139,7 @@ class FusedLayers(nn.ModuleList):
             step=_step(settings, whole),
             counts=counts,
             track=track,
+            history=history,
             rotary=rotary,
         )
         size = self._slice_size(hidden_states, any(counts), mask, kwargs)
@@ -154,6 +157,7 @@ class FusedLayers(nn.ModuleList):
         step: Step,
         counts: Sequence[int],
         track: bool,
+        history: bool,
         rotary: Rotary | None,
     ) -> Tokens:
         batch, num_tokens = hidden_states.shape[:2]
@@ -172,6 +176,7 @@ class FusedLayers(nn.ModuleList):
         own |= {k: kwargs[k] for k in ("output_attentions",) if k in kwargs}
         shown = kwargs.get("output_attentions")
         tokens = Tokens(hidden_states, None, positions, rows)
+        made: list[Tensor] = []
         for index, (layer, r) in enumerate(zip(self.children(), counts, strict=True)):
             if layer.runs_as_host and tokens.sizes is None and not r and not (shown and fuses):
                 output = layer(tokens.hidden_states, *args, **host)
@@ -181,10 +186,14 @@ class FusedLayers(nn.ModuleList):
                 rest = tokens._replace(hidden_states=None)  # type: ignore[arg-type]
                 own["step"] = step.in_layer(index, len(counts), r)
                 _, tokens = layer(tokens.hidden_states, tokens=rest, **own)
+            if history:
+                assignment = tokens.assignment()
+                assert assignment is not None
+                made.append(assignment)
         if track and tokens.sizes is None:
             sizes = hidden_states.new_ones(batch, num_tokens, dtype=torch.float32)
             tokens = tokens._replace(sizes=sizes)
-        return tokens
+        return tokens._replace(assignments=tuple(made)) if history else tokens
 
     def _slice_size(
         self, hidden_states: Tensor, fuses: bool, mask: Tensor | None, kwargs: dict[str, Any]
@@ -260,7 +269,11 @@ def _joined(parts: Sequence[Tokens]) -> Tokens:
         rows = torch.cat(shifted)
     sizes = [part.sizes for part in parts if part.sizes is not None]
     hidden_states = torch.cat([part.hidden_states for part in parts])
-    return Tokens(hidden_states, torch.cat(sizes) if sizes else None, None, rows)
+    by_layer = zip(*(part.assignments for part in parts if part.assignments), strict=True)
+    assignments = tuple(torch.cat(layer) for layer in by_layer)
+    return Tokens(
+        hidden_states, torch.cat(sizes) if sizes else None, None, rows, assignments or None
+    )
 
 
 def check_mask(mask: Tensor | None) -> None:

@@ -30,16 +30,19 @@ class Tokens(NamedTuple):
         positions: (b or 1, n, 2), coordinates for rotary encoders, 0 for prefix tokens; or None.
         rows: (b * embedded tokens,) int64, the row in the flattened (b * n, …) of the token that
             each embedded one has become part of, -1 for none; ``None`` where nobody asks.
+        assignments: of each layer (b, embedded tokens), see :meth:`assignment`, after the last one;
+            ``None`` where nobody asks.
     """
 
     hidden_states: Tensor
     sizes: Tensor | None = None
     positions: Tensor | None = None
     rows: Tensor | None = None
+    assignments: tuple[Tensor, ...] | None = None
 
     def reduce(self, reduction: Reduction, rope_positions: str | None) -> "Tokens":
         """All of it after a reduction of n tokens to m."""
-        hidden_states, sizes, positions, rows = self
+        hidden_states, sizes, positions, rows, _ = self
         if sizes is None:
             precision = torch.promote_types(hidden_states.dtype, torch.float32)
             sizes = hidden_states.new_ones(hidden_states.shape[:2], dtype=precision)

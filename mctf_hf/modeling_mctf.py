@@ -84,21 +84,23 @@ def check_options(model: Any, options: Mapping[str, Any]) -> None:
 
 @dataclass
 class MCTFModelOutput(BaseModelOutputWithPooling):
-    """Output of a backbone; the last two fields are filled by ``output_fusion=True``.
+    """Output of a backbone; the last three fields are filled by ``output_fusion=True``.
 
     Attributes:
         token_sizes: (b, m), how many of the embedded tokens each final token stands for.
         assignment: (b, n) int64, index of the final token that each embedded token became part of,
             -1 where it was dropped.
+        assignments: of each layer (b, n), the assignment to the tokens that leave it.
     """
 
     token_sizes: Tensor | None = None
     assignment: Tensor | None = None
+    assignments: tuple[Tensor, ...] | None = None
 
 
 @dataclass
 class MCTFImageClassifierOutput(ImageClassifierOutput):
-    """Output of a classifier; the last five fields are filled by ``output_fusion=True``.
+    """Output of a classifier; the last six fields are filled by ``output_fusion=True``.
 
     Attributes:
         token_sizes: (b, m), how many of the embedded tokens each final token stands for.
@@ -108,6 +110,7 @@ class MCTFImageClassifierOutput(ImageClassifierOutput):
             mean of the patch tokens in a model without class token.
         label_logits: (b, labels), of the heads that learn the labels, in a model with another one.
         distillation_logits: (b, labels), of the head that learns from another classifier.
+        assignments: of each layer (b, n), the assignment to the tokens that leave it.
     """
 
     token_sizes: Tensor | None = None
@@ -115,6 +118,7 @@ class MCTFImageClassifierOutput(ImageClassifierOutput):
     class_token: Tensor | None = None
     label_logits: Tensor | None = None
     distillation_logits: Tensor | None = None
+    assignments: tuple[Tensor, ...] | None = None
 
 
 class MCTFPreTrainedMixin:

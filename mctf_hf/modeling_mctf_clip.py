@@ -86,16 +86,18 @@ class MCTFCLIPVisionModel(MCTFEncoderMixin, CLIPVisionModel):
 
 @dataclass
 class MCTFCLIPVisionModelOutput(CLIPVisionModelOutput):
-    """Output with image embeddings; the last two fields are filled by ``output_fusion=True``.
+    """Output with image embeddings; the last three fields are filled by ``output_fusion=True``.
 
     Attributes:
         token_sizes: (b, m), how many of the embedded tokens each final token stands for.
         assignment: (b, n) int64, index of the final token that each embedded token became part of,
             -1 where it was dropped.
+        assignments: of each layer (b, n), the assignment to the tokens that leave it.
     """
 
     token_sizes: Tensor | None = None
     assignment: Tensor | None = None
+    assignments: tuple[Tensor, ...] | None = None
 
 
 class MCTFCLIPVisionModelWithProjection(MCTFPreTrainedMixin, CLIPVisionModelWithProjection):
@@ -126,6 +128,7 @@ class MCTFCLIPVisionModelWithProjection(MCTFPreTrainedMixin, CLIPVisionModelWith
             attentions=outputs.attentions,
             token_sizes=outputs.token_sizes,
             assignment=outputs.assignment,
+            assignments=outputs.assignments,
         )
 
 

@@ -86,7 +86,7 @@ class MCTFEncoderMixin(MCTFPreTrainedMixin):
         Args:
             pixel_values: (b, channels, height, width).
             r: tokens to fuse per layer in this call, in any form that the configuration takes.
-            output_fusion: fill ``token_sizes`` and ``assignment``.
+            output_fusion: fill ``token_sizes``, ``assignment`` and ``assignments``.
             inputs_embeds, rotary: what :meth:`embed` gives, instead of ``pixel_values``.
             keep_rate: part of the patch tokens to keep in this call, instead of ``r``, with a
                 method that goes by it.
@@ -128,7 +128,8 @@ class MCTFEncoderMixin(MCTFPreTrainedMixin):
             settings=config,
             r=r,
             keep_rate=keep_rate,
-            track=output_fusion or drops,
+            track=drops,
+            history=output_fusion,
             rotary=rotary,
             whole=not drops,
             **kwargs,
@@ -140,6 +141,7 @@ class MCTFEncoderMixin(MCTFPreTrainedMixin):
             pooler_output=self.pool(whole),
             token_sizes=tokens.sizes if output_fusion else None,
             assignment=tokens.assignment() if output_fusion else None,
+            assignments=tokens.assignments,
         )
 
 
@@ -203,7 +205,10 @@ class MCTFEncoderClassifierMixin(MCTFPreTrainedMixin):
             labels: (b,), for the cross-entropy loss (mean squared error if there is one label).
         """
         outputs = self.base_model(  # type: ignore[attr-defined]
-            pixel_values, output_fusion=True, return_dict=True, **kwargs
+            pixel_values,
+            output_fusion=output_fusion or not self.config.restore,
+            return_dict=True,
+            **kwargs,
         )
         sizes = None if self.config.restore else outputs.token_sizes
         features = self._read(outputs.last_hidden_state, sizes)
@@ -218,5 +223,6 @@ class MCTFEncoderClassifierMixin(MCTFPreTrainedMixin):
             attentions=outputs.attentions,
             token_sizes=outputs.token_sizes if output_fusion else None,
             assignment=outputs.assignment if output_fusion else None,
+            assignments=outputs.assignments if output_fusion else None,
             class_token=features if output_fusion else None,
         )

@@ -394,7 +394,7 @@ class MCTFViTModel(MCTFPreTrainedMixin, ViTModel):
             interpolate_pos_encoding: allow images of another size than the configuration's.
             attention_mask: (b, n), only without fusion.
             r: tokens to fuse per layer in this call, in any form that the configuration takes.
-            output_fusion: fill ``token_sizes`` and ``assignment``.
+            output_fusion: fill ``token_sizes``, ``assignment`` and ``assignments``.
             inputs_embeds: (b, n, d), what ``model.embeddings`` makes of images, instead of
                 ``pixel_values``; for several passes over the same images.
             keep_rate: part of the patch tokens to keep in this call, instead of ``r``, with a
@@ -429,7 +429,8 @@ class MCTFViTModel(MCTFPreTrainedMixin, ViTModel):
             settings=self.config,
             r=r,
             keep_rate=keep_rate,
-            track=output_fusion or pools_patches,
+            track=pools_patches,
+            history=output_fusion,
             mask=mask,
             whole=self.config.restore,
             **kwargs,
@@ -443,6 +444,7 @@ class MCTFViTModel(MCTFPreTrainedMixin, ViTModel):
             pooler_output=pooled,
             token_sizes=tokens.sizes if output_fusion else None,
             assignment=tokens.assignment() if output_fusion else None,
+            assignments=tokens.assignments,
         )
 
 
@@ -574,6 +576,7 @@ class MCTFViTForImageClassification(MCTFPreTrainedMixin, ViTForImageClassificati
             attentions=outputs.attentions,
             token_sizes=outputs.token_sizes if output_fusion else None,
             assignment=outputs.assignment if output_fusion else None,
+            assignments=outputs.assignments if output_fusion else None,
             class_token=class_token if output_fusion else None,
             label_logits=by_label if told else None,
             distillation_logits=by_guide if told else None,

@@ -40,7 +40,7 @@ from mctf_hf.presets import PRESETS, preset, preset_class
 from mctf_hf.registry import build
 from tests.conftest import DIGITS, TINY, Golden
 from tests.test_cost import count
-from tests.test_export import WRITE
+from tests.test_export import WRITE, assert_quantizes
 from tests.test_loading import load_as_stranger
 
 SMALL = {"hidden_size": 24, "intermediate_size": 72, "num_hidden_layers": 4}
@@ -370,6 +370,8 @@ def test_an_exported_file_computes_what_its_model_does(kind: str, suffix: str) -
     file = WRITE[suffix](model, f"model.{suffix}")
     found = check(model, file, [pictures(1), pictures(3)])
     assert found.differing == 0 and found.top1 == 1
+    if suffix == "onnx":
+        assert_quantizes(file, pictures(3), within=1)
 
 
 @pytest.mark.parametrize("kind", ["t2t transformer", "t2t performer", "lv"])

@@ -48,6 +48,7 @@ from mctf_hf.hub import save
 from mctf_hf.registry import BACKBONES, backbone_of_type
 from tests.conftest import REPOSITORY, needs_shared
 from tests.test_cost import count
+from tests.test_export import assert_quantizes
 from tests.test_loading import load_as_stranger
 
 BASE: dict[str, Any] = {
@@ -400,6 +401,7 @@ def test_own_classes_are_exported(kind: str, pixels: Tensor, tmp_path: Path) -> 
         agreement = check(model, write(model, tmp_path / file), [pixels[:1], pixels])
         assert agreement.differing == 0, (file, agreement)
         assert (agreement.top1 is None) == ("classifier" not in kind)
+    assert_quantizes(tmp_path / "model.onnx", pixels, within=1)
 
 
 @pytest.mark.parametrize(

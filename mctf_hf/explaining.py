@@ -1,0 +1,134 @@
+"""What a model with fused tokens looks at, on the grid of the image's patches.
+
+Shapes: ``b`` images, ``n`` embedded tokens, ``m`` tokens that are left, ``d`` channels, ``h`` x
+``w`` patches.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def attention_rollout(attentions: Sequence[Tensor], assignments: Sequence[Tensor]) -> Tensor:
+    """How much of each embedded token each token that is left has drawn, through all layers.
+
+    Attention rollout (arXiv 2005.00928): the product over the layers of the map's mean over heads
+    and the identity in equal parts. Where a layer fuses tokens, those that a new one is made of
+    count by how many embedded ones each stands for.
+
+    Args:
+        attentions: of each layer (b, heads, n', n'), from ``output_attentions=True``.
+        assignments: of each layer (b, n), from ``output_fusion=True`` in the same call.
+
+    Returns:
+        (b, m, n), rows that sum to 1. Row 0 is the class token's in a model that has one; columns
+        are the prefix tokens, then the patches from left to right and top to bottom.
+
+    Raises:
+        ValueError: unless each layer has one of both, and they are of the same tokens.
+    """
+    if not attentions or len(attentions) != len(assignments):
+        raise ValueError(
+            f"{len(attentions)} attentions and {len(assignments)} assignments are not allowed: "
+            "there is one of each for every layer, of one call"
+        )
+    batch, num_tokens = assignments[0].shape
+    places = torch.arange(num_tokens, device=assignments[0].device).expand(batch, -1)
+    drawn = torch.eye(num_tokens, device=places.device).expand(batch, -1, -1)
+    for layer, (attention, after) in enumerate(zip(attentions, assignments, strict=True)):
+        pooling = _pooling(places, after)  # [b, tokens after, tokens before]
+        left, entering = pooling.shape[1:]
+        if attention.shape[-1] not in (left, entering):
+            raise ValueError(
+                f"attentions[{layer}] of {attention.shape[-1]} tokens are not allowed: there are "
+                f"{entering} before that layer and {left} after it"
+            )
+        fused_before = attention.shape[-1] == left
+        drawn = pooling @ drawn if fused_before else drawn
+        mean = attention.mean(1).float()
+        mean = mean / mean.sum(-1, keepdim=True)
+        drawn = (drawn + mean @ drawn) / 2
+        drawn = drawn if fused_before else pooling @ drawn
+        places = after
+    return drawn
+
+
+def _pooling(before: Tensor, after: Tensor) -> Tensor:
+    """Shares of the tokens before a layer in those after it: (b, tokens after, tokens before).
+
+    Args:
+        before, after: (b, n), the assignments of the embedded tokens to both.
+    """
+    embedded = _members(before)  # [b, tokens before, n]
+    counts = _members(after) @ embedded.mT
+    return counts / counts.sum(-1, keepdim=True).clamp(min=1)
+
+
+def _members(assignment: Tensor) -> Tensor:
+    """(b, n), -1 for tokens that were dropped -> (b, tokens, n), 1 for the members of each."""
+    tokens = torch.arange(int(assignment.max()) + 1, device=assignment.device)
+    return (assignment[:, None, :] == tokens[:, None]).float()
+
+
+class Explained(nn.Module):
+    """A classifier as libraries that explain one call it: images in, logits out.
+
+    With pytorch-grad-cam, ``GradCAM(explained, target_layers, explained.reshape_transform)``. Hook
+    on to what runs once in a layer and has a row for each token: the MLP (``layers[-2].mlp``) or
+    the norm before it. The norm before attention runs twice in a layer that fuses, and what follows
+    the last attention has no part in the class token.
+
+    Args:
+        model: of this library, or one that ``fuse_tokens`` was called with.
+    """
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+        self._grid: tuple[int, int] | None = None
+        self._assignments: tuple[Tensor, ...] = ()
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Classify images: (b, channels, height, width) -> (b, labels)."""
+        output = self.model(pixel_values, output_fusion=True)
+        config = self.model.config
+        patch = config.patch_size
+        sides = patch if isinstance(patch, (list, tuple)) else (patch, patch)
+        height, width = pixel_values.shape[-2:]
+        self._grid = (height // sides[0], width // sides[1])
+        self._assignments = tuple(one.detach() for one in output.assignments)
+        return output.logits
+
+    def reshape_transform(self, tokens: Tensor) -> Tensor:
+        """Tokens of the last call, from anywhere in the layers, on the grid of the patches.
+
+        Each patch has the row of the token that it is part of, or zeros where it was dropped.
+
+        Args:
+            tokens: (b, m, d), activations or their gradients.
+
+        Returns:
+            (b, d, h, w)
+
+        Raises:
+            ValueError: before any call, or for tokens of which no layer has so many.
+        """
+        if self._grid is None:
+            raise ValueError("no tokens are known: call the model first")
+        batch, count, width = tokens.shape
+        num_embedded = self._assignments[0].shape[1]
+        whole = torch.arange(num_embedded, device=tokens.device).expand(batch, -1)
+        by_count = {int(one.max()) + 1: one for one in (*self._assignments, whole)}
+        if count not in by_count:
+            raise ValueError(
+                f"{count} tokens are not allowed: there are {', '.join(map(str, by_count))} in the "
+                "layers"
+            )
+        assignment = by_count[count].to(tokens.device)
+        rows = tokens.gather(1, assignment.clamp(min=0)[:, :, None].expand(-1, -1, width))
+        rows = rows * (assignment >= 0)[:, :, None]
+        rows_down, columns = self._grid
+        patches = rows[:, num_embedded - rows_down * columns :]
+        return patches.unflatten(1, self._grid).permute(0, 3, 1, 2)
