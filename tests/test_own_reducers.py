@@ -18,7 +18,7 @@ from transformers import AutoModelForImageClassification, ViTImageProcessorPil
 from cli.main import main
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
 from mctf_hf.cost import multiply_accumulates
-from mctf_hf.hub import loadable_files, save
+from mctf_hf.hub import load_image_processor, loadable_files, save
 from mctf_hf.model_card import make_card
 from mctf_hf.reducers import REDUCERS, Reducer
 from tests.conftest import DIGITS, REPOSITORY, TINY, environment_of_a_stranger, tiny_model
@@ -45,6 +45,7 @@ def test_the_documented_example_runs(by_norm: type[Reducer], images: Tensor) -> 
     model = MCTFViTForImageClassification.from_pretrained("vit-by-norm")
     assert (model.config.reduction, model.config.r) == ("by_norm", 8)
     assert Path("vit-by-norm/by_norm.py").exists()
+    assert load_image_processor("vit-by-norm").size == {"height": 224, "width": 224}
 
 
 @torch.no_grad()
