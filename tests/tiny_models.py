@@ -17,7 +17,7 @@ SIZE: dict[str, Any] = {
     "image_size": 48,
     "patch_size": 6,
 }
-DINO = {**SIZE, "mlp_ratio": 2}
+DINO = {name: SIZE[name] for name in SIZE if name != "intermediate_size"} | {"mlp_ratio": 2}
 BEIT = {**SIZE, "use_absolute_position_embeddings": True, "layer_scale_init_value": 0.7}
 TEXT = {
     "hidden_size": 16,
