@@ -59,7 +59,7 @@ _PRIVATE = (
     *("id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "*credentials*", "*secret*", "*password*"),
     *(".env", ".env.*", "*.env", ".netrc", ".pypirc", ".git-credentials", "token", "*.token"),
     *("*.ckpt", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth"),
-    "training_args.bin",
+    *("training_args.bin", "trainer_state.json"),
 )
 
 
@@ -230,6 +230,7 @@ def push(
     """
     check_repo_id(repo_id)
     additions = [CommitOperationAdd(file.name, file) for file in loadable_files(folder)]
+    _check_fit(Path(folder))
     if held := held_back(folder):
         logger.warning("held back, for they may be private: %s", ", ".join(held))
     api = api or HfApi()
@@ -325,6 +326,26 @@ def _check_config(file: Path) -> None:
         backbone.config.from_dict(settings)
     except Exception as error:  # of any kind, for what a file says may be anything
         raise ValueError(f"{file} makes no configuration: {error}") from error
+
+
+def _check_fit(folder: Path) -> None:
+    """Raise ValueError unless the weights of a model of this library are all there and fit it."""
+    settings = read_object(folder / "config.json")
+    backbone = BACKBONES.get(str(settings.get("model_type")))
+    if backbone is None or str(settings.get("reduction")) not in REDUCERS:
+        return
+    known = (backbone.model, backbone.classifier, *backbone.further)
+    saved = [one for one in known if one.__name__ in (settings.get("architectures") or ())]
+    for model_class in saved:
+        _, report = model_class.from_pretrained(
+            folder, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+        misshapen = {name for name, *_ in report["mismatched_keys"]}
+        if wrong := sorted({*report["missing_keys"], *misshapen}):
+            raise ValueError(
+                f"{folder} is not allowed: weights are missing, or of another shape than the model "
+                f"that config.json describes: {', '.join(wrong[:3])}"
+            )
 
 
 def _check_image_processor(file: Path) -> None:

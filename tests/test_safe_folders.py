@@ -229,6 +229,10 @@ UNFIT: dict[str, tuple[Callable[[Path], Any], str]] = {
     "an index of nothing": (_index(None), "weight_map is to name a file of the folder"),
     "an index in a list": (_index(["a"]), "weight_map is to name a file of the folder"),
     "weights of elsewhere": (_index({"a": "../model.safetensors"}), "weight_map is to name"),
+    "another model's weights": (
+        _set("config.json", intermediate_size=48),
+        "weights are missing, or of another shape than the model that config.json describes: vit.",
+    ),
     "weights that lack": (
         _index({"nothing": "model.safetensors"}),
         "safetensors lacks nothing",
@@ -256,7 +260,7 @@ def test_keys_and_states_are_held_back_and_told(
     folder: Path, hub: LocalHub, caplog: pytest.LogCaptureFixture
 ) -> None:
     private = [".env", "prod.env", "server.PEM", "id_ed25519", "last.ckpt", "optimizer.pt"]
-    private += ["my_credentials.json", "tls.key", "training_args.bin"]
+    private += ["my_credentials.json", "tls.key", "training_args.bin", "trainer_state.json"]
     for name in (*private, "notes.txt", ".hidden"):
         (folder / name).write_text("x")
     push(folder, REPO, api=HfApi(endpoint=hub.url, token="hf_good"))
