@@ -585,7 +585,8 @@ def _check_numbers(**settings: tuple[float | None, float, float]) -> None:
     """Raise ValueError for the first (value, low, high) out of its range; None is in any."""
     for name, (value, low, high) in settings.items():
         if value is not None and not (low <= value <= high and math.isfinite(value)):
-            limit = f" and at most {high}" if math.isfinite(high) else ", and finite"
+            limit = f" and at most {high}" if math.isfinite(high) else ""
+            limit += "" if math.isfinite(value) else ", and finite"
             raise ValueError(f"{name}={value!r} is not allowed: it is at least {low}{limit}")
 
 

@@ -106,6 +106,7 @@ def settle(
             f"labels of {origin} are {held}, which problem_type={problem} is not for: set "
             f"problem_type to one of {SINGLE}, {MULTI} (lists of classes, or of 1 and 0) or "
             f"{REGRESSION} (numbers)"
+            + (", and num_labels to the number of classes" if num_labels == 1 else "")
         )
     if problem == SINGLE:
         wrong = np.flatnonzero((labels < 0) | (labels >= num_labels))

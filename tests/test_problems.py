@@ -319,7 +319,10 @@ def told(out: str, name: str) -> float:
     [
         (SEVERAL_TAGS, TAGS, {"num_labels": 3}, "are several of the classes for each image, which"),
         ([[0.5, 1.0]] * 12, List(Value("float32")), {"num_labels": 2}, "are numbers, which prob"),
-        ([0] * 12, ClassLabel(names=["a", "b"]), {"num_labels": 1}, "the classes for each image"),
+        (
+            [0] * 12, ClassLabel(names=["a", "b"]), {"num_labels": 1},
+            "one of the classes for each image, .* and num_labels to the number of classes",
+        ),
         (
             [0, 1] * 6, ClassLabel(names=["a", "b"]),
             {"num_labels": 2, "problem_type": MULTI}, "are one of the classes for each image, whic",
@@ -355,3 +358,13 @@ def test_one_label_per_image_ends_what_a_checkpoint_says(tiny_folder: Path, tmp_
         run = trainer(tmp_path, max_epochs=1, limit_train_batches=1, callbacks=[folder])
         run.fit(module, digits())
         assert json.loads(Path("trained/config.json").read_text())["problem_type"] == SINGLE
+
+
+def test_settings_are_judged_for_one_label_per_image(
+    tiny_folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    tiny_model(r=6, num_labels=3, problem_type=MULTI).save_pretrained("several")
+    shutil.copy(tiny_folder / "preprocessor_config.json", "several")
+    with pytest.raises(SystemExit):
+        main(["sweep", "several", f"--images={photos(SEVERAL_TAGS, TAGS)}"])
+    assert "with problem_type=multi_label_classification is not judged" in capsys.readouterr().err
