@@ -18,6 +18,7 @@ WARNINGS = (
     "LightningCLI's args parameter is intended",
     "Experiment logs directory .* is not empty",
     "Checkpoint directory .* exists and is not empty",
+    r"Image size \(\d+ pixels\) exceeds limit",  # which is refused
 )
 # The profiler that measures memory tells when it starts and stops; read when torch is imported.
 PROFILER_LOG_LEVEL = {"KINETO_LOG_LEVEL": "99"}

@@ -65,6 +65,7 @@ def find_images(folder: Path) -> Found:
             found.tables.append(path)
         elif path.name not in METADATA:
             found.left_out["that are no images by their names"] += 1
+    found.left_out = +found.left_out
     return found
 
 
@@ -79,8 +80,9 @@ def _walk(folder: Path, above: tuple[tuple[int, int], ...], found: Found) -> Ite
         listed = sorted(entries, key=lambda entry: entry.name)
     for entry in listed:
         if entry.name.startswith((".", "__")):
-            if is_image_name(entry.name):
-                found.left_out["hidden"] += 1
+            below = _walk(folder / entry.name, (*above, identity), Found())
+            files = [Path(entry.name)] if not entry.is_dir() else below
+            found.left_out["hidden"] += sum(is_image_name(file.name) for file in files)
         elif entry.is_dir():
             yield from _walk(folder / entry.name, (*above, identity), found)
         elif entry.is_file():

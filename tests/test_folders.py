@@ -83,7 +83,9 @@ def test_what_is_both_splits_and_classes_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.name == "nt", reason="links and pipes")
 def test_links_are_followed_and_what_is_left_out_is_counted(tmp_path: Path) -> None:
-    folder = plant(tmp_path / "pets", "cat/1.png", "cat/._1.png", "stray.png", "dog/2.heic")
+    folder = plant(
+        tmp_path / "pets", "cat/1.png", "cat/._1.png", "stray.png", "dog/2.heic", ".x/y/3.png"
+    )
     elsewhere = plant(tmp_path / "elsewhere", "3.png", "sub/4.png")
     (folder / "dog" / "link.png").symlink_to(elsewhere / "3.png")
     (folder / "fox").symlink_to(elsewhere / "sub")
@@ -94,7 +96,7 @@ def test_links_are_followed_and_what_is_left_out_is_counted(tmp_path: Path) -> N
     with pytest.warns(UserWarning, match="files are left out") as told:
         found = seen(folder)
     assert found == {"train": [("cat/1.png", "cat"), ("dog/link.png", "dog"), ("fox/4.png", "fox")]}
-    for reason in ("1 HEIC", "1 hidden", "1 that are in no class", "1 that are links to nothing",
+    for reason in ("1 HEIC", "2 hidden", "1 that are in no class", "1 that are links to nothing",
                    "1 that are links to a folder around", "1 that are no regular files",
                    "1 that are no images by their names"):  # fmt: skip
         assert reason in str(told[0].message)

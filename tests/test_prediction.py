@@ -98,16 +98,16 @@ def write_model(folder: Path, tiny_folder: Path, problem_type: str | None, **set
 
 
 @pytest.mark.parametrize(
-    ("problem_type", "num_labels"),
+    ("problem_type", "num_labels", "top_k"),
     [
-        (None, 7),
-        ("single_label_classification", 7),
-        ("multi_label_classification", 7),
-        ("regression", 1),
-        ("regression", 3),
+        (None, 7, 2),
+        (None, 7, 20),
+        ("single_label_classification", 7, 1),
+        ("multi_label_classification", 7, 3),
+        ("regression", 1, 1),
+        ("regression", 3, 2),
     ],
 )
-@pytest.mark.parametrize("top_k", [2, 20])
 def test_labels_and_scores_are_those_of_the_pipeline(
     problem_type: str | None, num_labels: int, top_k: int, tiny_folder: Path, photos: Path
 ) -> None:
