@@ -53,6 +53,13 @@ SCHEDULE = (
     "weight_decay",
 )
 OF_OTHERS = {"predict_folder": "predict", "test_split": "test"}
+# What only `fit` has a use for: settings of the model, and groups of settings.
+TRAINED = {
+    *SCHEDULE, "freeze", "r_max", "teacher_weight", "consistency_weight", "confidence_threshold",
+    "label_smoothing", "class_weights", "distill_from", "distillation", "distillation_weight",
+    "distillation_temperature", "drop_path_rate", "compile",
+}  # fmt: skip
+GROUPS = {"best", "ema", "export", "picture", "summary"}
 
 
 class FinetuningParser(BriefErrors, LightningArgumentParser):
@@ -226,8 +233,10 @@ def _check_effect(words: Sequence[str]) -> None:
         used = True
         if group == "data" and name in inspect.signature(HFImageDataModule).parameters:
             used = name in USED[command] if command in USED else name not in OF_OTHERS
-        elif group == "predictions":
-            used = command == "predict"
+        elif group == "model" and name in TRAINED:
+            used = command == "fit"
+        elif name and (group in GROUPS or group == "predictions"):
+            used = command == ("predict" if group == "predictions" else "fit")
         if not used:
             told = f"settings of data there are {', '.join(USED.get(command, ()))}"
             raise ValueError(

@@ -151,6 +151,8 @@ def test_no_cell_is_a_formula(tiny_folder: Path, tmp_path: Path) -> None:
         (["test", "--data.flip", "true"], "--data.flip is not allowed with `mctf test`"),
         (["fit", "--data.predict_folder", "."], "--data.predict_folder is not allowed with"),
         (["fit", "--predictions.top_k", "2"], "--predictions.top_k is not allowed with `mctf fit`"),
+        (["test", "--model.learning_rate", "1"], "--model.learning_rate is not allowed with"),
+        (["predict", "--export.folder", "x"], "--export.folder is not allowed with `mctf predict`"),
         (["predict", "--predictions.top_k", "0"], "top_k=0 is not allowed: it is at least 1"),
     ],
 )
