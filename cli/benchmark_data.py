@@ -32,15 +32,20 @@ def main(args: Sequence[str]) -> None:
     parser.add_function_arguments(images_per_second, skip={"data"})
     settings = parser.parse_args(list(args)).as_dict()
     data = settings.pop("data")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     table = Table(title=f"{data['num_workers']} workers, {machine_name()}")
     table.add_column("input pipeline")
     table.add_column("images/s", justify="right")
     runs = {"decode, crop, flip, normalize": data | WHOLE_BATCH}
     if data != data | WHOLE_BATCH:
         runs["and augment whole batches"] = data
-    for name, chosen in runs.items():
-        table.add_row(name, f"{images_per_second(chosen, **settings):,.0f}")
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        for name, chosen in runs.items():
+            table.add_row(name, f"{images_per_second(chosen, **settings):,.0f}")
+    finally:
+        logger.setLevel(level)
     Console().print(table)
 
 
