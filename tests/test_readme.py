@@ -33,8 +33,8 @@ INSTEAD = {
     "ethz/food101": "data/digits",
     "uoft-cs/cifar10": "data/digits",
     "--model.num_labels 101": "--model.num_labels 10",
-    "export outputs/digits/model ": "export plain ",
-    "export deit_s,": "export plain,",
+    "export outputs/digits/model ": "export flat ",
+    "export deit_s,": "export flat,",
     "deit_s ": "deep ",
     "deit_s,": "deep,",
     "deit_s.onnx": "deit_s.pt2",
@@ -87,9 +87,10 @@ def checkout(tiny_folder: Path) -> Iterator[None]:
         hidden_size=24, num_attention_heads=2, num_hidden_layers=4, image_size=32, patch_size=4
     )
     Dinov2Model(dino).save_pretrained("dinov2")
-    deep = ViTConfig(**{**TINY, "num_hidden_layers": 12})
-    ViTForImageClassification(deep).save_pretrained("deep")
-    for folder in ("deep", "dinov2"):
+    for folder, layers in (("deep", 12), ("flat", 2)):
+        config = ViTConfig(**{**TINY, "num_hidden_layers": layers})
+        ViTForImageClassification(config).save_pretrained(folder)
+    for folder in ("deep", "flat", "dinov2"):
         ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
     Path("photos").mkdir()
     for i in range(4):
