@@ -250,8 +250,10 @@ def _tuning(name: str, config: Any) -> tuple[dict[str, Any], dict[str, bytes]]:
 
 
 def _picture(model: MCTFViTForImageClassification, processor: Any, source: str) -> bytes:
-    """Up to four images beside their fused tokens, as a PNG file."""
-    seen = fused_tokens(model, processor, open_images(source, 4, exactly=False).values())
+    """Up to four images beside their fused tokens, as a PNG file; it tells which."""
+    images = open_images(source, 4, exactly=False)
+    print(f"The card shows {'; '.join(images)}")
+    seen = fused_tokens(model, processor, images.values())
     pairs = [(enlarge(tokens.view), tokens.picture()) for tokens in seen]
     per_row = 2 if len(pairs) % 2 == 0 else 1
     captions = ["original", f"{seen[0].num_tokens} -> {seen[0].tokens_left} tokens"] * per_row

@@ -149,6 +149,7 @@ def test_pushed_measured_and_loaded_by_a_stranger(
     for r in (7, 3):
         done = mctf("push", f"{folder},r={r}", REPO, *words, "--batch-size", "4")
         assert done.returncode == 0, done.stderr
+        assert f"The card shows row 0 of {DIGITS}, split test; row 125 of" in done.stdout
         assert set(hub.files(REPO)) == FILES
         shas.append(hub.repos[REPO].branches["main"])
         assert f"revision='{shas[-1]}' pins it" in done.stdout
