@@ -14,6 +14,7 @@ from lightning_modules.processors import settle_size
 from mctf_hf.checks import check_weights
 from mctf_hf.configuration_mctf import as_pair, check_exists
 from mctf_hf.cost import multiply_accumulates
+from mctf_hf.files import check_indexes
 from mctf_hf.hub import HUB_ID, load_image_processor
 from mctf_hf.presets import PRESETS, preset, preset_class
 from mctf_hf.registry import (
@@ -135,6 +136,7 @@ def _from_checkpoint(
         model.config.check_effect(settings)
         config, cost = model.config, multiply_accumulates(model, image_size=image_size)
     else:
+        check_indexes(name)
         model, report = plain.from_pretrained(name, **attention, output_loading_info=True)
         cost = _plain_cost(own, config, image_size)
     check_weights(model, name)

@@ -10,6 +10,7 @@ from transformers import AutoModelForImageClassification
 from lightning_modules.processors import output_size
 from mctf_hf import MCTFViTConfig
 from mctf_hf.classes import differing, names_of
+from mctf_hf.files import check_indexes
 from mctf_hf.hub import load_image_processor
 from mctf_hf.images import scaling
 
@@ -30,6 +31,7 @@ class Guide:
     """
 
     def __init__(self, name: str, config: MCTFViTConfig, image_processor: Any):
+        check_indexes(name)
         self.model = AutoModelForImageClassification.from_pretrained(name, dtype=torch.float32)
         self.model.eval().requires_grad_(False)
         _check_classes(name, self.model.config, config)

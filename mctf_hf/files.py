@@ -109,6 +109,16 @@ def read_index(file: str | os.PathLike) -> dict[str, str]:
     return files
 
 
+def check_indexes(folder: str | os.PathLike) -> None:
+    """Read the indexes of weights in a folder, if it is one.
+
+    Raises:
+        ValueError: see :func:`read_index`.
+    """
+    for index in Path(folder).glob("*.index.json"):
+        read_index(index)
+
+
 def _kind(content: Any) -> str:
     return "a list" if isinstance(content, list) else json.dumps(content)[:40]
 

@@ -18,7 +18,7 @@ from transformers.dynamic_module_utils import get_relative_import_files, get_rel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 
 from .downloads import checked_downloads
-from .files import drop_links, read_index, read_object, write_text
+from .files import check_indexes, drop_links, read_object, write_text
 from .own_reducers import own_code
 from .reducers import REDUCERS
 
@@ -148,8 +148,7 @@ class MCTFPreTrainedMixin:
             return super().from_pretrained(None, *args, **kwargs)  # type: ignore[misc]
         if cls.renamed:
             kwargs["key_mapping"] = cls.renamed | (kwargs.get("key_mapping") or {})
-        for index in Path(pretrained_model_name_or_path).glob("*.index.json"):
-            read_index(index)
+        check_indexes(pretrained_model_name_or_path)
         with checked_downloads(pretrained_model_name_or_path, kwargs.get("cache_dir")):
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
 

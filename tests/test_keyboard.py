@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -280,3 +281,14 @@ def test_a_folder_without_a_model_is_told_as_such(capsys: pytest.CaptureFixture)
     ):
         assert "empty has no config.json" in "\n".join(refused(capsys, *words))
     assert "did you mean 'deit_s'?" in refused(capsys, "benchmark", "deits")[0]
+
+
+def test_an_index_of_weights_that_names_none_is_told(
+    tiny_folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    Path("m").mkdir()
+    for name in ("config.json", "preprocessor_config.json"):
+        shutil.copy(tiny_folder / name, "m")
+    Path("m", "model.safetensors.index.json").write_text('{"metadata": {}}')
+    for words in (["benchmark", "m"], ["benchmark", "m,r=2"], ["convert", "m", "--output", "o"]):
+        assert "its weight_map is to name a file" in refused(capsys, *words)[0]
