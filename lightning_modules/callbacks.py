@@ -211,8 +211,9 @@ class PredictionFile(BasePredictionWriter):
         if trainer.is_global_zero:
             self._write(rows)
             skipped = sum(bool(row.get("error")) for row in rows)
-            told = f", and {skipped} images that can't be read" if skipped else ""
-            rank_zero_info(f"{len(rows) - skipped} predictions{told}: {self.path}")
+            images = len({row["file"] for row in rows}) - skipped
+            told = f", and {skipped} that can't be read" if skipped else ""
+            rank_zero_info(f"Predictions of {images:,} images{told}: {self.path}")
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)

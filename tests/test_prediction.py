@@ -68,7 +68,7 @@ def test_an_image_that_cannot_be_read_has_its_row(
     (photos / "3.gif").write_text("no image at all")
     with pytest.warns(UserWarning, match="00.jpg holds no readable image: .*: skipped"):
         rows = predicted(tiny_folder, photos, "--data.on_bad_image", "skip", name=f"all.{suffix}")
-    assert "3 predictions, and 2 images that can't be read" in caplog.text
+    assert "Predictions of 3 images, and 2 that can't be read" in caplog.text
     nothing = "" if suffix == "csv" else None
     by_name = {Path(row["file"]).name: row for row in rows}
     assert [row | {"error": ""} for row in whole] == [by_name[f"{i}.png"] for i in range(3)]
