@@ -333,7 +333,7 @@ def test_the_checkpoint_before_the_last_is_kept_and_resumes(
 def test_a_second_run_in_a_folder_is_refused_while_the_first_one_lives(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    first = start(train, tmp_path, pause=0.5, num_workers=1, output=tmp_path / "output")
+    first = start(train, tmp_path, pause=0.5, output=tmp_path / "output")
     while "optimizer 0" not in lines(tmp_path):
         assert first.is_alive(), (tmp_path / "output").read_text()
         time.sleep(0.01)
