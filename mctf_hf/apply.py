@@ -278,13 +278,13 @@ def _forward_of(host: type[PreTrainedModel]) -> Callable[..., Any]:
         for one, call in zip(active, calls, strict=True):
             one.tokens = call.tokens
         told = output_fusion or (fewer and not as_tuple)
-        output = _told(output, calls, told, fewer)
+        output = _told(output, calls, told, fewer, by_layer=output_fusion)
         return output.to_tuple() if as_tuple else output
 
     return forward
 
 
-def _told(output: Any, calls: Sequence[Call], told: bool, fewer: bool) -> Any:
+def _told(output: Any, calls: Sequence[Call], told: bool, fewer: bool, *, by_layer: bool) -> Any:
     """An output with what became of the tokens, if that was asked for."""
     if calls[0].tokens is None or not (told or fewer):
         return output
@@ -293,7 +293,7 @@ def _told(output: Any, calls: Sequence[Call], told: bool, fewer: bool) -> Any:
         output = _left(output, tokens)
     if not told:
         return output
-    found = (tokens.sizes, tokens.assignment(), tokens.assignments)
+    found = (tokens.sizes, tokens.assignment(), tokens.assignments if by_layer else None)
     return _extended(type(output))(**dict(output), **dict(zip(_TOLD, found, strict=True)))
 
 

@@ -159,7 +159,8 @@ def test_output_is_an_ordinary_one_unless_asked(images: Tensor) -> None:
     assert list(model(images, labels=torch.tensor([0, 1, 2]))) == ["loss", "logits"]
     assert isinstance(model(images, return_dict=False), tuple)
     asked = model(images, output_fusion=True)
-    assert list(asked) == ["logits", "token_sizes", "assignment", "class_token"]
+    fields = ["logits", "token_sizes", "assignment", "class_token", "assignments"]
+    assert list(asked) == fields
     torch.testing.assert_close(model.classifier(asked.class_token), asked.logits)
 
 
