@@ -125,12 +125,16 @@ class FusedLayers(nn.ModuleList):
             ValueError: for an amount that is not allowed, or a mask where tokens are fused.
         """
         settings = self.settings if settings is None else settings
-        counts = settings.tokens_fused(hidden_states.shape[1], r, keep_rate)
+        num_tokens = hidden_states.shape[1]
+        scheduled = settings.scheduled(num_tokens, r, keep_rate)
+        counts = tuple(fused for _, fused in scheduled)
         if any(counts):
             check_mask(mask)
             mask = None
             if not torch.compiler.is_compiling():
-                _warn_of_shortfall(settings, hidden_states.shape[1], r, keep_rate)
+                short = settings.shortfall(num_tokens, r, keep_rate, scheduled)
+                if short is not None:
+                    logger.warning_once(short)
         track = track or history or (whole and any(counts))
         run = functools.partial(
             self._run,
@@ -221,12 +225,6 @@ class FusedLayers(nn.ModuleList):
             batch * num_tokens * self.widest * hidden_states.element_size() / SLICE_BYTES
         )
         return math.ceil(batch / min(slices, batch))
-
-
-def _warn_of_shortfall(settings: FusionConfigMixin, num_tokens: int, *amount: Any) -> None:
-    short = settings.shortfall(num_tokens, *amount)
-    if short is not None:
-        logger.warning_once(short)
 
 
 def _is_watched(module: nn.Module) -> bool:

@@ -98,16 +98,22 @@ class ScheduleMixin:
             ValueError: if ``r`` or ``keep_rate`` is not allowed, both are given, or one has no
                 effect on the method.
         """
-        return tuple(count for _, count in self._scheduled(num_tokens, r, keep_rate))
+        return tuple(count for _, count in self.scheduled(num_tokens, r, keep_rate))
 
     def shortfall(
-        self, num_tokens: int, r: TokensFused | None = None, keep_rate: KeepRate | None = None
+        self,
+        num_tokens: int,
+        r: TokensFused | None = None,
+        keep_rate: KeepRate | None = None,
+        scheduled: Sequence[tuple[int, int]] | None = None,
     ) -> str | None:
         """What the layers cannot fuse of what they are asked to, in words; ``None`` if they can.
 
-        Arguments as of :meth:`tokens_fused`.
+        Args:
+            num_tokens, r, keep_rate: see :meth:`tokens_fused`.
+            scheduled: what :meth:`scheduled` makes of these, where it is known.
         """
-        scheduled = self._scheduled(num_tokens, r, keep_rate)
+        scheduled = scheduled or self.scheduled(num_tokens, r, keep_rate)
         asked, fused = (sum(counts) for counts in zip(*scheduled, strict=True))
         if asked <= fused:
             return None
@@ -120,10 +126,13 @@ class ScheduleMixin:
             f"min_tokens={self.min_tokens}"
         )
 
-    def _scheduled(
+    def scheduled(
         self, num_tokens: int, r: TokensFused | None, keep_rate: KeepRate | None
     ) -> list[tuple[int, int]]:
-        """How many tokens each layer is asked to fuse, and how many it fuses."""
+        """How many tokens each layer is asked to fuse, and how many it fuses.
+
+        Arguments and errors as of :meth:`tokens_fused`.
+        """
         reducer = self.reducer_class
         if torch.compiler.is_compiling():
             r, keep_rate = _constant(r), _constant(keep_rate)
