@@ -37,15 +37,16 @@ def check_output(file: str, *suffixes: str) -> Path:
 
 
 def open_images(
-    source: str, count: int | None = None, *, exactly: bool = True
+    source: str, count: int | None = None, *, exactly: bool = True, split: str | None = None
 ) -> dict[str, Image.Image]:
     """Images in RGB by their names, evenly spaced ones where there are more: folders are sorted.
 
     Args:
         source: an image file, a folder of images or of parquet files, or a dataset's id on the
-            Hub, whose test, validation or only split is read.
+            Hub.
         count: how many; unset, all of them.
         exactly: whether fewer will not do.
+        split: of the dataset; unset, its test, validation or only one.
 
     Returns:
         In their order, each under its file's name or its row.
@@ -64,8 +65,9 @@ def open_images(
         images = {source: decode(source, source)}
     else:
         dataset = NamedDataset(source)
-        preferred = [name for name in ("test", "validation") if name in dataset.splits]
-        split = (preferred or dataset.splits)[0]
+        if split is None:
+            preferred = [name for name in ("test", "validation") if name in dataset.splits]
+            split = (preferred or dataset.splits)[0]
         rows = dataset.load(split)
         column = find_image_column(rows, source)
         stored = rows.cast_column(column, ImageFeature(decode=False))

@@ -31,8 +31,6 @@ def main(args: Sequence[str]) -> None:
     )
     parser.add_function_arguments(sweep, skip={"models"})
     settings, given = read(parser, args)
-    if not settings["labels"]:
-        refuse(given, {"split"}, "without --labels")
     if not settings["speed"]:
         refuse(given, {"batch_size", "rounds"}, "without --speed")
     sweep(**settings)
@@ -44,7 +42,7 @@ def sweep(
     budgets: str = "0.85,0.7,0.56,0.45",
     methods: str | None = None,
     labels: bool = False,
-    split: str = "test",
+    split: str | None = None,
     num_images: int | None = None,
     speed: bool = False,
     batch_size: int = 16,
@@ -61,7 +59,7 @@ def sweep(
         methods: some of mctf,mctf_present,tome,pitome,diffrate,token_mergence,evit; unset, all that
             suit the model.
         labels: measure accuracy by the labels of the images.
-        split: of the dataset, with labels.
+        split: of the dataset; unset, its test, validation or only one, and with labels test.
         num_images: so many evenly spaced ones; unset, all.
         speed: measure speed, too.
         batch_size: images per call when speed is measured.

@@ -42,8 +42,6 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument("model", help="a folder or Hub id")
     parser.add_function_arguments(tune_model, skip={"model"})
     settings, given = read(parser, args)
-    if not settings["labels"]:
-        refuse(given, {"split"}, "without --labels")
     if settings["speed"] is None:
         refuse(given, {"batch_size", "rounds"}, "without --speed")
     tune_model(**settings)
@@ -58,7 +56,7 @@ def tune_model(
     max_loss: float | None = None,
     methods: str | None = None,
     labels: bool = False,
-    split: str = "test",
+    split: str | None = None,
     num_images: int = 400,
     trials: int = 200,
     seed: int = 0,
@@ -83,7 +81,7 @@ def tune_model(
         methods: some of mctf,mctf_present,tome,pitome,diffrate,token_mergence,evit; unset, all that
             suit the model.
         labels: judge by the labels of the images.
-        split: of the dataset, with labels.
+        split: of the dataset; unset, its test, validation or only one, and with labels test.
         num_images: so many evenly spaced ones.
         trials: settings to try, at each of the budgets that max_loss tries.
         seed: of what is tried.

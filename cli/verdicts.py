@@ -23,14 +23,14 @@ from mctf_hf.problems import SINGLE, problem_type
 
 
 def open_judge(
-    model: Any, processor: Any, images: str, count: int | None, *, labels: bool, split: str
+    model: Any, processor: Any, images: str, count: int | None, *, labels: bool, split: str | None
 ) -> Judge:
     """A judge with evenly spaced images of a folder or dataset.
 
     Args:
         count: of images; unset, all of them.
         labels: whether to judge a classifier by the labels of the images.
-        split: to take labelled images from.
+        split: of the dataset; unset, its test, validation or only one, and with labels ``test``.
 
     Raises:
         ValueError: for a head of several labels per image or of regression, fewer than two images,
@@ -44,11 +44,13 @@ def open_judge(
             "one label per image are, and encoders"
         )
     if labels:
-        labelled = open_labelled(HFImageDataModule(images), split, count, model, processor)
+        labelled = open_labelled(
+            HFImageDataModule(images), split or "test", count, model, processor
+        )
         batches = list(DataLoader(labelled, batch_size=64))
         pixel_values = torch.cat([batch["pixel_values"] for batch in batches])
         return Judge(model, pixel_values, torch.cat([batch["labels"] for batch in batches]))
-    pictures = list(open_images(images, count, exactly=False).values())
+    pictures = list(open_images(images, count, exactly=False, split=split).values())
     if len(pictures) < 2:
         raise ValueError(f"{images} has {len(pictures)} images: at least 2 are needed")
     reader = ImageReader(processor, model.config.num_channels)

@@ -364,6 +364,8 @@ if rank == 0:
     for (name, one), other in zip(model.module.named_parameters(), alone.parameters()):
         torch.testing.assert_close(one.grad, other.grad, msg=name)
     print("the same gradients")
+dist.barrier()  # none goes while the other still needs it
+del model
 dist.destroy_process_group()
 """
 

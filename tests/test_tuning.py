@@ -257,7 +257,7 @@ def test_the_command_sweeps(tiny_folder: Path, capsys: pytest.CaptureFixture[str
         (["--budget", "0.5", "--methods", "mtf"], "methods='mtf' is not allowed: 'mtf' is none of"),
         (["--budget", "0.5", "--trials", "0"], "trials=0 is not allowed: it is at least 1"),
         (["--budget", "0.5", "--num_images", "3"], "num_images=3 is not allowed: it is at least 4"),
-        (["--budget", "0.5", "--split", "test"], "--split is not allowed without --labels"),
+        (["--budget", "0.5", "--split", "no"], "has no split 'no': it has t"),
         (["--budget", "0.5", "--rounds", "2"], "--rounds is not allowed without --speed"),
         (["--budget", "0.5", "--study", "no/s"], "study='no/s' cannot be written"),
     ],
