@@ -129,13 +129,7 @@ _HEADINGS = {
     "accuracy": "accuracy %",
     "speed": "speed",
 }
-_FORMATS = {
-    "gmacs": ".4g",
-    "fraction": ".3f",
-    "agreement": ".2f",
-    "accuracy": ".2f",
-    "speed": ".2f",
-}
+_FORMATS = {"gmacs": ".4g", "fraction": ".3f", "loss": ".5f", "more_loss": ".5f"}
 
 
 def _cell(row: dict[str, Any], name: str) -> str:

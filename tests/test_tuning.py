@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model
 
 from cli.main import main
+from cli.verdicts import table_of
 from mctf_hf import MCTFViTForImageClassification, fuse_tokens, tuning
 from mctf_hf.candidates import WAYS, Candidate, Dial, budget_of, meet, ways_for
 from mctf_hf.cost import multiply_accumulates
@@ -208,6 +209,16 @@ def test_a_card_tells_how_the_setting_was_found(tiny_folder: Path) -> None:
     main(["push", "tuned,r=3", *push, "--dry-run", "other"])
     assert "was found" not in Path("other/README.md").read_text()
     assert not Path("other/tuning.json").exists()
+
+
+def test_a_table_tells_losses_to_five_digits_with_their_errors() -> None:
+    judging = Judge(tiny_model(), pictures())
+    setting = meet(judging.model, Candidate.untuned("tome"), budget_of(judging.model, 0.8))
+    table = table_of([judge(judging, "tome", setting)], "title")
+    row = {column.header: next(iter(column.cells)) for column in table.columns}
+    assert row["setting"] == "tome" and re.fullmatch(r"0\.\d{3}", row["of cost"])
+    assert re.fullmatch(r"\d+\.\d{5} ± \d+\.\d{5}", row["loss"])
+    assert re.fullmatch(r"\d+\.\d{2} ± \d+\.\d{2}", row["agreement %"])
 
 
 def test_the_command_tunes_for_a_loss_and_by_labels(tiny_folder: Path) -> None:
