@@ -16,7 +16,6 @@ from cli.parsing import ArgumentParser
 from cli.verdicts import (
     csv_of,
     draw,
-    halves,
     measure_speed,
     open_judge,
     table_of,
@@ -119,7 +118,7 @@ def tune_model(
     loaded, processor = load(model)
     ways = ways_of(methods, loaded)
     judging = open_judge(loaded, processor, images, num_images, labels=labels, split=split)
-    searching, ranking = halves(judging)
+    searching, ranking = judging.part(slice(0, None, 2)), judging.part(slice(1, None, 2))
     console.print(f"{len(searching)} images to search on, {len(ranking)} to rank on")
 
     def timed(verdicts: Sequence[Verdict]) -> None:
@@ -212,16 +211,16 @@ def _for_speed(
     fraction = _fraction_for(speed, ranking, timed)
     tuned = search(fraction)
     timed(tuned.ranking)
-    for verdict in tuned.ranking:
+    verdict = tuned.ranking[0]
+    while (verdict.ratio or 0) < speed:  # the same, reduced further
         assert verdict.setting is not None and verdict.ratio is not None
-        while verdict.ratio < speed:  # the same, reduced further
-            fraction = verdict.fraction * min(0.98, verdict.ratio / speed)
-            budget = budget_of(ranking.model, fraction, ranking.described)
-            setting = meet(ranking.model, verdict.setting.candidate, budget, ranking.described)
-            verdict = judge(ranking, verdict.name, setting)
-            timed([verdict])
+        fraction = verdict.fraction * min(0.98, verdict.ratio / speed)
+        budget = budget_of(ranking.model, fraction, ranking.described)
+        setting = meet(ranking.model, verdict.setting.candidate, budget, ranking.described)
+        verdict = judge(ranking, verdict.name, setting)
+        timed([verdict])
+    if verdict is not tuned.ranking[0]:
         tuned.ranking.append(verdict)
-        break
     fast = [verdict for verdict in tuned.ranking if (verdict.ratio or 0) >= speed]
     best = min(fast, key=lambda verdict: float(verdict.loss.mean()))
     return Tuned(best, tuned.ranking, tuned.unfused)

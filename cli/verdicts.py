@@ -57,16 +57,6 @@ def open_judge(
     return Judge(model, reader.batch(pictures))
 
 
-def halves(judging: Judge) -> tuple[Judge, Judge]:
-    """A judge with every second image, and one with the others."""
-    return (_part(judging, slice(0, None, 2)), _part(judging, slice(1, None, 2)))
-
-
-def _part(judging: Judge, which: slice) -> Judge:
-    labels = None if judging.labels is None else judging.labels[which]
-    return Judge(judging.model, judging.pixel_values[which], labels)
-
-
 def ways_of(words: str | None, model: Any) -> tuple[str, ...]:
     """The methods that some words name, ``tome,mctf``; unset, all that suit the model.
 

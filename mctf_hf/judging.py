@@ -4,6 +4,7 @@ Shapes: ``n`` images, ``d`` channels or classes.
 """
 
 import contextlib
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -75,6 +76,13 @@ class Judge:
 
     def __len__(self) -> int:
         return len(self.pixel_values)
+
+    def part(self, which: slice) -> "Judge":
+        """A judge with some of the images, of which nothing is computed again."""
+        part = copy.copy(self)
+        part.pixel_values, part.unfused = self.pixel_values[which], self.unfused[which]
+        part.labels = None if self.labels is None else self.labels[which]
+        return part
 
     @torch.inference_mode()
     def _call(self, pixel_values: Tensor) -> Any:

@@ -237,6 +237,20 @@ def test_the_command_tunes_for_a_speed(tiny_folder: Path) -> None:
     record = json.loads(Path("tuned/tuning.json").read_text())
     assert record["speed"] == 1.01
     assert max(row.get("speed", 0) for row in record["ranking"]) >= 1.01
+    rows = [(row["setting"], row["gmacs"]) for row in record["ranking"]]
+    assert len(set(rows)) == len(rows)
+
+
+def test_a_part_of_a_judge_is_a_judge_of_these_images() -> None:
+    model, labels = tiny_model(), torch.arange(24) % 5
+    whole = Judge(model, pictures(), labels)
+    part, own = whole.part(slice(1, None, 2)), Judge(model, pictures()[1::2], labels[1::2])
+    setting = meet(model, Candidate.untuned("tome"), budget_of(model, 0.8))
+    found, expected = (judge(one, "tome", setting) for one in (part, own))
+    assert len(part) == 12 and len(whole) == 24
+    torch.testing.assert_close(found.loss, expected.loss)
+    assert torch.equal(found.agreement, expected.agreement)
+    assert torch.equal(found.right, expected.right)
 
 
 def test_the_command_sweeps(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
