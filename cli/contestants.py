@@ -13,7 +13,7 @@ from cli.models import parse, resolve
 from lightning_modules.processors import settle_size
 from mctf_hf.checks import check_weights
 from mctf_hf.configuration_mctf import as_pair, check_exists
-from mctf_hf.cost import multiply_accumulates
+from mctf_hf.cost import describe, multiply_accumulates
 from mctf_hf.files import check_indexes
 from mctf_hf.hub import HUB_ID, load_image_processor
 from mctf_hf.presets import PRESETS, preset, preset_class
@@ -147,7 +147,7 @@ def _plain_cost(own: type[Any], config: Any, image_size: int | None) -> int:
     """What the plain model of a class of this library costs."""
     with torch.device("meta"):
         model = own(config)
-    return multiply_accumulates(model.eval(), r=0, image_size=image_size)
+    return describe(model.eval(), image_size).whole
 
 
 class Classifier(nn.Module):

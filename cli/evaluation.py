@@ -12,13 +12,13 @@ from torch.utils.data import DataLoader
 from cli.files import evenly_spaced
 from cli.measuring import images_per_second, machine_name
 from lightning_modules.data import HFImageDataModule, LabelledImages, Process
-from lightning_modules.evaluation import NOTHING, Amount, add_up, as_counts, sweep, told
+from lightning_modules.evaluation import Amount, add_up, as_counts, sweep, told
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
 from mctf_hf.classes import check_classes, names_of
 from mctf_hf.cost import describe
 from mctf_hf.model_card import Evaluation, Measurement
 from mctf_hf.problems import problem_type, quality
-from mctf_hf.registry import plain_class, plain_config
+from mctf_hf.registry import NOTHING, plain_class, plain_config
 
 
 def open_labelled(
@@ -76,16 +76,21 @@ def evaluate(
     accuracies = [None] * len(runs) if images is None else _accuracies(model, images, settings)
 
     named = {"no fusion" if plain is None else "no fusion (plain model)": NOTHING, **settings}
+    costs = [described.of(config, **amount) for amount in named.values()]
+    if plain is not None:
+        costs[0] = described.whole
     measured = [
         Measurement(
             name=name,
             **amount,
-            gmacs=described.of(config, **amount) / 1e9,
+            gmacs=cost / 1e9,
             images_per_second=speed,
             ratio=speed / speeds[0],
             accuracy=accuracy,
         )
-        for (name, amount), speed, accuracy in zip(named.items(), speeds, accuracies, strict=True)
+        for (name, amount), cost, speed, accuracy in zip(
+            named.items(), costs, speeds, accuracies, strict=True
+        )
     ]
     return Evaluation(
         plain=measured[0],

@@ -22,7 +22,6 @@ from mctf_hf.checks import check_scores
 from mctf_hf.classes import names_of
 from mctf_hf.cost import Description, keep_rate_for_budget, r_for_budget
 from mctf_hf.problems import MULTI, REGRESSION, SINGLE, problem_type, quality
-from mctf_hf.registry import NOTHING
 
 BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5)
 
@@ -36,11 +35,11 @@ def told(amount: Amount) -> str:
 
 def told_fusion(config: MCTFViTConfig, described: Description) -> str:
     """What a model fuses, and what that saves of its cost, in a line."""
-    tokens, plain = config.num_tokens(), described.of(config, **NOTHING) / 1e9
+    tokens, plain = config.num_tokens(), described.whole / 1e9
+    cost = described.of(config) / 1e9
     fused = config.tokens_fused(tokens)
     if not any(fused):
-        return f"none: all {tokens} tokens stay, {plain:.4f} GMACs"
-    cost = described.of(config) / 1e9
+        return f"none: all {tokens} tokens stay, {cost:.4f} GMACs"
     saved = f"{cost:.4f} GMACs, {plain:.4f} without ({100 * (cost / plain - 1):+.0f}%)"
     return (
         f"{config.reduction}, {told(config.own_amount())}: {tokens} tokens become "

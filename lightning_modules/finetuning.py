@@ -279,7 +279,7 @@ class MCTFFinetuner(L.LightningModule):
 
     def forward(self, pixel_values: Tensor | None = None, **options: Any) -> Any:
         """Classify images, (b, channels, height, width); see ``MCTFViTForImageClassification``."""
-        return self.model(pixel_values, output_fusion=True, **options)
+        return self.model(pixel_values, output_class_token=True, **options)
 
     def configure_model(self) -> None:
         """Shard the weights, where the strategy is to (FSDP2).

@@ -21,12 +21,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from lightning_modules.evaluation import NOTHING, add_up, sweep, told
+from lightning_modules.evaluation import add_up, sweep, told
 from mctf_hf.configuration_mctf import as_pair
 from mctf_hf.cost import multiply_accumulates
 from mctf_hf.files import replace, write_text
 from mctf_hf.images import to_image
 from mctf_hf.problems import Quality, quality
+from mctf_hf.registry import NOTHING
 from mctf_hf.visualization import FusedTokens, contact_sheet, enlarge
 
 

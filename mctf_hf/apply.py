@@ -29,7 +29,7 @@ from transformers.utils import ModelOutput, cached_file
 
 from .anatomy import check_layer
 from .configuration_mctf import ROPE_POSITIONS, FusionConfigMixin, TokenFusion
-from .families import Encoder, explain, find_encoders, supported
+from .families import Encoder, explain, find_encoders, num_read_tokens, supported
 from .files import drop_links, read_object, write_text
 from .fused_encoder import FusedLayers, check_mask, exchange_class, fuse_layers, fused_class
 from .fused_layer import Tokens
@@ -113,7 +113,8 @@ class HostedLayers(FusedLayers):
         _refuse(kwargs)
         settings, rotary = call.settings, kwargs.pop("position_embeddings", None)
         counts = settings.tokens_fused(hidden_states.shape[1], call.r, call.keep_rate)
-        if not any(counts):
+        read = settings.num_read_tokens
+        if not (any(counts) or read):
             if rotary is not None:
                 kwargs["position_embeddings"] = tuple(rotary.rotation)
             call.tokens = Tokens(hidden_states)
@@ -127,7 +128,7 @@ class HostedLayers(FusedLayers):
         else:
             mask = kwargs.get("attention_mask")
             kwargs |= {"attention_mask": None} if mask is not None else {}
-        if not call.unmasked:
+        if not call.unmasked and any(counts):
             check_mask(mask)
         tokens = self.encode(
             hidden_states,
@@ -135,10 +136,11 @@ class HostedLayers(FusedLayers):
             settings=settings,
             r=call.r,
             keep_rate=call.keep_rate,
-            track=True,
+            track=not read,
             history=call.history,
             rotary=rotary,
             whole=not drops,
+            num_read=read,
             **kwargs,
         )
         call.tokens = tokens
@@ -451,7 +453,7 @@ def _fuse(model: Any, settings: dict[str, Any], given: dict[str, Any]) -> Any:
     if unknown:
         raise ValueError(f"settings {unknown} are not known: they are among {', '.join(SETTINGS)}")
     chosen = [_settings(encoder, settings, given) for encoder in encoders]
-    _check_readers(model, encoders, chosen)
+    _settle_readers(model, encoders, chosen)
     for encoder, its in zip(encoders, chosen, strict=True):
         fuse_layers(encoder.layers, encoder.family.names, its, HostedLayers)
         if encoder.family.rotary is not None:
@@ -466,8 +468,12 @@ def _fuse(model: Any, settings: dict[str, Any], given: dict[str, Any]) -> Any:
     return model
 
 
-def _check_readers(model: Any, encoders: Sequence[Encoder], chosen: Sequence[TokenFusion]) -> None:
-    """Raise ValueError where fewer tokens are to be handed out to what has a place for each."""
+def _settle_readers(model: Any, encoders: Sequence[Encoder], chosen: Sequence[TokenFusion]) -> None:
+    """Settle how many tokens are read.
+
+    Raises:
+        ValueError: where fewer tokens are to be handed out to what has a place for each.
+    """
     name = type(model).__name__
     owner = encoders[0].owner is model
     pools = "Classification" in name or "WithProjection" in name or hasattr(model, "text_model")
@@ -476,6 +482,14 @@ def _check_readers(model: Any, encoders: Sequence[Encoder], chosen: Sequence[Tok
             f"restore=False is not allowed with {name}, which has a place for each token: fuse the "
             f"tokens of its {type(encoders[0].owner).__name__} alone, or leave restore as it is"
         )
+    read = num_read_tokens(model)
+    for one in chosen:
+        if not one.skip_unread:
+            continue
+        if read is None or not one.restore:
+            reason = "reads all tokens" if read is None else "hands out all with restore=False"
+            raise ValueError(f"skip_unread=True is not allowed with {name}, which {reason}")
+        one.num_read_tokens = read
 
 
 def _settings(encoder: Encoder, settings: dict[str, Any], given: dict[str, Any]) -> TokenFusion:
@@ -602,7 +616,7 @@ def fusion_of(model: Any, **settings: Any) -> Iterator[FusionRecord]:
         own = {name: getattr(layers.active().settings, name) for name in SETTINGS}
         chosen = _settings(encoder, _defined(own) | settings, settings)
         calls.append(Call(chosen, history=True))
-    _check_readers(model, find_encoders(model), [call.settings for call in calls])
+    _settle_readers(model, find_encoders(model), [call.settings for call in calls])
     before = _enter(model.fused_layers, calls)
     _show_to_compiled(model.fused_layers, calls, inside=True)
     try:

@@ -55,6 +55,16 @@ class Attention(NamedTuple):
         # Kernels of softmax compute in float32 whatever they read and write.
         return scores.softmax(-1).view(batch, heads, num_rows, key.shape[2])
 
+    def first(self, num_queries: int | None) -> "Attention":
+        """The attention of the first queries alone; of all for ``None``."""
+        if num_queries is None:
+            return self
+        query, key, bias, scaling, held = self
+        if bias is not None:
+            bias = bias[:, :, :num_queries]
+        held = None if held is None else held[:, :, :num_queries]
+        return Attention(query[:, :, :num_queries], key, bias, scaling, held)
+
     def received(self) -> Tensor:
         """Attention that each token receives, mean over heads and queries: (b, n), float32 or more.
 
@@ -95,6 +105,12 @@ class Rotation(NamedTuple):
     cos: Tensor
     sin: Tensor
 
+    def first(self, count: int | None) -> "Rotation":
+        """The rotation of the first tokens alone; of all for ``None``."""
+        if count is None:
+            return self
+        return Rotation(self.cos[:, :, :count], self.sin[:, :, :count])
+
     def __call__(self, x: Tensor) -> Tensor:
         """Turn (b, h, n, d / h), whose halves are the two coordinates of what is turned."""
         first, second = x.chunk(2, -1)
@@ -123,17 +139,24 @@ class FusionAttention:
         return x.view(batch, num_tokens, self._part(self.names.heads), -1).transpose(1, 2)
 
     def queries_keys(
-        self, hidden_states: Tensor, rotation: Rotation | None = None
+        self,
+        hidden_states: Tensor,
+        rotation: Rotation | None = None,
+        num_queries: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Queries and keys of ``hidden_states``, (b, n, d): both (b, h, n, d / h)."""
+        """Queries and keys of ``hidden_states``, (b, n, d): both (b, h, n, d / h).
+
+        Args:
+            num_queries: of the first so many tokens alone.
+        """
         made = []
-        for project, norm in (
-            (self.names.query, self.names.query_norm),
-            (self.names.key, self.names.key_norm),
+        for project, norm, count in (
+            (self.names.query, self.names.query_norm, num_queries),
+            (self.names.key, self.names.key_norm, None),
         ):
-            x = self._part(project)(hidden_states)
+            x = self._part(project)(hidden_states if count is None else hidden_states[:, :count])
             x = self._heads(x if norm is None else self._part(norm)(x))
-            made.append(x if rotation is None else rotation(x))
+            made.append(x if rotation is None else rotation.first(count)(x))
         return made[0], made[1]
 
     def look_ahead(
@@ -143,6 +166,7 @@ class FusionAttention:
         *,
         hold_map: bool,
         rotation: Rotation | None = None,
+        num_queries: int | None = None,
     ) -> Attention:
         """Attention among ``hidden_states``, (b, n, d), with its map if ``hold_map``.
 
@@ -150,12 +174,14 @@ class FusionAttention:
             bias: (b or 1, 1, 1 or n, n), added to the scores. If boolean, a mask that is true
                 where there is to be attention.
             rotation: of queries and keys.
+            num_queries: of the first so many tokens alone.
         """
         if bias is not None and bias.dtype == torch.bool:
             mask = hidden_states.new_zeros(bias.shape)
             bias = mask.masked_fill(~bias, -torch.inf)
-        query, key = self.queries_keys(hidden_states, rotation)
+        query, key = self.queries_keys(hidden_states, rotation, num_queries)
         attention = Attention(query, key, bias, self._part(self.names.scaling))
+        attention = attention.first(num_queries)
         return attention._replace(map=attention.rows()) if hold_map else attention
 
     def holds_map(self, hidden_states: Tensor) -> bool:
@@ -169,6 +195,7 @@ class FusionAttention:
         *args: Any,
         attention: Attention | None = None,
         reduction: Reduction | None = None,
+        num_queries: int | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend among ``hidden_states``, (b, n, d), as transformers does.
@@ -179,20 +206,25 @@ class FusionAttention:
         ``(R A C) V = R (A (C V))`` and ``C V`` only repeats the rows of ``V`` at the old positions,
         no map is fused but for maximum pooling, which is not linear.
 
+        With ``num_queries``, that is done for the first so many tokens alone, which are prefix
+        tokens: a reduction leaves them as they are.
+
         Returns:
             The attention output (b, m, d), and the map (b, h, m, m) if it is held: always for
-            ``output_attentions``.
+            ``output_attentions``. With ``num_queries`` they have so many rows.
         """
         if attention is None:
             return super().forward(hidden_states, *args, **kwargs)
         value = self._part(self.names.value)(hidden_states)  # [b, m, d]
         shown = attention.map
         if reduction is None:
-            output = self._attend(attention, value)
+            output = self._attend(attention.first(num_queries), value)
         elif reduction.kept_weights is None:
             assert attention.map is not None
             shown = fuse_attention(attention.map, reduction)
-            output = self._attend(attention._replace(map=shown), value)
+            output = self._attend(attention._replace(map=shown).first(num_queries), value)
+        elif num_queries is not None:
+            output = self._attend(attention.first(num_queries), unfuse(value, reduction))
         else:
             output = fuse(self._attend(attention, unfuse(value, reduction)), reduction)
             if shown is not None and (kwargs.get("output_attentions") or self._forward_hooks):

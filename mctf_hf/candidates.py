@@ -192,10 +192,9 @@ def meet(
     low, high = 0.0, 1.0 if by_rate else float(described.num_tokens)
     least = cost(amounts(high))
     if least > budget:
-        whole = cost([1.0 if by_rate else 0] * described.num_layers)
         raise ValueError(
             f"a budget of {budget / 1e9:.4g} GMACs cannot be met by {candidate.way}, which leaves "
-            f"{least / 1e9:.4g} of {whole / 1e9:.4g}"
+            f"{least / 1e9:.4g} of {described.whole / 1e9:.4g}"
         )
     for _ in range(40):
         middle = (low + high) / 2
@@ -260,9 +259,4 @@ def budget_of(model: Any, fraction: float, described: Description | None = None)
     """
     if isinstance(fraction, bool) or not 0 < fraction < 1 or not math.isfinite(fraction):
         raise ValueError(f"budget={fraction!r} is not allowed: it is above 0 and below 1")
-    return int(fraction * unfused_cost(described or describe(model), settings_of(model)))
-
-
-def unfused_cost(described: Description, settings: Any) -> int:
-    """Multiply-accumulates of one image without fusion."""
-    return described.cost(settings, [0] * described.num_layers)
+    return int(fraction * (described or describe(model)).whole)

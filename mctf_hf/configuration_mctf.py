@@ -116,6 +116,11 @@ class FusionConfigMixin(ScheduleMixin):
         restore: give each original position its token's row back where the layers end, so that
             what reads the tokens finds as many as it would without fusion; or hand out the tokens
             that are left. What no token is left of cannot be restored.
+        skip_unread: let the last layer compute only the tokens that are read behind it: class
+            tokens. Unset, so do classifiers that read no others; ``True`` lets encoders do it,
+            too, whose ``last_hidden_state`` then has that one row; ``False`` switches it off. It
+            is off in a call that asks for the fusion, for attentions or hidden states, or where
+            somebody has hooked on to what it concerns.
 
     Raises:
         huggingface_hub.errors.StrictDataclassError: for a value outside of what is allowed; the
@@ -154,6 +159,7 @@ class FusionConfigMixin(ScheduleMixin):
     proportional_attention: bool = True
     min_tokens: int = field(default=10, metadata=number("min_tokens", 1))
     restore: bool = True
+    skip_unread: bool | None = None
 
     if TYPE_CHECKING:
         class_token: bool
@@ -213,6 +219,14 @@ class FusionConfigMixin(ScheduleMixin):
                 "drops tokens with these settings: set restore to False"
             )
 
+    def validate_skip_unread(self) -> None:
+        """Check that there is a token which alone can be read."""
+        if self.skip_unread and not self.class_token:
+            raise ValueError(
+                f"skip_unread={self.skip_unread!r} is not allowed in a model without class token, "
+                "where all tokens are read"
+            )
+
     def validate_dropped(self) -> None:
         """Check that there are as many entries as layers."""
         if isinstance(self.dropped, list) and len(self.dropped) != self.num_hidden_layers:
@@ -245,6 +259,7 @@ class TokenFusion(FusionConfigMixin):
         num_prefix_tokens: tokens that come before the patches and take no part.
         class_token: whether the first token stands for the whole image.
         rope_positions: see :class:`RotaryConfigMixin`.
+        num_read_tokens: how many tokens are read behind the layers; ``None`` for all.
     """
 
     num_hidden_layers: int
@@ -253,6 +268,7 @@ class TokenFusion(FusionConfigMixin):
     rope_positions: str | None = field(
         default=None, metadata=one_of("rope_positions", "mean", "kept", None)
     )
+    num_read_tokens: int | None = None
 
 
 def as_pair(value: Any) -> tuple[int, int]:

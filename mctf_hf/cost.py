@@ -11,6 +11,7 @@ running the model once without fusion, on tensors without values.
 
 import functools
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,8 +39,7 @@ class LayerCost:
     Attributes:
         width: channels of all heads together.
         heads: of attention.
-        queries_keys: the two projections.
-        values_output: the two projections.
+        query, key, value, output: the projections of attention.
         norms: the norm before attention, and that before the MLP.
         mlp: its linear layers.
         mlp_width: channels within the MLP.
@@ -47,11 +47,23 @@ class LayerCost:
 
     width: int
     heads: int
-    queries_keys: int
-    values_output: int
+    query: int
+    key: int
+    value: int
+    output: int
     norms: tuple[int, int]
     mlp: int
     mlp_width: int
+
+    @property
+    def queries_keys(self) -> int:
+        """What scores are made of."""
+        return self.query + self.key
+
+    @property
+    def after(self) -> int:
+        """All that follows attention."""
+        return self.output + self.norms[1] + self.mlp
 
     @classmethod
     def of(cls, layers: FusedLayers) -> "LayerCost":
@@ -60,14 +72,16 @@ class LayerCost:
         attention = getattr(layer, names.attention)
         core = attention_core(attention)
         parts = attention_names(core)
-        query, key = getattr(core, parts.query), getattr(core, parts.key)
-        queries_keys = _linear(query) + _linear(key)
+        query = getattr(core, parts.query)
+        entering = [_linear(getattr(core, name)) for name in (parts.query, parts.key, parts.value)]
         mlp = getattr(layer, names.mlp)
         return cls(
             width=query.out_features,
             heads=getattr(core, parts.heads),
-            queries_keys=queries_keys,
-            values_output=_linear(attention) - queries_keys,
+            query=entering[0],
+            key=entering[1],
+            value=entering[2],
+            output=_linear(attention) - sum(entering),
             norms=(
                 _norm(getattr(layer, names.norm_attention)),
                 _norm(getattr(layer, names.norm_mlp)),
@@ -95,6 +109,7 @@ class Description:
         layer: one of them.
         around: multiply-accumulates outside of the layers, without fusion.
         per_token: of these, so many for each token that is left.
+        num_read: so many tokens alone leave the last layer; ``None`` for all.
     """
 
     num_tokens: int
@@ -102,18 +117,30 @@ class Description:
     layer: LayerCost
     around: int
     per_token: int
+    num_read: int | None = None
+
+    @property
+    def whole(self) -> int:
+        """Multiply-accumulates of one image without fusion, all tokens computed everywhere.
+
+        It is what transformers' model costs, and what budgets are parts of.
+        """
+        return self.around + self.num_layers * _plain_layer(self.layer, self.num_tokens)
 
     def cost(self, settings: FusionConfigMixin, fused_by_layer: Sequence[int]) -> int:
         """Multiply-accumulates of one image."""
         tokens, total, prefix = self.num_tokens, self.around, settings.num_prefix_tokens
         reducer = build_reducer(settings)
         for index, fused in enumerate(fused_by_layer):
-            if not fused or reducer is None:
-                total += _plain_layer(self.layer, tokens)
-            else:
+            read = self.num_read if index == len(fused_by_layer) - 1 else None
+            here = None
+            if fused and reducer is not None:
                 here = reducer.for_layer(index, len(fused_by_layer))
-                total += _layer(self.layer, here, prefix, tokens, fused)
-            tokens -= fused
+            if here is None or not (read is None or here.stage.ahead):
+                total += _plain_layer(self.layer, tokens, read)
+            else:
+                total += _layer(self.layer, here, prefix, tokens, fused, read)
+            tokens = tokens - fused if read is None else read
         return total - self.per_token * (self.num_tokens - tokens)
 
     def of(self, settings: FusionConfigMixin, **amount: Any) -> int:
@@ -162,34 +189,41 @@ def describe(model: Any, image_size: int | tuple[int, int] | None = None) -> Des
         }
         text = json.dumps(architecture, sort_keys=True, default=str)
         own: Any = type(config)
-        return _described(own, text, config.restore, size)
+        return _described(own, text, (config.restore, config.skip_unread), size)
     return _count(model, config, size)
 
 
 @functools.lru_cache(maxsize=64)
 def _described(
-    config_class: Any, architecture: str, restore: bool, size: tuple[int, int]
+    config_class: Any,
+    architecture: str,
+    fusion: tuple[bool, bool | None],
+    size: tuple[int, int],
 ) -> Description:
-    config = config_class.from_dict({**json.loads(architecture), "restore": restore})
+    restore, skip_unread = fusion
+    settings = {"restore": restore, "skip_unread": skip_unread}
+    config = config_class.from_dict({**json.loads(architecture), **settings})
     with torch.device("meta"):
         model = BACKBONES[config.model_type].classifier(config)
     return _count(model.eval(), config, size)
 
 
-def _count(model: nn.Module, config: Any, size: tuple[int, int]) -> Description:
+def _count(model: Any, config: Any, size: tuple[int, int]) -> Description:
     layers = next(m for m in model.modules() if isinstance(m, FusedLayers))
     channels = config.num_channels
     options: dict[str, Any] = {}
     if size != as_pair(config.image_size):
         options["interpolate_pos_encoding"] = True
     layer, num_tokens, num_layers = LayerCost.of(layers), config.num_tokens(size), len(layers)
-    total = counted(model, torch.empty(1, channels, *size), r=0, **options)
+    given = torch.empty(1, channels, *size)
+    total = counted(model, given, r=0, output_fusion=True, **options)  # of all tokens
     in_layers = num_layers * _plain_layer(layer, num_tokens)
     entry = BACKBONES[config.model_type]
     per_token = _LAYERNORM * config.hidden_size if entry.norms_all_tokens else 0
     if not config.restore:
         per_token += entry.read_per_token(config)
-    return Description(num_tokens, num_layers, layer, total - in_layers, per_token)
+    around, read = total - in_layers, model.num_read_tokens
+    return Description(num_tokens, num_layers, layer, around, per_token, read)
 
 
 def _count_hosted(model: Any, image_size: int | tuple[int, int] | None) -> Description:
@@ -205,8 +239,9 @@ def _count_hosted(model: Any, image_size: int | tuple[int, int] | None) -> Descr
     finally:
         hook.remove()
     layer = LayerCost.of(layers)
-    in_layers = len(layers) * _plain_layer(layer, seen[0])
-    return Description(seen[0], len(layers), layer, total - in_layers, 0)
+    around = total - len(layers) * _plain_layer(layer, seen[0])
+    read = layers.active().settings.num_read_tokens
+    return Description(seen[0], len(layers), layer, around, 0, read)
 
 
 @torch.no_grad()
@@ -233,29 +268,33 @@ def _layernorm_flops(shape: Sequence[int], *args: Any, **kwargs: Any) -> int:
 _NORMS: dict[Any, Callable[..., int]] = {torch.ops.aten.native_layer_norm: _layernorm_flops}
 
 
-def _plain_layer(layer: LayerCost, tokens: int) -> int:
-    """One layer that fuses nothing."""
-    per_token = layer.queries_keys + layer.values_output + sum(layer.norms) + layer.mlp
-    return tokens * per_token + 2 * tokens * tokens * layer.width
+def _plain_layer(layer: LayerCost, tokens: int, read: int | None = None) -> int:
+    """One layer that fuses nothing, and hands out ``read`` of the tokens, or all."""
+    queries = tokens if read is None else read
+    looked_at = tokens * (layer.norms[0] + layer.key + layer.value)
+    return looked_at + queries * (layer.query + 2 * tokens * layer.width + layer.after)
 
 
-def _layer(layer: LayerCost, reducer: Reducer, prefix: int, tokens: int, fused: int) -> int:
+def _layer(
+    layer: LayerCost, reducer: Reducer, prefix: int, tokens: int, fused: int, read: int | None
+) -> int:
     """One layer in which ``tokens``, the prefix among them, become ``tokens - fused``."""
-    projections = layer.queries_keys + layer.values_output
     score, (first, second) = tokens * tokens * layer.width, layer.norms
     left = tokens - fused
     choice = reducer.multiply_accumulates(tokens - prefix, fused, layer.width, layer.heads)
     if reducer.stage is Stage.AFTER_ATTENTION:
-        attention = tokens * (projections + first) + 2 * score
-        return attention + choice + left * (second + layer.mlp)
+        saved = fused * (second + layer.mlp)
+        return choice + _plain_layer(layer, tokens) - saved
     if reducer.stage is Stage.AFTER_MLP:
         return choice + _plain_layer(layer, tokens)
     before = tokens * (layer.queries_keys + first) + score  # the map of all tokens
     if reducer.stage is Stage.RECOMPUTE:
-        return choice + before + _plain_layer(layer, left)
-    applied = score if reducer.pools_linearly else left * left * layer.width
-    after = left * (layer.values_output + first + second + layer.mlp) + applied
-    return choice + before + after
+        return choice + before + _plain_layer(layer, left, read)
+    rows = left if read is None else read
+    # A linear pool applies the rows of all tokens, and then fuses them.
+    applied = (tokens if read is None else read, tokens) if reducer.pools_linearly else (rows, left)
+    after = left * (first + layer.value) + rows * layer.after
+    return choice + before + after + math.prod(applied) * layer.width
 
 
 def r_for_budget(
@@ -285,12 +324,12 @@ def r_for_budget(
     def cost(r: TokensFused) -> int:
         return described.of(settings, r=r)
 
-    budget = fraction * cost(0)
+    budget = fraction * described.whole
     most = max(1, (tokens - settings.num_prefix_tokens) // 2)
     fitting = (r for r in range(most + 1) if cost(r) <= budget)
     constant = next(fitting, None)
     if constant is None:
-        raise _too_small(fraction, f"r={most}", cost(most) / cost(0))
+        raise _too_small(fraction, f"r={most}", cost(most) / described.whole)
     schedule: list[int | float] = list(settings.tokens_fused(tokens, constant))
     changed = True
     while changed:
@@ -321,11 +360,11 @@ def keep_rate_for_budget(model: Any, fraction: float, *, image_size: int | None 
     def cost(thousandths: int) -> int:
         return described.of(settings, keep_rate=thousandths / 1000)
 
-    budget = fraction * described.of(settings, r=0)
+    budget = fraction * described.whole
     fitting = (rate for rate in range(1000, 0, -1) if cost(rate) <= budget)
     found = next(fitting, None)
     if found is None:
-        raise _too_small(fraction, "keep_rate=0.001", cost(1) / cost(1000))
+        raise _too_small(fraction, "keep_rate=0.001", cost(1) / described.whole)
     return found / 1000
 
 

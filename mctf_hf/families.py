@@ -115,6 +115,17 @@ FAMILIES = (
     Family("SmolVLM", ("SmolVLMVisionTransformer",), "encoder.layers", CLIP, 0),
 )
 
+# How many prefix tokens classes read to pool or to classify, who read no other tokens for it.
+READ = {
+    **dict.fromkeys(("Dinov2Model", "Dinov2WithRegistersModel", "DINOv3ViTModel"), 1),
+    **dict.fromkeys(("CLIPVisionModel", "CLIPVisionModelWithProjection", "CLIPModel"), 1),
+    **dict.fromkeys(("MetaClip2VisionModel", "MetaClip2VisionModelWithProjection"), 1),
+    **dict.fromkeys(("MetaClip2Model", "ViTModel", "ViTForImageClassification"), 1),
+    **dict.fromkeys(("DeiTModel", "DeiTForImageClassification"), 1),
+    **dict.fromkeys(("DeiTForImageClassificationWithTeacher", "ASTModel"), 2),
+    "ASTForAudioClassification": 2,
+}
+
 # Encoders that are known and cannot fuse yet, and why.
 LATER = {
     "Siglip2VisionModel": "SigLIP 2 NaFlex pads its images to one length",
@@ -184,6 +195,11 @@ def _names(module: nn.Module) -> set[str]:
     """Names of a module's classes that are of transformers."""
     classes = type(module).__mro__
     return {one.__name__ for one in classes if one.__module__.startswith("transformers.models.")}
+
+
+def num_read_tokens(model: nn.Module) -> int | None:
+    """How many prefix tokens a model reads of its encoder; ``None`` if it reads others, too."""
+    return next((READ[name] for name in _names(model) if name in READ), None)
 
 
 def supported() -> dict[str, tuple[str, ...]]:

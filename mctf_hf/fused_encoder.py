@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers.utils import logging
+from transformers.utils.output_capturing import capture_outputs
 
 from .anatomy import LayerNames, attention_core, attention_names, check_layer
 from .attention import FusionAttention, Rotation
@@ -107,6 +108,7 @@ class FusedLayers(nn.ModuleList):
         rotary: Rotary | None = None,
         mask: Tensor | None = None,
         whole: bool = False,
+        num_read: int | None = None,
         **kwargs: Any,
     ) -> Tokens:
         """Run all layers: (b, n, d) -> tokens (b, m, d) that are not restored.
@@ -120,6 +122,9 @@ class FusedLayers(nn.ModuleList):
             rotary: positions of the patches of rotary encoders.
             mask: of attention, as the layers take it; only without fusion.
             whole: the tokens are going to be restored.
+            num_read: so many prefix tokens alone are read of what leaves the last layer, which
+                then computes no others, unless ``history`` is asked for, or attentions or hidden
+                states of all layers, or somebody has hooked on to that layer.
 
         Raises:
             ValueError: for an amount that is not allowed, or a mask where tokens are fused.
@@ -135,12 +140,15 @@ class FusedLayers(nn.ModuleList):
                 short = settings.shortfall(num_tokens, r, keep_rate, scheduled)
                 if short is not None:
                     logger.warning_once(short)
-        track = track or history or (whole and any(counts))
+        if num_read is not None and (history or self._is_shown(kwargs)):
+            num_read = None
+        whole = whole and num_read is None
+        track = history or (num_read is None and (track or (whole and any(counts))))
         run = functools.partial(
             self._run,
             args=args,
             kwargs=kwargs,
-            step=_step(settings, whole),
+            step=_step(settings, whole, num_read),
             counts=counts,
             track=track,
             history=history,
@@ -172,17 +180,19 @@ class FusedLayers(nn.ModuleList):
         host = dict(kwargs) if self.takes_options else {}
         if rotary is not None:
             host["position_embeddings"] = tuple(rotary.rotation)
-            if fuses:
+            if fuses or step.num_read is not None:
                 prefix = num_tokens - rotary.coordinates.shape[0]
                 positions = nn.functional.pad(rotary.coordinates, (0, 0, prefix, 0))[None]
                 step = step._replace(frequencies=rotary.frequencies)
         own = {"attention_mask": mask}
         own |= {k: kwargs[k] for k in ("output_attentions",) if k in kwargs}
-        shown = kwargs.get("output_attentions")
+        shown, last = kwargs.get("output_attentions"), len(counts) - 1
         tokens = Tokens(hidden_states, None, positions, rows)
         made: list[Tensor] = []
         for index, (layer, r) in enumerate(zip(self.children(), counts, strict=True)):
-            if layer.runs_as_host and tokens.sizes is None and not r and not (shown and fuses):
+            own_way = r or tokens.sizes is not None or (shown and fuses)
+            own_way = own_way or (index == last and step.num_read is not None)
+            if layer.runs_as_host and not own_way:
                 output = layer(tokens.hidden_states, *args, **host)
                 tokens = tokens._replace(hidden_states=output)
             else:
@@ -198,6 +208,11 @@ class FusedLayers(nn.ModuleList):
             sizes = hidden_states.new_ones(batch, num_tokens, dtype=torch.float32)
             tokens = tokens._replace(sizes=sizes)
         return tokens._replace(assignments=tuple(made)) if history else tokens
+
+    def _is_shown(self, kwargs: dict[str, Any]) -> bool:
+        """Whether somebody looks at what the last layer makes of all tokens."""
+        asked = any(kwargs.get(f"output_{name}") for name in ("attentions", "hidden_states"))
+        return asked or any(map(is_hooked, self[-1].modules()))
 
     def _slice_size(
         self, hidden_states: Tensor, fuses: bool, mask: Tensor | None, kwargs: dict[str, Any]
@@ -231,13 +246,22 @@ def _is_watched(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """Whether somebody looks at what enters or leaves a module.
+
+    transformers leaves hooks of its own behind, which look at nothing unless they are asked to.
+    """
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(getattr(hook, "__module__", None) != capture_outputs.__module__ for hook in hooks)
+
+
 def goes_in_slices(x: Tensor) -> bool:
     """Whether a batch may be taken apart: on a CPU, where no graph is recorded or traced."""
     recorded = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
     return x.is_cpu and not recorded
 
 
-def _step(settings: FusionConfigMixin, whole: bool = False) -> Step:
+def _step(settings: FusionConfigMixin, whole: bool, num_read: int | None) -> Step:
     reducer = build_reducer(settings)
     return Step(
         reducer=reducer,
@@ -249,6 +273,7 @@ def _step(settings: FusionConfigMixin, whole: bool = False) -> Step:
         restore=settings.restore,
         whole=whole,
         rope_positions=getattr(settings, "rope_positions", None),
+        num_read=num_read,
     )
 
 

@@ -95,6 +95,8 @@ class Step(NamedTuple):
         whole: whether the tokens will be restored, so that none may be dropped.
         rope_positions: see :class:`.configuration_mctf.RotaryConfigMixin`.
         frequencies: (d / h / 4,), turns of the channels per unit of a coordinate; or ``None``.
+        num_read: so many prefix tokens alone are to leave the layer, which computes nothing else;
+            ``None`` for all tokens.
     """
 
     reducer: Reducer | None
@@ -106,13 +108,23 @@ class Step(NamedTuple):
     whole: bool = False
     rope_positions: str | None = None
     frequencies: Tensor | None = None
+    num_read: int | None = None
 
     def in_layer(self, layer: int, num_layers: int, r: int) -> "Step":
-        """What one layer of several is to do."""
+        """What one layer of several is to do; the last one may know that little is read."""
         reducer = self.reducer
         return self._replace(
-            r=r, reducer=None if reducer is None else reducer.for_layer(layer, num_layers)
+            r=r,
+            reducer=None if reducer is None else reducer.for_layer(layer, num_layers),
+            num_read=self.num_read if layer == num_layers - 1 else None,
         )
+
+    @property
+    def stage(self) -> Stage | None:
+        """When tokens are reduced; ``None`` if they are not, or if nobody would see it."""
+        if self.reducer is None or not self.r:
+            return None
+        return self.reducer.stage if self.num_read is None or self.reducer.stage.ahead else None
 
 
 NOTHING = Step(None, 0, 0, False, False)
@@ -174,18 +186,19 @@ class FusedLayer:
     def _run(
         self, tokens: Tokens, step: Step, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> Tokens:
-        stage = step.reducer.stage if step.reducer is not None and step.r else None
+        stage, read = step.stage, step.num_read
         shown = step.reducer is not None and bool(kwargs.get("output_attentions"))
         normed = self.norm_attention(tokens.hidden_states)
         bias = _size_bias(tokens.sizes, step, normed.dtype)
         bias = attention_mask if bias is None else bias
         attention = reduction = None
-        if stage is not None or shown or tokens.sizes is not None or tokens.positions is not None:
+        applied_here = stage is not None or shown or read is not None
+        if applied_here or tokens.sizes is not None or tokens.positions is not None:
             # Where it only ranks tokens, or belongs to all of them, no gradient flows through it.
             with torch.set_grad_enabled(torch.is_grad_enabled() and stage is not Stage.RECOMPUTE):
                 attention = self._look_ahead(normed, bias, tokens, step, shown, stage)
 
-        if stage in (Stage.REUSE, Stage.RECOMPUTE):
+        if stage is not None and stage.ahead:
             reduction = self._reduction(tokens, attention, step)
             tokens = tokens.reduce(reduction, step.rope_positions)
             normed = self.norm_attention(tokens.hidden_states)
@@ -197,6 +210,9 @@ class FusedLayer:
         if attention is None:
             output = self.attend(normed, attention_mask, **kwargs)
         else:
+            if read is not None:
+                kwargs["num_queries"] = read
+                tokens = Tokens(tokens.hidden_states[:, :read])
             output = self.attend(normed, attention=attention, reduction=reduction, **kwargs)
         tokens = self._add(tokens, output, self.names.after_attention)
         if stage is Stage.AFTER_ATTENTION:
@@ -259,7 +275,10 @@ class FusedLayer:
         if tokens.positions is not None and step.frequencies is not None:
             rotation = rotation_at(tokens.positions, step.frequencies)
         hold_map = shown or self._holds_map(normed, step, stage)
-        return self.core.look_ahead(normed, bias, hold_map=hold_map, rotation=rotation)
+        num_queries = step.num_read if stage is None else None  # whoever chooses looks at all
+        return self.core.look_ahead(
+            normed, bias, hold_map=hold_map, rotation=rotation, num_queries=num_queries
+        )
 
     def _holds_map(self, normed: Tensor, step: Step, stage: Stage | None) -> bool:
         """Whether attention's map is computed as such, once."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .apply import FusedModel, fusion_of
-from .candidates import Setting, unfused_cost
+from .candidates import Setting
 from .cost import describe, settings_of
 
 # Images that are judged at once.
@@ -139,7 +139,7 @@ class Verdict:
         name: what it is called in tables.
         setting: the settings; ``None`` for no fusion.
         cost: multiply-accumulates of one image.
-        fraction: of the cost without fusion.
+        fraction: of the cost without fusion, all tokens computed.
         loss: see :meth:`Judge.loss`, (n,).
         agreement: see :meth:`Judge.agreement`, (n,).
         right: see :meth:`Judge.right`.
@@ -188,14 +188,16 @@ def _error(values: Tensor) -> float:
 
 def judge(judging: Judge, name: str, setting: Setting | None) -> Verdict:
     """A setting on all of the judge's images; without one, the model without fusion."""
-    whole = unfused_cost(judging.described, settings_of(judging.model))
+    described = judging.described
     outputs = judging.unfused if setting is None else judging.outputs(setting.settings)
-    cost = whole if setting is None else setting.cost
+    nothing = [0] * described.num_layers
+    unfused = described.cost(settings_of(judging.model), nothing)
+    cost = unfused if setting is None else setting.cost
     return Verdict(
         name,
         setting,
         cost,
-        cost / whole,
+        cost / described.whole,
         judging.loss(outputs),
         judging.agreement(outputs),
         judging.right(outputs),

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClass
 
 from .downloads import checked_downloads
 from .files import check_indexes, drop_links, read_object, write_text
+from .fused_encoder import is_hooked
 from .own_reducers import own_code
 from .reducers import REDUCERS
 
@@ -75,6 +76,35 @@ _OPTIONS = {
 }
 
 
+def num_read(model: Any, wanted: int | None) -> int | None:
+    """How many tokens are read of what an encoder hands out in a call; ``None`` for all.
+
+    Args:
+        wanted: by whoever has called it, instead of its own number.
+
+    Raises:
+        ValueError: for more than the model has, or none.
+    """
+    most = model.config.num_prefix_tokens
+    if wanted is not None and not 1 <= wanted <= most:
+        raise ValueError(
+            f"num_read_tokens={wanted!r} is not allowed in {type(model).__name__}, which has "
+            f"{most} prefix tokens"
+        )
+    wanted = model.num_read_tokens if wanted is None else wanted
+    # Whoever has hooked on to what runs behind the layers looks at all.
+    return None if any(map(is_hooked, (model, *model.children()))) else wanted
+
+
+def check_reads_class_token(model: Any) -> None:
+    """Raise ValueError if a model that reads all tokens is to skip those that are not read."""
+    if model.config.skip_unread:
+        raise ValueError(
+            f"skip_unread={model.config.skip_unread!r} is not allowed in {type(model).__name__}, "
+            "which reads all tokens"
+        )
+
+
 def check_options(model: Any, options: Mapping[str, Any]) -> None:
     """Raise TypeError for options of a call that no model of this library has."""
     unknown = sorted(options.keys() - _OPTIONS)
@@ -101,6 +131,8 @@ class MCTFModelOutput(BaseModelOutputWithPooling):
 @dataclass
 class MCTFImageClassifierOutput(ImageClassifierOutput):
     """Output of a classifier; the last six fields are filled by ``output_fusion=True``.
+
+    Those of the head are filled by ``output_class_token=True``, too.
 
     Attributes:
         token_sizes: (b, m), how many of the embedded tokens each final token stands for.
@@ -133,6 +165,11 @@ class MCTFPreTrainedMixin:
     _supports_flash_attn = False
     _supports_flex_attn = False
     config: Any
+
+    @property
+    def num_read_tokens(self) -> int | None:
+        """How many tokens are read behind the last layer: prefix tokens, or ``None`` for all."""
+        return 1 if self.config.skip_unread else None
 
     @classmethod
     def from_pretrained(

@@ -18,6 +18,8 @@ from .modeling_mctf import (
     MCTFModelOutput,
     MCTFPreTrainedMixin,
     check_options,
+    check_reads_class_token,
+    num_read,
 )
 from .reducers import build_reducer
 from .schedule import KeepRate, TokensFused
@@ -79,6 +81,7 @@ class MCTFEncoderMixin(MCTFPreTrainedMixin):
         rotary: Rotary | None = None,
         bool_masked_pos: Tensor | None = None,
         interpolate_pos_encoding: bool | None = None,
+        num_read_tokens: int | None = None,
         **kwargs: Any,
     ) -> MCTFModelOutput:
         """Encode images.
@@ -94,6 +97,8 @@ class MCTFEncoderMixin(MCTFPreTrainedMixin):
                 has one.
             interpolate_pos_encoding: allow images of another size than the configuration's, in
                 families that refuse them otherwise; the others always do.
+            num_read_tokens: hand out the first so many tokens alone, which are prefix tokens, and
+                compute no others in the last layer; see ``skip_unread`` of the configuration.
 
         Returns:
             Hidden states after the last norm, at all n places or, with ``restore=False``, of the m
@@ -120,6 +125,8 @@ class MCTFEncoderMixin(MCTFPreTrainedMixin):
             embedded = self.embed(pixel_values, **given)
             inputs_embeds, rotary = embedded["inputs_embeds"], embedded.get("rotary")
         assert inputs_embeds is not None
+        for shown in ("output_attentions", "output_hidden_states"):  # asked for here or always
+            kwargs.setdefault(shown, getattr(config, shown, False))
         reducer = build_reducer(config)
         drops = reducer is not None and reducer.drops_tokens
         tokens = self.fused_layers.encode(
@@ -132,6 +139,7 @@ class MCTFEncoderMixin(MCTFPreTrainedMixin):
             history=output_fusion,
             rotary=rotary,
             whole=not drops,
+            num_read=num_read(self, num_read_tokens),
             **kwargs,
         )
         tokens = tokens._replace(hidden_states=self.final_norm(tokens.hidden_states))
@@ -167,6 +175,8 @@ class MCTFEncoderClassifierMixin(MCTFPreTrainedMixin):
         config.validate()
         # Not the model's of transformers, which would build its own backbone.
         self.pretrained_class.__init__(self, config)
+        if self.reads_patches:
+            check_reads_class_token(self)
         self.num_labels = config.num_labels
         setattr(self, self.base_model_prefix, self.backbone_class(config))
         width = config.hidden_size * (self.reads_class_token + self.reads_patches)
@@ -197,12 +207,14 @@ class MCTFEncoderClassifierMixin(MCTFPreTrainedMixin):
         pixel_values: Tensor | None = None,
         labels: Tensor | None = None,
         output_fusion: bool = False,
+        output_class_token: bool = False,
         **kwargs: Any,
     ) -> MCTFImageClassifierOutput:
         """Classify images; arguments as of :meth:`MCTFEncoderMixin.forward`.
 
         Args:
             labels: (b,), for the cross-entropy loss (mean squared error if there is one label).
+            output_class_token: fill ``class_token``, which is what the head sees.
         """
         outputs = self.base_model(  # type: ignore[attr-defined]
             pixel_values,
@@ -224,5 +236,5 @@ class MCTFEncoderClassifierMixin(MCTFPreTrainedMixin):
             token_sizes=outputs.token_sizes if output_fusion else None,
             assignment=outputs.assignment if output_fusion else None,
             assignments=outputs.assignments if output_fusion else None,
-            class_token=features if output_fusion else None,
+            class_token=features if output_class_token or output_fusion else None,
         )

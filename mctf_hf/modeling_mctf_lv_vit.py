@@ -15,6 +15,7 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
 from .configuration_mctf import as_pair, number
+from .modeling_mctf import check_reads_class_token
 from .modeling_mctf_vit import (
     HeadLogits,
     MCTFViTConfig,
@@ -110,6 +111,12 @@ class MCTFLVViTForImageClassification(MCTFViTForImageClassification):
     def _make_heads(self, config: MCTFViTConfig) -> None:
         super()._make_heads(config)
         self.auxiliary_classifier = make_head(config) if config.auxiliary_weight else None
+        if config.auxiliary_weight:
+            check_reads_class_token(self)
+
+    @property
+    def num_read_tokens(self) -> int | None:
+        return super().num_read_tokens if self.auxiliary_classifier is None else None
 
     def _classify(self, hidden_states: Tensor, class_token: Tensor) -> HeadLogits:
         logits, by_label, by_guide = super()._classify(hidden_states, class_token)

@@ -40,6 +40,7 @@ from .modeling_mctf import (
     MCTFModelOutput,
     MCTFPreTrainedMixin,
     check_options,
+    num_read,
     take_over_names,
 )
 from .schedule import KeepRate, TokensFused
@@ -384,6 +385,7 @@ class MCTFViTModel(MCTFPreTrainedMixin, ViTModel):
         output_fusion: bool = False,
         inputs_embeds: Tensor | None = None,
         keep_rate: KeepRate | None = None,
+        num_read_tokens: int | None = None,
         **kwargs: Any,
     ) -> MCTFModelOutput:
         """Encode images.
@@ -399,6 +401,8 @@ class MCTFViTModel(MCTFPreTrainedMixin, ViTModel):
                 ``pixel_values``; for several passes over the same images.
             keep_rate: part of the patch tokens to keep in this call, instead of ``r``, with a
                 method that goes by it.
+            num_read_tokens: hand out the first so many tokens alone, which are prefix tokens, and
+                compute no others in the last layer; see ``skip_unread`` of the configuration.
 
         Raises:
             ValueError: for images of another size, an ``r`` or ``keep_rate`` that is not allowed,
@@ -433,6 +437,7 @@ class MCTFViTModel(MCTFPreTrainedMixin, ViTModel):
             history=output_fusion,
             mask=mask,
             whole=self.config.restore,
+            num_read=num_read(self, num_read_tokens),
             **kwargs,
         )
         tokens = tokens._replace(hidden_states=self.layernorm(tokens.hidden_states))
@@ -533,6 +538,12 @@ class MCTFViTForImageClassification(MCTFPreTrainedMixin, ViTForImageClassificati
         by_guide = self.distillation_classifier(hidden_states[:, 1])
         return HeadLogits((by_label + by_guide) / 2, by_label, by_guide)
 
+    @property
+    def num_read_tokens(self) -> int | None:
+        if self.config.skip_unread is False or not self.config.class_token:
+            return None
+        return 1 + self.config.distillation_head
+
     @can_return_tuple
     def forward(
         self,
@@ -544,13 +555,16 @@ class MCTFViTForImageClassification(MCTFPreTrainedMixin, ViTForImageClassificati
         output_fusion: bool = False,
         inputs_embeds: Tensor | None = None,
         keep_rate: KeepRate | None = None,
+        output_class_token: bool = False,
         **kwargs: Any,
     ) -> MCTFImageClassifierOutput:
         """Classify images; arguments as of :meth:`MCTFViTModel.forward`.
 
         Args:
             labels: (b,), for the cross-entropy loss (mean squared error if there is one label).
+            output_class_token: fill ``class_token``, ``label_logits`` and ``distillation_logits``.
         """
+        output_class_token = output_class_token or output_fusion
         outputs = self.vit(
             pixel_values,
             interpolate_pos_encoding=interpolate_pos_encoding,
@@ -559,6 +573,7 @@ class MCTFViTForImageClassification(MCTFPreTrainedMixin, ViTForImageClassificati
             output_fusion=output_fusion or not (self.config.class_token or self.config.restore),
             inputs_embeds=inputs_embeds,
             keep_rate=keep_rate,
+            num_read_tokens=self.num_read_tokens,
             return_dict=True,
             **kwargs,
         )
@@ -566,7 +581,7 @@ class MCTFViTForImageClassification(MCTFPreTrainedMixin, ViTForImageClassificati
         token_sizes = None if self.config.restore else outputs.token_sizes
         class_token = summary(self.config, hidden_states, token_sizes)
         logits, by_label, by_guide = self._classify(hidden_states, class_token)
-        told = output_fusion and by_guide is not None
+        told = output_class_token and by_guide is not None
         return MCTFImageClassifierOutput(
             loss=None
             if labels is None
@@ -577,7 +592,7 @@ class MCTFViTForImageClassification(MCTFPreTrainedMixin, ViTForImageClassificati
             token_sizes=outputs.token_sizes if output_fusion else None,
             assignment=outputs.assignment if output_fusion else None,
             assignments=outputs.assignments if output_fusion else None,
-            class_token=class_token if output_fusion else None,
+            class_token=class_token if output_class_token else None,
             label_logits=by_label if told else None,
             distillation_logits=by_guide if told else None,
         )

@@ -30,6 +30,11 @@ class Stage(Enum):
     AFTER_ATTENTION = "between attention and MLP"
     AFTER_MLP = "after the layer has run in full"
 
+    @property
+    def ahead(self) -> bool:
+        """Whether the layer's own attention sees the tokens that are left."""
+        return self in (Stage.REUSE, Stage.RECOMPUTE)
+
 
 class Observation(NamedTuple):
     """What a layer shows its reducer; of the last four, those that the reducer needs.

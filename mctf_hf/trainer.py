@@ -108,8 +108,8 @@ class ConsistencyTrainer(Trainer):
         if config.problem_type is None:
             self._check(config, problem_of(config, labels))
         amount = teacher_amount(config, self.r_max, self.args.seed, self.state.global_step)
-        student = model(images, output_fusion=True)
-        teacher = model(images, **amount, output_fusion=True)
+        student = model(images, output_class_token=True)
+        teacher = model(images, **amount, output_class_token=True)
         losses = self.consistency(
             student.logits,
             student.class_token,
