@@ -114,6 +114,24 @@ class Candidate:
         """The method as its paper has it."""
         return cls(way, {dial.name: dial.untuned for dial in WAYS[way].dials})
 
+    @classmethod
+    def of(cls, settings: Any, num_tokens: int) -> "Candidate | None":
+        """How some settings reduce that many tokens; ``None`` if no candidate is like them."""
+        amounts = [float(fused) for fused in settings.tokens_fused(num_tokens)]
+        if not any(amounts):
+            return None
+        if settings.reducer_class.amount == "keep_rate":
+            amounts = [1 - rate for rate in settings.kept_by_layer()]
+            whole = max(amounts)
+        else:
+            whole = sum(amounts) / len(amounts)
+        for name, way in WAYS.items():
+            values = {dial.name: getattr(settings, dial.name) for dial in way.dials}
+            alike = all(getattr(settings, key) == value for key, value in way.fixed.items())
+            if alike and not any(isinstance(value, list) for value in values.values()):
+                return cls(name, values, tuple(amount / whole for amount in amounts))
+        return None
+
 
 # Where a search may begin besides: milder temperatures, keys beside tokens, most in early layers.
 _MILD = {
@@ -178,6 +196,8 @@ def meet(
     for name, value in chosen.items():
         setattr(config, name, value)
     weights = _weights(config, candidate, described.num_layers)
+    if candidate.weights is not None and described.num_read is not None:
+        weights[-1] = 0.0  # of a layer whose tokens nobody reads, fusing would save nothing
     by_rate = REDUCERS[config.reduction].amount == "keep_rate"
 
     def amounts(scale: float) -> list[int | float]:

@@ -57,6 +57,7 @@ class Search:
         storage: file of the study, which a later search by the same arguments goes on with; unset,
             the search is forgotten.
         seed: of the proposals.
+        start: what to try first, such as the best of another search.
 
     Raises:
         ValueError: for a budget that none of the ways can meet, or a study of something else.
@@ -72,6 +73,7 @@ class Search:
         trials: int,
         storage: Path | None = None,
         seed: int = 0,
+        start: Candidate | None = None,
     ):
         import optuna
 
@@ -81,6 +83,7 @@ class Search:
         self.ways = tuple(self.untuned)
         hints = [hint for hint in HINTS if hint.way in self.ways]
         self.guesses = [*map(Candidate.untuned, self.ways), *hints]
+        self.start = start
         backend = None
         if storage is not None:
             from optuna.storages import journal
@@ -111,6 +114,7 @@ class Search:
             "methods": list(self.ways),
             "trials": self.trials,
             "seed": self.seed,
+            "start": None if self.start is None else json.loads(json.dumps(asdict(self.start))),
         }
         for name, value in own.items():
             known = self.exploring.user_attrs.get(name, value)
@@ -127,22 +131,26 @@ class Search:
         Args:
             told: called after each trial with how many there are, and the least loss so far.
         """
-        trials = self.trials
-        exploring = min(trials, max(len(self.guesses), round(_EXPLORING * trials)))
+        trials, start = self.trials, self.start
+        guesses = len(self.guesses) + (start is not None)
+        exploring = min(trials, max(guesses, round(_EXPLORING * trials)))
         with _quiet():
             for number in self._left(self.exploring, exploring):
                 self.exploring.sampler = _estimator(len(self.guesses), self.seed + number)
-                guess = self._guess(number)
-                self._try(self.exploring, guess, self._explore)
+                if number == 0 and start is not None:
+                    self._try(self.exploring, None, lambda trial: start)
+                else:
+                    guess = self._guess(number - (start is not None))
+                    self._try(self.exploring, guess, self._explore)
                 told(number + 1, self._least())
             if exploring == trials or not self._judged():
                 return
-            start = self._best_explored()
-            numbers = {name: value for name, value in start.items() if isinstance(value, float)}
+            best = self._best_explored()
+            numbers = {name: value for name, value in best.items() if isinstance(value, float)}
             for number in self._left(self.refining, trials - exploring):
                 known = [one.value for one in self.refining.get_trials(deepcopy=False)[:number]]
                 guess = _evolved(numbers, known, self.seed)
-                self._try(self.refining, guess, lambda trial: self._refine(trial, start))
+                self._try(self.refining, guess, lambda trial: self._refine(trial, best))
                 told(exploring + number + 1, self._least())
 
     def _left(self, study: "optuna.Study", trials: int) -> Iterator[int]:
@@ -199,11 +207,11 @@ class Search:
             numbers[f"layer{layer}"] = min(1.0, weight / MOST_WEIGHT)
         return numbers
 
-    def _refine(self, trial: "optuna.Trial", start: dict[str, Any]) -> Candidate:
+    def _refine(self, trial: "optuna.Trial", best: dict[str, Any]) -> Candidate:
         """The best method, with other numbers and another count in each layer."""
         turned: dict[str, Any] = {
             name: trial.suggest_float(name, 0, 1) if isinstance(value, float) else value
-            for name, value in start.items()
+            for name, value in best.items()
         }
         way = turned["way"]
         settings = {dial.name: dial.value(turned[dial.name]) for dial in WAYS[way].dials}
@@ -352,6 +360,7 @@ def tune(
     trials: int = 200,
     storage: Path | None = None,
     seed: int = 0,
+    start: Candidate | None = None,
     told: Told = lambda done, best: None,
 ) -> Tuned:
     """Find the setting that loses least at a budget.
@@ -360,7 +369,7 @@ def tune(
         searching: with images to search on.
         ranking: with other images, on which the best candidates are ranked.
         fraction: the budget, as a part of what the model costs without fusion.
-        ways, storage, seed: see :class:`Search`.
+        ways, storage, seed, start: see :class:`Search`.
         trials: candidates to try.
         told: see :meth:`Search.run`.
 
@@ -368,12 +377,16 @@ def tune(
         ValueError: see :class:`Search`.
     """
     budget = budget_of(searching.model, fraction, searching.described)
-    search = Search(searching, ways, budget, trials=trials, storage=storage, seed=seed)
+    search = Search(searching, ways, budget, trials=trials, storage=storage, seed=seed, start=start)
     search.run(told)
     verdicts = [
         judge(ranking, f"tuned {place + 1}", setting)
         for place, setting in enumerate(search.finalists())
     ]
     verdicts += [judge(ranking, way, setting) for way, setting in search.untuned.items()]
+    if start is not None:
+        with contextlib.suppress(ValueError):  # it cannot reduce as much
+            setting = meet(ranking.model, start, budget, ranking.described)
+            verdicts.append(judge(ranking, "start", setting))
     verdicts.sort(key=lambda verdict: float(verdict.loss.double().mean()))
     return Tuned(verdicts[0], verdicts, judge(ranking, "unfused", None))

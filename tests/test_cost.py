@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
-from mctf_hf.cost import multiply_accumulates, r_for_budget, resolve_budget
+from mctf_hf.cost import describe, multiply_accumulates, r_for_budget, resolve_budget
 from mctf_hf.presets import PRESETS, diffrate_schedule, preset
 from tests.conftest import TINY
 
@@ -25,7 +25,7 @@ PUBLISHED: dict[str, list[tuple[Any, float]]] = {
     ("size", "r", "published"), [(size, *row) for size, rows in PUBLISHED.items() for row in rows]
 )
 def test_published_numbers(size: str, r: Any, published: float) -> None:
-    config = preset(size, **(r if isinstance(r, dict) else {"r": r}))
+    config = preset(size, **(r if isinstance(r, dict) else {"r": r}), skip_unread=False)
     ratio = multiply_accumulates(config) / 1e9 / published
     assert 0.9995 < ratio < (1.0005 if r == 0 else 1.015)
 
@@ -33,25 +33,28 @@ def test_published_numbers(size: str, r: Any, published: float) -> None:
 @pytest.mark.parametrize("name", [name for name in PRESETS if "_diffrate_" in name])
 def test_published_schedules_of_diffrate(name: str) -> None:
     """What the authors call 0.6 G costs 0.66 G, by whichever count."""
-    ratio = multiply_accumulates(preset(name)) / 1e9 / float(name.rpartition("_")[2])
+    config = preset(name, skip_unread=False)
+    ratio = multiply_accumulates(config) / 1e9 / float(name.rpartition("_")[2])
     assert 0.999 < ratio < (1.1 if name == "deit_t_diffrate_0.6" else 1.05)
-    config = preset(name)
     assert config.num_tokens() - sum(config.tokens_fused(197)) in (3, 21)
 
 
 def test_schedules_of_other_models() -> None:
     schedule = diffrate_schedule("mae_l", 42.3)
     config = MCTFViTConfig(**schedule, hidden_size=1024, num_hidden_layers=24,
-        num_attention_heads=16, intermediate_size=4096, num_labels=1000)  # fmt: skip
+        num_attention_heads=16, intermediate_size=4096, num_labels=1000,
+        skip_unread=False)  # fmt: skip
     assert 42.3e9 < multiply_accumulates(config) < 42.4e9
     with pytest.raises(ValueError, match="of DiffRate for deit_s at 2.8 is known, only deit_t at"):
         diffrate_schedule("deit_s", 2.8)
 
 
+@pytest.mark.parametrize("skip_unread", [None, False])
 @pytest.mark.parametrize(
     "settings",
     [
         {"r": 6},
+        {"r": 6, "distillation_token": True, "distillation_head": True},
         {"r": 6, "pooling": "max"},
         {"r": 6, "one_step_ahead": "precise"},
         {"r": 6, "one_step_ahead": "past", "fusion_layers": [0, 1, 4]},
@@ -73,7 +76,8 @@ def test_schedules_of_other_models() -> None:
         {"reduction": "none"},
     ],
 )
-def test_what_runs_is_what_is_counted(settings: dict[str, Any]) -> None:
+def test_what_runs_is_what_is_counted(settings: dict[str, Any], skip_unread: bool | None) -> None:
+    settings = settings | {"skip_unread": skip_unread}
     config = MCTFViTConfig(**TINY, **settings, attn_implementation="eager")
     model = MCTFViTForImageClassification(config).eval()
     assert multiply_accumulates(config) == count(model, torch.randn(1, 3, 32, 32))
@@ -81,18 +85,14 @@ def test_what_runs_is_what_is_counted(settings: dict[str, Any]) -> None:
 
 def count(model: nn.Module, *inputs: torch.Tensor, **options: Any) -> int:
     """Multiply-accumulates of a forward pass, as an independent counter sees them."""
-    normalised = 0
 
-    def add(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-        nonlocal normalised
-        normalised += output.numel()
+    def normalised(shape: Any, *args: Any, **kwargs: Any) -> int:
+        return 2 * 5 * torch.Size(shape).numel()
 
-    for module in model.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.register_forward_hook(add)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    norms = {torch.ops.aten.native_layer_norm: normalised}
+    with FlopCounterMode(display=False, custom_mapping=norms) as counter, torch.no_grad():
         model(*inputs, **options)
-    return counter.get_total_flops() // 2 + 5 * normalised
+    return counter.get_total_flops() // 2
 
 
 def test_r_and_image_size_of_one_call() -> None:
@@ -102,16 +102,16 @@ def test_r_and_image_size_of_one_call() -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mctf", "tome"])
-@pytest.mark.parametrize("fraction", [0.95, 0.7, 0.56, 0.4])
+@pytest.mark.parametrize("fraction", [0.9, 0.7, 0.56, 0.4])
 def test_a_budget_is_met_from_below(reduction: str, fraction: float) -> None:
     config = preset("deit_s", reduction=reduction)
     constant, schedule = r_for_budget(config, fraction)
 
     def cost(r: Any) -> float:
-        return multiply_accumulates(config, r=r) / multiply_accumulates(config, r=0)
+        return multiply_accumulates(config, r=r) / describe(config).whole
 
     assert cost(constant) <= fraction < cost(constant - 1)
-    assert cost(constant) <= cost(schedule) <= fraction
+    assert cost(schedule) <= fraction
     assert fraction - cost(schedule) < 0.002
     for layer, fused in enumerate(schedule):  # nothing more can be left unfused
         less = [*schedule[:layer], max(0, fused - 1), *schedule[layer + 1 :]]
@@ -129,7 +129,7 @@ def test_a_budget_of_the_layers_that_fuse_and_of_another_image_size() -> None:
 @pytest.mark.parametrize(
     ("r", "settings", "message"),
     [
-        ("auto:0.1", {}, r"budget 0.1 is not allowed: with r=98, the most .* 0\.217 of the cost"),
+        ("auto:0.1", {}, r"budget 0.1 is not allowed: with r=98, the most .* 0\.214 of the cost"),
         ("auto:1.5", {}, "budget 1.5 is not allowed: it is above 0 and at most 1"),
         ("auto:0.5", {"reduction": "none"}, "reduction='none' meets no budget"),
         ("half", {}, "r='half' is not allowed: it is a number, a list"),

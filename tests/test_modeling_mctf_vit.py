@@ -114,7 +114,7 @@ def test_without_fusion_it_is_exactly_vit(
 ) -> None:
     torch.manual_seed(0)
     plain = ViTForImageClassification(ViTConfig(**TINY, attn_implementation=attention)).eval()
-    model = tiny_model(**settings, attn_implementation=attention)
+    model = tiny_model(**settings, attn_implementation=attention, skip_unread=False)
     model.load_state_dict(plain.state_dict())
     assert torch.equal(model(images).logits, plain(images).logits)
     larger = torch.randn(2, 3, 48, 48)
