@@ -261,7 +261,7 @@ def goes_in_slices(x: Tensor) -> bool:
     return x.is_cpu and not recorded
 
 
-def _step(settings: FusionConfigMixin, whole: bool, num_read: int | None) -> Step:
+def _step(settings: FusionConfigMixin, whole: bool = False, num_read: int | None = None) -> Step:
     reducer = build_reducer(settings)
     return Step(
         reducer=reducer,
