@@ -78,7 +78,10 @@ def ways_of(words: str | None, model: Any) -> tuple[str, ...]:
 def measure_speed(
     judging: Judge, verdicts: Sequence[Verdict], *, batch_size: int, rounds: int
 ) -> None:
-    """Fill in how many times as fast as the model without fusion settings are, in turns."""
+    """Fill in how many times as fast as the model without fusion settings are, in turns.
+
+    That one computes all tokens everywhere, as transformers' does.
+    """
     pixel_values = judging.pixel_values[:batch_size]
     pixel_values = pixel_values.repeat(math.ceil(batch_size / len(pixel_values)), 1, 1, 1)
     pixel_values = pixel_values[:batch_size]
@@ -87,8 +90,9 @@ def measure_speed(
         with applied(judging.model, settings):
             return judging.model(pixel_values)
 
-    every = [{"reduction": "none"}]
-    every += [{"reduction": "none"} if v.setting is None else v.setting.settings for v in verdicts]
+    nothing = {"reduction": "none"}
+    every = [{**nothing, "skip_unread": False}]
+    every += [nothing if v.setting is None else v.setting.settings for v in verdicts]
     speeds = images_per_second(
         [lambda settings=settings: run(settings) for settings in every], batch_size, rounds=rounds
     )
@@ -115,11 +119,13 @@ _HEADINGS = {
     "fraction": "of cost",
     "loss": "loss",
     "more_loss": "more than the best",
+    "change": "change",
     "agreement": "agreement %",
     "accuracy": "accuracy %",
     "speed": "speed",
 }
-_FORMATS = {"gmacs": ".4g", "fraction": ".3f", "loss": ".5f", "more_loss": ".5f"}
+_FORMATS = {"gmacs": ".4g", "fraction": ".3f"}
+_FORMATS |= dict.fromkeys(("loss", "more_loss", "change"), ".5f")
 
 
 def _cell(row: dict[str, Any], name: str) -> str:

@@ -101,10 +101,14 @@ class Judge:
         With labels their cross-entropy; without, a classifier's Kullback-Leibler divergence from
         the probabilities without fusion, or one minus the cosine of an embedding to that without.
         """
-        unfused = self.unfused[start : start + len(outputs)]
         if self.labels is not None:
             labels = self.labels[start : start + len(outputs)]
             return F.cross_entropy(outputs, labels, reduction="none")
+        return self.change(outputs, start)
+
+    def change(self, outputs: Tensor, start: int = 0) -> Tensor:
+        """How far fusion moves the outputs from one image on, (n,): see :meth:`loss`."""
+        unfused = self.unfused[start : start + len(outputs)]
         if self.classifies:
             return F.kl_div(
                 outputs.log_softmax(-1), unfused.log_softmax(-1), log_target=True, reduction="none"
@@ -141,6 +145,7 @@ class Verdict:
         cost: multiply-accumulates of one image.
         fraction: of the cost without fusion, all tokens computed.
         loss: see :meth:`Judge.loss`, (n,).
+        change: see :meth:`Judge.change`, (n,).
         agreement: see :meth:`Judge.agreement`, (n,).
         right: see :meth:`Judge.right`.
         ratio: measured speed over that without fusion, if it was measured.
@@ -151,6 +156,7 @@ class Verdict:
     cost: int
     fraction: float
     loss: Tensor
+    change: Tensor
     agreement: Tensor
     right: Tensor | None = None
     ratio: float | None = None
@@ -169,6 +175,7 @@ class Verdict:
         if self.right is not None:
             row["accuracy"] = 100 * _mean(self.right.float())
             row["accuracy_error"] = 100 * _error(self.right.float())
+            row["change"], row["change_error"] = _mean(self.change), _error(self.change)
         if self.ratio is not None:
             row["speed"] = self.ratio
         if best is not None:
@@ -199,6 +206,7 @@ def judge(judging: Judge, name: str, setting: Setting | None) -> Verdict:
         cost,
         cost / described.whole,
         judging.loss(outputs),
+        judging.change(outputs),
         judging.agreement(outputs),
         judging.right(outputs),
     )

@@ -16,7 +16,7 @@ from cli.main import main
 from cli.verdicts import table_of
 from mctf_hf import MCTFViTForImageClassification, fuse_tokens, tuning
 from mctf_hf.candidates import WAYS, Candidate, Dial, budget_of, meet, ways_for
-from mctf_hf.cost import multiply_accumulates
+from mctf_hf.cost import describe, multiply_accumulates
 from mctf_hf.judging import Judge, applied, judge
 from mctf_hf.tuning import Search, tune
 from tests.conftest import DIGITS, tiny_model
@@ -91,6 +91,7 @@ def test_losses_by_hand() -> None:
     labelled = Judge(model, images, labels)
     expected = -q.log()[torch.arange(24), labels]
     torch.testing.assert_close(labelled.loss(fused), expected)
+    torch.testing.assert_close(labelled.change(fused), judging.loss(fused))
     assert torch.equal(labelled.right(fused), fused.argmax(1) == labels)
 
 
@@ -122,6 +123,25 @@ def test_a_search_finds_what_is_better_and_keeps_to_its_budget() -> None:
     assert found.best.name.startswith("tuned") or losses[0] == min(losses)
     assert all(verdict.fraction <= 0.6 for verdict in found.ranking)
     assert {verdict.name for verdict in found.ranking} >= {"tuned 1", "tuned 2", *WAYS}
+
+
+@pytest.mark.parametrize("way", ["mctf_present", "token_mergence"])
+def test_a_search_begins_with_a_known_setting(way: str) -> None:
+    model = tiny_model(min_tokens=1)
+    weights = (0.0, 1.0, 2.0, 1.0, 0.5)
+    known = meet(model, Candidate(way, {}, weights), budget_of(model, 0.7))
+    with applied(model, known.settings):
+        start = Candidate.of(model.config, 65)
+    assert start is not None and start.way == way
+    assert meet(model, start, budget_of(model, 0.7)).cost == known.cost
+    judging = Judge(model, pictures())
+    search = Search(judging, ["tome"], budget_of(model, 0.7), trials=4, start=start)
+    search.run()
+    tried = [trial.user_attrs["candidate"]["way"] for trial in search.exploring.trials]
+    assert tried[:2] == [way, "tome"] and len(search.refining.trials) == 1
+    found = tune(judging, judging, 0.7, ["tome"], trials=4, start=start)
+    assert {verdict.name for verdict in found.ranking} >= {"start", "tome", "tuned 1"}
+    assert Candidate.of(tiny_model(r=0).config, 65) is None
 
 
 @pytest.mark.parametrize("trials", [3, 20])
@@ -187,11 +207,17 @@ def test_the_command_tunes_a_model(tiny_folder: Path, capsys: pytest.CaptureFixt
     for name, value in record["settings"].items():
         assert getattr(model.config, name) == value
     plain = MCTFViTForImageClassification.from_pretrained(tiny_folder)
-    cost = multiply_accumulates(model.config) / multiply_accumulates(plain.config, r=0)
+    cost = multiply_accumulates(model.config) / describe(plain.config).whole
     assert 0.65 < cost <= 0.7
     before = Path("tuned/tuning.json").read_text()
     main(words)  # everything is in the study
     assert Path("tuned/tuning.json").read_text() == before
+    again = ["tune", "tuned", *WORDS, "--budget", "0.6", "--trials", "3", "--output", "again"]
+    main([*again, "--methods", "tome", "--precision", "bf16-true"])
+    settings = [
+        row["setting"] for row in json.loads(Path("again/tuning.json").read_text())["ranking"]
+    ]
+    assert "start" in settings
 
 
 def test_a_card_tells_how_the_setting_was_found(tiny_folder: Path) -> None:
