@@ -216,7 +216,8 @@ class FusedTokensPicture(Callback):
         if not due or not fitting or batch_idx or pl_module.model.config.reduction == "none":
             return
         images = batch["pixel_values"][: self.images]
-        output = pl_module(images)  # in all processes, which may hold a part of the weights each
+        # In all processes, which may hold a part of the weights each.
+        output = pl_module(images, output_fusion=True)
         log_dir = trainer.log_dir or trainer.default_root_dir
         if trainer.is_global_zero:
             sheet = _picture(pl_module, images, output)

@@ -128,7 +128,7 @@ def test_a_distilled_deit_of_transformers_loads_as_it_is(plain_class: Any, tmp_p
     assert not torch.allclose(fused.logits, expected, atol=1e-3)
     model.save_pretrained(tmp_path / "saved")
     again = AutoModelForImageClassification.from_pretrained(tmp_path / "saved").eval()
-    assert torch.equal(again(images).logits, fused.logits)
+    assert torch.equal(again(images).logits, model(images).logits)
 
 
 @torch.no_grad()
@@ -198,10 +198,10 @@ def test_published_costs(name: str, base: float, r: int, fused: float) -> None:
 
     Without it attention is applied to the values of all old positions: up to 0.51% more.
     """
-    config = preset(name, r=r, pooling="max")
+    config = preset(name, r=r, pooling="max", skip_unread=False)
     assert multiply_accumulates(config, r=0) / 1e9 == pytest.approx(base, rel=0.0025)
     assert multiply_accumulates(config) / 1e9 == pytest.approx(fused, rel=0.0025)
-    config = preset(name, r=r)
+    config = preset(name, r=r, skip_unread=False)
     assert multiply_accumulates(config) / 1e9 == pytest.approx(fused, rel=0.0051)
 
 
