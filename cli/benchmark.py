@@ -16,20 +16,22 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import ViTImageProcessorPil
 
-from cli.contestants import Contestant, make
-from cli.evaluation import open_labelled
-from cli.files import check_output, open_images
-from cli.measuring import machine_name, peak_bytes, seconds_in_rounds
-from cli.models import labels
-from cli.options import read, refuse
-from cli.parsing import ArgumentParser
-from lightning_modules.data import HFImageDataModule, LabelledImages
+from lightning_modules.images import LabelledImages
+from lightning_modules.opening import NamedDataset
 from lightning_modules.processors import fit_shape, output_size
 from mctf_hf.checks import check_scores
 from mctf_hf.files import replace, write_text
 from mctf_hf.hub import load_image_processor
 from mctf_hf.images import ImageReader
 from mctf_hf.problems import QUALITIES, Quality, quality
+
+from .contestants import Contestant, make
+from .evaluation import open_labelled
+from .files import check_output, open_images
+from .measuring import machine_name, peak_bytes, seconds_in_rounds
+from .models import labels
+from .options import read, refuse
+from .parsing import ArgumentParser
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FIGURES = 73  # columns of a terminal that a table needs beside the models' names
@@ -216,7 +218,7 @@ def _labelled(
             f"the image processor of {contestant.folder} makes others"
         )
     model = contestant.model.model
-    return open_labelled(HFImageDataModule(dataset), split, max_images, model, processor)
+    return open_labelled(NamedDataset(dataset), split, max_images, model, processor)
 
 
 @torch.inference_mode()

@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import ViTImageProcessorPil
 
-from cli.measuring import machine_name
-from cli.parsing import ArgumentParser
 from lightning_modules import HFImageDataModule
+
+from .measuring import machine_name
+from .parsing import ArgumentParser
 
 WHOLE_BATCH = {"rand_augment": None, "random_erasing": 0.0, "mixup": 0.0, "cutmix": 0.0}
 UNUSED = {"test_split", "predict_folder", "eval_batch_size"}  # of data that nobody trains with

@@ -8,8 +8,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from cli.main import nearest
-from cli.models import parse, resolve
 from lightning_modules.processors import settle_size
 from mctf_hf.checks import check_weights
 from mctf_hf.configuration_mctf import as_pair, check_exists
@@ -25,6 +23,9 @@ from mctf_hf.registry import (
     plain_config,
     settings_for,
 )
+
+from .main import nearest
+from .models import parse, resolve
 
 SETTINGS = ("attn_implementation", "compile", "slice")
 

@@ -9,8 +9,6 @@ import numpy as np
 from transformers import ViTImageProcessorPil
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from cli.models import parse, resolve
-from cli.parsing import ArgumentParser
 from lightning_modules.evaluation import told_fusion
 from lightning_modules.processors import settle_size
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
@@ -21,6 +19,9 @@ from mctf_hf.cost import describe
 from mctf_hf.hub import HUB_ID, check_folder, load_image_processor, save
 from mctf_hf.registry import backbone_of, only_if_asked, output_of, settings_for
 from mctf_hf.sources import SOURCES, detect_source
+
+from .models import parse, resolve
+from .parsing import ArgumentParser
 
 BICUBIC = 3
 # What no weight tells of a T2T-ViT and an LV-ViT.

@@ -14,13 +14,14 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForImageClassification
 
-from cli.finetuning import finetuning
-from cli.measuring import images_per_second
-from cli.parsing import ArgumentParser
 from mctf_hf.configuration_mctf import FusionConfigMixin
 from mctf_hf.cost import multiply_accumulates
 from mctf_hf.hub import load_image_processor
 from mctf_hf.images import ImageReader
+
+from .finetuning import finetuning
+from .measuring import images_per_second
+from .parsing import ArgumentParser
 
 DATASET = "data/digits"
 CONFIGS = {"base": "configs/digits_base.yaml", "finetuned": "configs/digits.yaml"}

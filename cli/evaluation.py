@@ -9,10 +9,9 @@ import transformers
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from cli.files import evenly_spaced
-from cli.measuring import images_per_second, machine_name
-from lightning_modules.data import HFImageDataModule, LabelledImages, Process
 from lightning_modules.evaluation import Amount, add_up, as_counts, sweep, told
+from lightning_modules.images import LabelledImages, Process
+from lightning_modules.opening import NamedDataset
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
 from mctf_hf.classes import check_classes, names_of
 from mctf_hf.cost import describe
@@ -20,15 +19,22 @@ from mctf_hf.model_card import Evaluation, Measurement
 from mctf_hf.problems import problem_type, quality
 from mctf_hf.registry import NOTHING, plain_class, plain_config
 
+from .files import evenly_spaced
+from .measuring import images_per_second, machine_name
+
 
 def open_labelled(
-    data: HFImageDataModule,
+    data: NamedDataset,
     split: str,
     max_images: int | None,
     model: Any,
     processor: Any,
+    **columns: str | None,
 ) -> LabelledImages:
     """A split of a dataset, or evenly spaced rows of it, as the model wants its images.
+
+    Args:
+        columns: ``image_column`` and ``label_column``, see :func:`.find_columns`.
 
     Raises:
         ValueError: for a split or columns that are missing, labels that are not the model's, or a
@@ -39,7 +45,7 @@ def open_labelled(
             f"accuracy on {data.dataset} is not allowed with {type(model).__name__}, which has no "
             "head for classes: finetune it with num_labels first"
         )
-    rows = data.rows(split, names_of(model.config))
+    rows = data.rows(split, names_of(model.config), **columns)
     rows.settle_labels(problem_type(model.config), model.num_labels)
     if rows.label_names is not None:
         check_classes(model.config, rows.label_names, "the model", data.dataset)

@@ -12,11 +12,6 @@ from rich.table import Table
 from torch import Tensor
 from transformers import ViTImageProcessorPil
 
-from cli.files import check_output, open_images
-from cli.measuring import images_per_second, machine_name
-from cli.models import load, parse, resolve
-from cli.options import read, refuse
-from cli.parsing import ArgumentParser
 from mctf_hf import MCTFViTForImageClassification
 from mctf_hf import export as exporting
 from mctf_hf.export import TOLERANCE, Agreement
@@ -24,6 +19,12 @@ from mctf_hf.files import draft
 from mctf_hf.images import ImageReader
 from mctf_hf.presets import PRESETS, preset, preset_class
 from mctf_hf.registry import only_if_asked
+
+from .files import check_output, open_images
+from .measuring import images_per_second, machine_name
+from .models import load, parse, resolve
+from .options import read, refuse
+from .parsing import ArgumentParser
 
 WRITE = {".onnx": exporting.to_onnx, ".pt2": exporting.to_torch_export}
 RUNTIME = {".onnx": "onnxruntime", ".pt2": "torch.export"}
@@ -80,10 +81,7 @@ def export(
     if rounds < 1:
         raise ValueError(f"rounds={rounds!r} is not allowed: it is at least 1")
     if file.suffix == ".onnx":
-        try:
-            exporting.import_onnx()
-        except ImportError as error:
-            raise RuntimeError(str(error)) from error
+        exporting.import_onnx()
     made, processor = _load(model)
     pixel_values = _pixel_values(made, processor, images, max(count, batch_size if speed else 0))
 

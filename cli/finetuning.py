@@ -11,8 +11,6 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 
-from cli.options import command
-from cli.parsing import BriefErrors
 from lightning_modules import (
     AveragedWeights,
     BestCheckpoint,
@@ -31,6 +29,9 @@ from lightning_modules.checkpoint_files import LAST, PREVIOUS
 from lightning_modules.checkpoints import Stopped
 from mctf_hf.problems import REGRESSION
 from mctf_hf.registry import backbone_of
+
+from .options import command
+from .parsing import BriefErrors
 
 MONITOR = "val/accuracy"  # of the best checkpoint, unless something else is asked for
 

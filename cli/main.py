@@ -6,11 +6,12 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
-from cli.quiet import quiet
+from .quiet import quiet
 
 # All commands, each with what it does. Those of Lightning's command line are in one module, the
 # others each in one of their own name; none is imported before it is asked for.
@@ -90,14 +91,14 @@ def _run(words: Sequence[str]) -> None:
     elif command == "--version":
         print(f"mctf {version('mctf-hf')}")
     elif command in FINETUNING or re.match("(-c|--config)(=|$)", command):
-        with quiet():
-            from cli.finetuning import finetuning
+        with quiet(), _extras_told(command):
+            from .finetuning import finetuning
 
             finetuning(words, imports)
     elif command in COMMANDS:
         options = [re.sub(r"^--[\w-]+", _underscored, word) for word in rest]
-        with quiet():
-            importlib.import_module(f"cli.{command.replace('-', '_')}").main(options)
+        with quiet(), _extras_told(command):
+            importlib.import_module(f".{command.replace('-', '_')}", __package__).main(options)
     else:
         print(_no_command(command), file=sys.stderr)
         sys.exit(MISUSED)
@@ -154,6 +155,18 @@ def _import(name: str) -> None:
         sys.path.remove(str(folder))
     if is_file and Path(getattr(imported, "__file__", None) or "").resolve() != file.resolve():
         raise ValueError(f"--import {name}: another module is called {module!r}: rename the file")
+
+
+@contextmanager
+def _extras_told(command: str) -> Iterator[None]:
+    """Let what the command needs and is not installed be told with the extra that brings it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        from mctf_hf.extras import needed_by
+
+        with needed_by(f"mctf {command}"):
+            raise error
 
 
 def _underscored(option: re.Match) -> str:

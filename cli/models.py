@@ -8,8 +8,6 @@ from typing import Any
 
 import yaml
 
-from cli.main import nearest
-from cli.yaml_texts import load_yaml
 from lightning_modules.processors import settle_size
 from mctf_hf.configuration_mctf import EncoderConfigMixin
 from mctf_hf.conversion import load_pretrained
@@ -17,6 +15,9 @@ from mctf_hf.cost import resolve_budget
 from mctf_hf.hub import load_image_processor
 from mctf_hf.registry import FUSION_SETTINGS as FUSION
 from mctf_hf.registry import backbone_of, settings_for
+
+from .main import nearest
+from .yaml_texts import load_yaml
 
 
 def parse(words: str, more: Sequence[str] = ()) -> tuple[str, dict[str, Any]]:

@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 
 import jsonargparse
 
-from cli.main import MISUSED, nearest
-from cli.yaml_texts import check_words, guard
+from .main import MISUSED, nearest
+from .yaml_texts import check_words, guard
 
 guard()
 

@@ -14,13 +14,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from jsonargparse import ActionYesNo
 
-from cli.evaluation import evaluate, open_labelled
-from cli.files import open_images
-from cli.models import load, parse
-from cli.options import command, read, refuse
-from cli.parsing import ArgumentParser
-from lightning_modules.data import HFImageDataModule
-from lightning_modules.run_settings import public_name
+from lightning_modules.opening import NamedDataset
 from mctf_hf import MCTFViTForImageClassification
 from mctf_hf.files import read_object
 from mctf_hf.hub import (
@@ -37,8 +31,14 @@ from mctf_hf.hub import (
     save,
     stays_within,
 )
-from mctf_hf.model_card import check_base_model, make_card
+from mctf_hf.model_card import check_base_model, make_card, public_name
 from mctf_hf.visualization import contact_sheet, enlarge, fused_tokens
+
+from .evaluation import evaluate, open_labelled
+from .files import open_images
+from .models import load, parse
+from .options import command, read, refuse
+from .parsing import ArgumentParser
 
 OF_AS_IS = {"model", "repo_id", "as_is", "private", "revision", "message"}
 OF_DATASET = {"name", "dataset_revision", "split", "image_column", "label_column", "max_images"}
@@ -142,14 +142,15 @@ def push_model(
         files[PICTURE] = _picture(loaded, processor, picture)
     images = None
     if dataset is not None:
-        data = HFImageDataModule(
-            dataset,
-            name=name,
-            revision=dataset_revision,
+        images = open_labelled(
+            NamedDataset(dataset, name, dataset_revision),
+            split,
+            max_images,
+            loaded,
+            processor,
             image_column=image_column,
             label_column=label_column,
         )
-        images = open_labelled(data, split, max_images, loaded, processor)
 
     print(f"Measuring {model} …")
     evaluation = evaluate(loaded, images, batch_size=batch_size, rounds=rounds)

@@ -5,15 +5,16 @@ from typing import Any
 
 from rich.console import Console
 
-from cli.files import check_output
-from cli.measuring import machine_name
-from cli.models import load, parse
-from cli.options import read, refuse
-from cli.parsing import ArgumentParser
-from cli.verdicts import csv_of, draw, measure_speed, open_judge, table_of, ways_of
 from mctf_hf.candidates import Candidate, Setting, budget_of, meet
 from mctf_hf.files import replace, write_text
 from mctf_hf.judging import Judge, Verdict, judge
+
+from .files import check_output
+from .measuring import machine_name
+from .models import load, parse
+from .options import read, refuse
+from .parsing import ArgumentParser
+from .verdicts import csv_of, draw, measure_speed, open_judge, table_of, ways_of
 
 
 def main(args: Sequence[str]) -> None:

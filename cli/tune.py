@@ -11,10 +11,16 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cli.models import load
-from cli.options import read, refuse
-from cli.parsing import ArgumentParser
-from cli.verdicts import (
+from mctf_hf.candidates import Candidate, budget_of, meet, untuned
+from mctf_hf.hub import TUNING, TUNING_PICTURE, TUNING_TABLE, check_folder, save
+from mctf_hf.judging import Judge, Verdict, judge
+from mctf_hf.model_card import public_name
+from mctf_hf.tuning import Tuned, tune
+
+from .models import load
+from .options import read, refuse
+from .parsing import ArgumentParser
+from .verdicts import (
     csv_of,
     draw,
     measure_speed,
@@ -22,11 +28,6 @@ from cli.verdicts import (
     table_of,
     ways_of,
 )
-from lightning_modules.callbacks import public_name
-from mctf_hf.candidates import Candidate, budget_of, meet, untuned
-from mctf_hf.hub import TUNING, TUNING_PICTURE, TUNING_TABLE, check_folder, save
-from mctf_hf.judging import Judge, Verdict, judge
-from mctf_hf.tuning import Tuned, tune
 
 # Budgets to try, the dearest first, where a loss is given; and of the picture.
 BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
@@ -96,10 +97,8 @@ def tune_model(
         batch_size: images per call when speed is measured.
         rounds: timings of each setting, whose median counts.
     """
-    try:
-        import optuna  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("mctf tune needs Optuna: pip install 'mctf-hf[tune]'") from error
+    import optuna  # noqa: F401  # which may not be installed: told before the work
+
     goals = {"budget": budget, "speed": speed, "max_loss": max_loss}
     given = {name: value for name, value in goals.items() if value is not None}
     if len(given) != 1:

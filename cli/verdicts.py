@@ -11,15 +11,16 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from cli.evaluation import open_labelled
-from cli.files import open_images
-from cli.measuring import images_per_second
-from lightning_modules.data import HFImageDataModule
+from lightning_modules.opening import NamedDataset
 from mctf_hf.candidates import WAYS, ways_for
 from mctf_hf.files import write_csv
 from mctf_hf.images import ImageReader
 from mctf_hf.judging import Judge, Verdict, applied
 from mctf_hf.problems import SINGLE, problem_type
+
+from .evaluation import open_labelled
+from .files import open_images
+from .measuring import images_per_second
 
 
 def open_judge(
@@ -44,9 +45,8 @@ def open_judge(
             "one label per image are, and encoders"
         )
     if labels:
-        labelled = open_labelled(
-            HFImageDataModule(images), split or "test", count, model, processor
-        )
+        dataset = NamedDataset(images)
+        labelled = open_labelled(dataset, split or "test", count, model, processor)
         batches = list(DataLoader(labelled, batch_size=64))
         pixel_values = torch.cat([batch["pixel_values"] for batch in batches])
         return Judge(model, pixel_values, torch.cat([batch["labels"] for batch in batches]))

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable, Sequence
 
-from cli.files import check_output, open_images
-from cli.models import labels, load
-from cli.parsing import ArgumentParser
 from mctf_hf.files import replace
 from mctf_hf.visualization import FusedTokens, contact_sheet, enlarge, fused_tokens
+
+from .files import check_output, open_images
+from .models import labels, load
+from .parsing import ArgumentParser
 
 
 def main(args: Sequence[str]) -> None:

@@ -1,22 +1,20 @@
-"""Finetuning with Lightning: the training logic, the data and what surrounds them."""
+"""Finetuning with Lightning: the training logic, the data and what surrounds them.
 
-from .callbacks import HuggingFaceFolder, PredictionFile
-from .checkpoints import AveragedWeights, BestCheckpoint, LastCheckpoint
-from .data import HFImageDataModule
-from .finetuning import MCTFFinetuner
-from .watching import FusedTokensPicture, ProgressLines, Summary, Watch, make_loggers
+Its names are those of :mod:`.public`. Lightning is imported with the first of them, so that what
+only reads images does without.
+"""
 
-__all__ = [
-    "AveragedWeights",
-    "BestCheckpoint",
-    "FusedTokensPicture",
-    "HFImageDataModule",
-    "HuggingFaceFolder",
-    "LastCheckpoint",
-    "MCTFFinetuner",
-    "PredictionFile",
-    "ProgressLines",
-    "Summary",
-    "Watch",
-    "make_loggers",
-]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from mctf_hf.extras import needed_by
+
+if TYPE_CHECKING:
+    from .public import *  # noqa: F403
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("__"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    with needed_by(__name__):
+        return getattr(import_module(".public", __name__), name)

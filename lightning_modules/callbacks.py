@@ -20,10 +20,11 @@ from torch.distributed.fsdp import FSDPModule
 from lightning_modules.checkpoint_files import SafeCheckpointIO
 from lightning_modules.checkpoints import by_the_first, is_there
 from lightning_modules.locks import FolderLock
-from lightning_modules.run_settings import ema_decay, public_name
+from lightning_modules.run_settings import ema_decay
 from mctf_hf.files import draft, write_csv
 from mctf_hf.hub import TRAINING, check_folder, save
 from mctf_hf.losses import told_limit
+from mctf_hf.model_card import public_name
 from mctf_hf.registry import build
 
 AUGMENTED = ("rand_augment", "random_erasing", "mixup", "cutmix", "repeated_augmentation")

@@ -28,8 +28,6 @@ from .images import (
     OnBadImage,
     Process,
     Rows,
-    class_names,
-    find_columns,
 )
 from .opening import NamedDataset
 from .processors import output_size
@@ -301,21 +299,9 @@ class HFImageDataModule(L.LightningDataModule):
     def rows(
         self, split: str, known: Sequence[str] | None = None, *, all_of_them: bool = False
     ) -> Rows:
-        """Open a split.
-
-        Args:
-            known: names of a model's classes, see :func:`class_names`.
-
-        Raises:
-            ValueError: for a split or column that is missing.
-            FileNotFoundError: for a folder that is missing.
-        """
-        rows, origin = self.named.load(split), f"{self.dataset}, split {split}"
-        columns = find_columns(rows, origin, self.image_column, self.label_column)
-        if not columns.by_name:
-            return Rows(rows, origin, columns)
-        found = self.named.texts(columns.label)
-        return Rows(rows, origin, columns, class_names(found, known, all_of_them=all_of_them))
+        """Open a split, see :meth:`.NamedDataset.rows`, which raises."""
+        columns = {"image_column": self.image_column, "label_column": self.label_column}
+        return self.named.rows(split, known, **columns, all_of_them=all_of_them)
 
     def _head(self) -> tuple[str, int]:
         """The model's ``problem_type`` and its number of outputs."""

@@ -17,13 +17,8 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 
 from lightning_modules.checkpoint_files import check_file
 from lightning_modules.distillation import Guide
-from lightning_modules.evaluation import (
-    accuracy_by_class,
-    are_counted,
-    make_counts,
-    make_metrics,
-    told_fusion,
-)
+from lightning_modules.evaluation import are_counted, told_fusion
+from lightning_modules.metrics import accuracy_by_class, make_counts, make_metrics
 from lightning_modules.pretrained import load_or_make
 from lightning_modules.schedule import cosine_with_cooldown, parameter_groups
 from mctf_hf.checks import check_scores

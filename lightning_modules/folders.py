@@ -17,9 +17,10 @@ import pyarrow.json
 import pyarrow.parquet
 from datasets import Dataset
 from datasets import Image as ImageFeature
-from lightning.pytorch.utilities import rank_zero_warn
 
 from mctf_hf.images import is_image_name, needs_heif
+
+from .ranks import warn_once
 
 LABEL = "label"  # the column of the classes' names
 SPLITS = {
@@ -144,7 +145,7 @@ def open_image_folder(folder: Path) -> dict[str, Dataset] | None:
         found.left_out["that are in no split"] += outside
     found.left_out = +found.left_out
     if found.left_out:
-        rank_zero_warn(f"{folder}: files are left out: {found.told()}")
+        warn_once(f"{folder}: files are left out: {found.told()}")
     return splits
 
 

@@ -1,6 +1,7 @@
 """Datasets by their names: of the Hub, and folders of parquet or tar files, or of images."""
 
 import os
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from datasets.exceptions import DatasetGenerationCastError, DatasetGenerationErr
 from datasets.inspect import SplitsNotFoundError
 
 from .folders import LABEL, open_image_folder
+from .images import Rows, class_names, find_columns
 from .streaming import count_rows
 
 SHARDS = 64  # of a folder of images, as a stream
@@ -77,6 +79,31 @@ class NamedDataset:
             rows = rows.remove_columns(LABEL).add_column(LABEL, numbers, feature=classes)
         rows = rows.shuffle(seed=0, keep_in_memory=True)  # so that no shard is one class
         return rows.to_iterable_dataset(min(SHARDS, len(rows)))
+
+    def rows(
+        self,
+        split: str,
+        known: Sequence[str] | None = None,
+        *,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        all_of_them: bool = False,
+    ) -> Rows:
+        """Open the images and labels of a split.
+
+        Args:
+            known: names of a model's classes, see :func:`.class_names`.
+            image_column, label_column: see :func:`.find_columns`.
+
+        Raises:
+            ValueError: for a split or column that is missing.
+        """
+        rows, origin = self.load(split), f"{self.dataset}, split {split}"
+        columns = find_columns(rows, origin, image_column, label_column)
+        if not columns.by_name:
+            return Rows(rows, origin, columns)
+        found = self.texts(columns.label)
+        return Rows(rows, origin, columns, class_names(found, known, all_of_them=all_of_them))
 
     def texts(self, column: str) -> set[str]:
         """What a column of texts holds, in all splits that have it."""

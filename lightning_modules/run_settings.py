@@ -1,10 +1,7 @@
 """The settings that decide what a run results in, and whether a resumed run still has them."""
 
 import json
-import os
-import re
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -12,6 +9,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.utilities import rank_zero_warn
 
 from mctf_hf.configuration_mctf import FusionConfigMixin
+from mctf_hf.model_card import public_name
 
 # What decides which images a step sees and how far a run has come.
 _POSITION = (
@@ -45,13 +43,6 @@ _NO_MATTER = ("attn_implementation", "compile", "reduction", "r", "keep_rate", "
 _OF_DATA = ("crop", "flip", "rand_augment", "random_erasing", "mixup", "cutmix", "val_split")
 
 Settings = dict[str, Any]
-
-
-def public_name(name: str | None) -> str | None:
-    """A model's or dataset's name for strangers: its Hub id, or the last part of a local path."""
-    if name is None or (re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not os.path.exists(name)):
-        return name
-    return Path(name).resolve().name
 
 
 def ema_decay(trainer: L.Trainer) -> float | None:

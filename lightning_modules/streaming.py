@@ -13,7 +13,6 @@ import torch
 from datasets import Image as ImageFeature
 from datasets import IterableDataset, load_dataset_builder
 from datasets.distributed import split_dataset_by_node
-from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data import IterableDataset as TorchIterableDataset
@@ -31,6 +30,7 @@ from .images import (
     make_sample,
 )
 from .labels import encode, not_counted, settle
+from .ranks import warn_once
 from .sampling import ResumableDataLoader
 from .shares import in_step
 
@@ -110,7 +110,7 @@ class StreamedImages(TorchIterableDataset):
             rows = rows.shuffle(seed=seed, buffer_size=shuffle_buffer)
         if not own_shards:
             if rows.num_shards % world_size:
-                rank_zero_warn(
+                warn_once(
                     f"{origin} has {rows.num_shards} shards: each of {world_size} processes reads "
                     f"all of them. Fewer processes, or {enough} shards or more, would be faster"
                 )

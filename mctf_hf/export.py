@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from .checks import check_weights
+from .extras import needed_by
 from .files import draft
 from .registry import output_of
 from .schedule import KeepRate, TokensFused
@@ -225,14 +226,10 @@ def import_onnx() -> Any:
     Raises:
         ImportError: with what to install.
     """
-    try:
+    with needed_by("ONNX"):
         for package in ("onnx", "onnxscript"):
             import_module(package)
         return import_module("onnxruntime")
-    except ImportError as error:
-        raise ImportError(
-            f"ONNX needs a package that cannot be imported ({error}): pip install 'mctf-hf[onnx]'"
-        ) from error
 
 
 class _Function(nn.Module):

@@ -1,6 +1,7 @@
 """The page that goes with a model on the Hub: what it is, how to load it, what was measured."""
 
 import json
+import os
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -296,3 +297,10 @@ def _results(evaluation: Evaluation, output: str) -> list[EvalResult]:
         for kind, name, value in measured
         if value is not None
     ]
+
+
+def public_name(name: str | None) -> str | None:
+    """A model's or dataset's name for strangers: its Hub id, or the last part of a local path."""
+    if name is None or (re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not os.path.exists(name)):
+        return name
+    return Path(name).resolve().name

@@ -23,7 +23,7 @@ _HERE = Path(__file__).parent
 # What a stranger's process does with the module, in a package without this library.
 _LOAD = f"""
 import importlib, sys, types
-for name in ({_LIBRARY!r}, "lightning_modules", "cli"):
+for name in ({_LIBRARY!r}, "lightning_modules", "cli", "mctf_cli"):
     sys.modules[name] = None
 package = sys.modules["model"] = types.ModuleType("model")
 *package.__path__, module, reduction = sys.argv[1:]

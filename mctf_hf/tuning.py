@@ -31,6 +31,7 @@ from .candidates import (
     meet,
     untuned,
 )
+from .extras import needed_by
 from .judging import CHUNK, Judge, Verdict, judge
 
 if TYPE_CHECKING:
@@ -75,7 +76,8 @@ class Search:
         seed: int = 0,
         start: Candidate | None = None,
     ):
-        import optuna
+        with needed_by("tuning"):
+            import optuna
 
         self.judging, self.budget, self.trials, self.seed = judging, budget, trials, seed
         self.num_layers = judging.described.num_layers

@@ -16,7 +16,7 @@ from cli.contestants import make
 from cli.evaluation import open_labelled
 from cli.main import main
 from cli.measuring import peak_bytes, seconds_in_rounds
-from lightning_modules.data import HFImageDataModule
+from lightning_modules.opening import NamedDataset
 from mctf_hf import MCTFViTForImageClassification
 from mctf_hf.cost import multiply_accumulates, r_for_budget
 from mctf_hf.hub import load_image_processor, save
@@ -103,7 +103,7 @@ def test_accuracy_is_counted_beside_speed(tiny_folder: Path, capsys: pytest.Capt
     again = json.loads(Path("again.json").read_text())["results"][0]["accuracy"]
 
     labelled = open_labelled(
-        HFImageDataModule(DIGITS),
+        NamedDataset(DIGITS),
         "test",
         50,
         make(models[1], None, torch.float32, "cpu").model.model,

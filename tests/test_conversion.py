@@ -23,7 +23,8 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from cli.convert import main
 from cli.main import EXPECTED
-from lightning_modules.data import HFImageDataModule, LabelledImages
+from lightning_modules.data import HFImageDataModule
+from lightning_modules.images import LabelledImages
 from mctf_hf import MCTFViTForImageClassification
 from mctf_hf.checkpoints import load_checkpoint
 from mctf_hf.conversion import build_model, convert_state_dict, infer_config

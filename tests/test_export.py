@@ -352,7 +352,7 @@ def test_an_image_processor_of_another_size_is_told(tiny_folder: Path) -> None:
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     message = r"onnxruntime.*pip install 'mctf-hf\[onnx\]'"
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(ImportError, match=message):
         run_command("deit_t", "--output", "model.onnx")
     with pytest.raises(ImportError, match=message):
         to_onnx(small_model(), "model.onnx")

@@ -33,7 +33,7 @@ import sys
 
 class Blocked:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("mctf_hf", "lightning_modules", "cli"):
+        if name.split(".")[0] in ("mctf_hf", "lightning_modules", "cli", "mctf_cli"):
             raise ImportError(name)
 
 sys.meta_path.insert(0, Blocked())

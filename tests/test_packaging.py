@@ -1,0 +1,250 @@
+"""The built wheel, in environments that hold what it asks for and nothing else."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from importlib.metadata import PathDistribution, distribution
+from pathlib import Path
+from zipfile import Path as ZipPath
+
+import pytest
+from packaging.requirements import Requirement
+
+from cli.main import COMMANDS, FINETUNING
+from tests.conftest import DIGITS, REPOSITORY, environment_of_a_stranger
+
+README = (REPOSITORY / "README.md").read_text()
+CORE = {"torch", "transformers", "huggingface_hub", "safetensors", "numpy", "pillow"}
+TRAINING = {*FINETUNING, "benchmark-data"}
+# What extras bring.
+REST = {
+    "accelerate", "cmaes", "datasets", "jsonargparse", "kornia", "lightning", "matplotlib", "onnx",
+    "onnxruntime", "onnxscript", "optuna", "pyarrow", "rich", "scipy", "tensorboard",
+    "torchmetrics", "wandb",
+}  # fmt: skip
+
+# Runs commands of `mctf` in one process, and prints what each of them said on stderr.
+COMMAND_LINE = """
+import contextlib, io, json, sys
+from mctf_cli.main import main
+
+told = []
+for words in json.loads(sys.argv[1]):
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            main(words)
+            status = 0
+        except SystemExit as stopped:
+            status = stopped.code or 0
+    told.append((status, said.getvalue()))
+print(json.dumps(told))
+"""
+
+
+def tool(*words: object) -> subprocess.CompletedProcess:
+    """Run a module of this environment, which does not see the checkout."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-m", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the wheel and the source archive."""
+    source = tmp_path_factory.mktemp("source")
+    for path in REPOSITORY.iterdir():
+        if path.is_file():
+            shutil.copy(path, source)
+        elif path.name in ("cli", "lightning_modules", "mctf_hf"):
+            shutil.copytree(path, source / path.name, ignore=shutil.ignore_patterns("__pycache__"))
+    done = tool("build", "--no-isolation", source)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return source / "dist"
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> Path:
+    (wheel,) = built.glob("*.whl")
+    return wheel
+
+
+def metadata(wheel: Path) -> PathDistribution:
+    (folder,) = (path for path in ZipPath(wheel).iterdir() if path.name.endswith(".dist-info"))
+    return PathDistribution(folder)
+
+
+def needed(wheel: Path, extras: Sequence[str]) -> set[str]:
+    """The distributions that a wheel and some of its extras need, and those that they need."""
+    own = metadata(wheel)
+    wanted, seen = [(own.name, extra) for extra in ("", *extras)], set()
+    while wanted:
+        name, extra = one = wanted.pop()
+        if one in seen:
+            continue
+        seen.add(one)
+        for text in (own if name == own.name else distribution(name)).requires or ():
+            needs = Requirement(text)
+            if needs.marker is None or needs.marker.evaluate({"extra": extra}):
+                wanted += [(needs.name, more) for more in ("", *needs.extras)]
+    return {name for name, _ in seen} - {own.name}
+
+
+def environment(folder: Path, wheel: Path, *extras: str) -> Path:
+    """A virtual environment with a wheel and links to what it needs; the path of its Python."""
+    python = folder / "bin" / "python"
+    assert tool("venv", "--without-pip", folder).returncode == 0
+    done = tool("pip", "--python", python, "install", "--no-deps", "--no-index", wheel)
+    assert done.returncode == 0, done.stderr
+    (site,) = folder.glob("lib/python*/site-packages")
+    for name in needed(wheel, extras):
+        found = distribution(name)
+        for top in {file.parts[0] for file in found.files or ()} - {"..", "__pycache__"}:
+            if not (site / top).exists():
+                (site / top).symlink_to(str(found.locate_file(top)))
+    return python
+
+
+def run(python: Path, *words: object, home: Path) -> str:
+    done = subprocess.run(
+        [str(python), *map(str, words)],
+        capture_output=True,
+        text=True,
+        env=environment_of_a_stranger(home) | {"MPLCONFIGDIR": str(home)},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def commands(python: Path, words: Iterable[list[str]], home: Path) -> list[tuple[int, str]]:
+    """The exit status of commands and what they say on stderr."""
+    out = run(python, "-c", COMMAND_LINE, json.dumps(list(words)), home=home)
+    return [tuple(told) for told in json.loads(out.splitlines()[-1])]
+
+
+@pytest.fixture(scope="module")
+def alone(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Python with the library and its extras left out."""
+    return environment(tmp_path_factory.mktemp("alone") / "venv", wheel)
+
+
+def test_what_is_built_is_fit_for_the_index(built: Path) -> None:
+    files = sorted(map(str, built.iterdir()))
+    done = tool("twine", "check", "--strict", *files)
+    assert done.returncode == 0 and done.stdout.count("PASSED") == 2, done.stdout
+
+
+def test_the_library_needs_torch_and_what_is_around_it(wheel: Path) -> None:
+    requirements = [Requirement(text) for text in metadata(wheel).requires or ()]
+    assert {one.name for one in requirements if one.marker is None} == CORE
+    users = {one.name for one in requirements if one.marker and 'extra == "dev"' not in str(one)}
+    assert users >= REST
+    tops = {path.name for path in ZipPath(wheel).iterdir()}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {
+        "lightning_modules", "mctf_cli", "mctf_hf",
+    }  # fmt: skip
+
+
+def test_importing_the_library_loads_nothing_else() -> None:
+    code = "import sys, mctf_hf; print(*{name.partition('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    # Transformers loads these two where they are installed.
+    assert (
+        not (REST - {"accelerate", "scipy"}) & set(done.stdout.split())
+        and "transformers" in done.stdout
+    ), done.stderr
+
+
+def test_the_readmes_first_example_runs_with_the_library_alone(
+    alone: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    first, second = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[:2]
+    code = (first + second).replace("facebook/deit-small-patch16-224", str(tiny_folder))
+    run(alone, "-c", code, home=tmp_path)
+    assert (tmp_path / "deit-small-mctf" / "model.safetensors").exists()
+
+
+def test_a_command_or_import_without_its_extra_tells_which_one(alone: Path, tmp_path: Path) -> None:
+    told = commands(alone, [[command, "--help"] for command in COMMANDS], tmp_path)
+    for command, (status, said) in zip(COMMANDS, told, strict=True):
+        extra = "train" if command in TRAINING else "cli"
+        assert status == 1 and said.startswith(f"mctf: error: mctf {command} needs ")
+        assert f"is not installed: pip install 'mctf-hf[{extra}]'\n" in said
+    imports = "\n".join(
+        f"""
+try:
+    {line}
+except ModuleNotFoundError as error:
+    print(error)"""
+        for line in (
+            "from lightning_modules import MCTFFinetuner",
+            "from mctf_hf.export import import_onnx; import_onnx()",
+        )
+    )
+    first, second = run(alone, "-c", imports, home=tmp_path).splitlines()
+    assert first.startswith("lightning_modules needs ") and first.endswith("'mctf-hf[train]'")
+    assert second.startswith("ONNX needs onnx,") and second.endswith("'mctf-hf[onnx]'")
+
+
+def test_commands_run_with_the_extra_that_they_name(
+    wheel: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    python = environment(tmp_path / "venv", wheel, "cli")
+    model, images = str(tiny_folder), ["--images", DIGITS]
+    run_by_it = [
+        ["visualize", f"{model},r=4", *images, "--output", "fused.png"],
+        ["benchmark", f"{model},r=4", "--rounds", "1", "--accuracy", DIGITS, "--max-images", "8"],
+        ["convert", f"{model},r=4", "--output", "made"],
+        ["export", f"{model},r=4", "--output", "made.pt2", *images, "--count", "3"],
+        ["push", "made", "org/made", "--license", "mit", "--rounds", "1", "--dry-run", "draft"],
+        ["sweep", model, *images, "--num-images", "4", "--budgets", "0.8", "--methods", "tome"],
+    ]
+    others = {
+        "fit": "train", "benchmark-data": "train", "demo": "train", "tune": "tune", "export": "onnx"
+    }  # fmt: skip
+    words = {"tune": [model, *images, "--output", "t", "--budget", "0.8"]}
+    words["export"] = [model, "--output", "made.onnx"]
+    refused = [[command, *words.get(command, ())] for command in others]
+    told = commands(python, [*run_by_it, *refused], tmp_path)
+    failed = [said for status, said in told[: len(run_by_it)] if status]
+    assert not failed
+    for extra, (status, said) in zip(others.values(), told[len(run_by_it) :], strict=True):
+        assert status == 1 and f"is not installed: pip install 'mctf-hf[{extra}]'\n" in said
+
+
+@pytest.mark.parametrize(
+    ("extras", "several"),
+    [
+        (
+            ["train"],
+            [
+                ["fit", "--model.pretrained", "MODEL", "--data.dataset", DIGITS, "--model.r", "4",
+                 "--data.num_workers", "0", "--trainer.max_steps", "1", "--export.folder", "made",
+                 "--trainer.limit_val_batches", "1"],
+            ],
+        ),
+        (
+            ["cli", "onnx", "tune"],
+            [
+                ["tune", "MODEL", "--images", DIGITS, "--num-images", "8", "--budget", "0.8",
+                 "--trials", "2", "--methods", "tome", "--output", "made"],
+                ["export", "MODEL", "--output", "made.onnx", "--images", DIGITS],
+            ],
+        ),
+    ],
+)  # fmt: skip
+def test_extras_are_enough_for_what_they_are_named_for(
+    extras: list[str],
+    several: list[list[str]],
+    wheel: Path,
+    tiny_folder: Path,
+    tmp_path: Path,
+) -> None:
+    python = environment(tmp_path / "venv", wheel, *extras)
+    words = [[word.replace("MODEL", str(tiny_folder)) for word in words] for words in several]
+    told = commands(python, words, tmp_path)
+    assert not [said for status, said in told if status]
+    assert list(tmp_path.glob("made*"))
