@@ -3,6 +3,7 @@
 import inspect
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from lightning_modules.checkpoints import Stopped
 from mctf_hf.problems import REGRESSION
 from mctf_hf.registry import backbone_of
 
+from .help import BriefHelp
+from .main import FINETUNING
 from .options import command
 from .parsing import BriefErrors
 
@@ -63,12 +66,21 @@ TRAINED = {
 GROUPS = {"best", "ema", "export", "picture", "summary"}
 
 
-class FinetuningParser(BriefErrors, LightningArgumentParser):
-    """Lightning's parser with errors of a line or two."""
+class FinetuningParser(BriefErrors, BriefHelp, LightningArgumentParser):
+    """Lightning's parser with errors of a line or two, and a help that fits a few screens."""
 
 
 class FinetuningCommandLine(LightningCLI):
     """LightningCLI with checkpoints, loggers, a Hugging Face folder and predictions built in."""
+
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
+        kwargs["description"] = f"{FINETUNING[subcommand].capitalize()}."
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser.add_help_all()
+        parser.has_effect = partial(_has_effect, subcommand)
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_function_arguments(make_loggers, "log")
@@ -228,19 +240,21 @@ def _check_effect(words: Sequence[str]) -> None:
     command = next((word for word in words if word in ("fit", *USED)), None)
     for word in words:
         option = word.partition("=")[0]
-        group, _, name = option.removeprefix("--").partition(".")
-        if command is None or not option.startswith("--"):
-            continue
-        used = True
-        if group == "data" and name in inspect.signature(HFImageDataModule).parameters:
-            used = name in USED[command] if command in USED else name not in OF_OTHERS
-        elif group == "model" and name in TRAINED:
-            used = command == "fit"
-        elif name and (group in GROUPS or group == "predictions"):
-            used = command == ("predict" if group == "predictions" else "fit")
-        if not used:
+        if command is not None and option.startswith("--") and not _has_effect(command, option):
             told = f"settings of data there are {', '.join(USED.get(command, ()))}"
             raise ValueError(
                 f"{option} is not allowed with `mctf {command}`, where it has no effect"
-                + (f": {told}" if group == "data" and command in USED else "")
+                + (f": {told}" if option.startswith("--data.") and command in USED else "")
             )
+
+
+def _has_effect(command: str, option: str) -> bool:
+    """Whether a subcommand has a use for an option, ``--model.r``."""
+    group, _, name = option.removeprefix("--").partition(".")
+    if group == "data" and name in inspect.signature(HFImageDataModule).parameters:
+        return name in USED[command] if command in USED else name not in OF_OTHERS
+    if group == "model" and name in TRAINED:
+        return command == "fit"
+    if name and (group in GROUPS or group == "predictions"):
+        return command == ("predict" if group == "predictions" else "fit")
+    return True

@@ -31,6 +31,7 @@ COMMANDS = FINETUNING | {
     "sweep": "compare methods of fusion at several budgets on real images",
     "tune": "find the setting of fusion that loses least at a budget, without training",
     "visualize": "draw which tokens a model has fused",
+    "completion": "print what lets a shell complete commands and options",
 }
 
 USAGE = """\
@@ -117,7 +118,7 @@ options:
   --import MODULE a module of yours, or its file, to import before the command
   --version       the library's version
 
-Every command has its own --help."""
+Every command has its own --help; fit, validate, test and predict have --help_all, too."""
 
 
 def _no_command(word: str) -> str:

@@ -32,7 +32,7 @@ class BriefErrors:
         known = [option for action in parser._actions for option in action.option_strings]
         command = parser.prog.replace(" [options]", "")
         print(f"{command}: error: {brief(message, known)}", file=sys.stderr)
-        print(f"({command} --help tells all)", file=sys.stderr)
+        print(f"({command} {getattr(parser, 'whole_help', '--help')} tells all)", file=sys.stderr)
         sys.exit(MISUSED)
 
 

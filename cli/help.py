@@ -1,0 +1,117 @@
+"""The settings of ``mctf fit`` and its like that people use, before all that there are."""
+
+import argparse
+import copy
+from collections.abc import Callable
+from typing import Any
+
+ALL = "--help_all"
+# What is asked for most, in order; a subcommand tells what has an effect in it.
+FIRST = (
+    "help",
+    "config",
+    "model.pretrained",
+    "model.num_labels",
+    "model.r",
+    "model.keep_rate",
+    "model.r_max",
+    "model.learning_rate",
+    "model.freeze",
+    "data.dataset",
+    "data.image_column",
+    "data.label_column",
+    "data.val_split",
+    "data.test_split",
+    "data.batch_size",
+    "data.num_workers",
+    "data.crop",
+    "data.flip",
+    "data.rand_augment",
+    "data.streaming",
+    "data.predict_folder",
+    "trainer.max_epochs",
+    "trainer.devices",
+    "trainer.precision",
+    "log.folder",
+    "ema.decay",
+    "export.folder",
+    "predictions.path",
+    "predictions.top_k",
+    "ckpt_path",
+)
+# Instead of Lightning's own, which are long.
+WORDS = {
+    "trainer.max_epochs": "epochs to train for",
+    "trainer.devices": "how many processors to use, or the numbers of which",
+    "trainer.precision": "of numbers: 32-true, bf16-mixed, 16-mixed and others",
+    "ckpt_path": "checkpoint of a run, to go on from or to measure; last is that of last.folder",
+}
+
+
+class HelpAll(argparse.Action):
+    """``--help_all``: what :class:`BriefHelp` leaves out, too."""
+
+    def __init__(self, option_strings: Any, dest: str = argparse.SUPPRESS, help: str | None = None):
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser: Any, *args: Any) -> None:
+        print(parser.format_help(brief=False), end="")
+        parser.exit()
+
+
+class BriefHelp:
+    """Mixin of a parser with many settings, whose help tells those of :data:`FIRST`.
+
+    Attributes:
+        has_effect: whether an option, ``--model.r``, has one here.
+        whole_help: what tells all settings.
+    """
+
+    has_effect: Callable[[str], bool] | None = None
+    whole_help = ALL
+
+    def add_help_all(self: Any) -> None:
+        """Give it ``--help_all``."""
+        self.add_argument(ALL, "--help-all", action=HelpAll, help="tell all settings, and exit")
+
+    def format_help(self: Any, *args: Any, brief: bool = True) -> str:
+        whole = super().format_help  # type: ignore[misc]
+        if not brief or self.has_effect is None:
+            return whole(*args)
+        command = self.prog.replace(" [options]", "")
+        reduced = {
+            "_actions": [action for action in self._actions if self._is_first(action)],
+            "_action_groups": self._first_groups(),
+            "usage": f"{command} [--config FILE] [--SETTING VALUE …]",
+            "epilog": f"The settings that are used most; `{command} {ALL}` tells all of them.",
+        }
+        kept = {name: vars(self)[name] for name in reduced}
+        vars(self).update(reduced)
+        try:
+            return whole(*args)
+        finally:
+            vars(self).update(kept)
+
+    def _is_first(self: Any, action: argparse.Action) -> bool:
+        if isinstance(action, HelpAll):
+            return True
+        return action.dest in FIRST and all(map(self.has_effect, action.option_strings))
+
+    def _first_groups(self: Any) -> list[Any]:
+        """Groups of what is asked for most, in its order, with :data:`WORDS`."""
+        found = []
+        for group in self._action_groups:
+            reduced = copy.copy(group)
+            reduced._group_actions = []
+            for action in filter(self._is_first, group._group_actions):
+                shown = copy.copy(action)
+                shown.help = WORDS.get(action.dest, action.help)
+                reduced._group_actions.append(shown)
+            reduced._group_actions.sort(key=_rank)
+            if reduced._group_actions:
+                found.append(reduced)
+        return sorted(found, key=lambda group: _rank(group._group_actions[0]))
+
+
+def _rank(action: argparse.Action) -> int:
+    return FIRST.index(action.dest) if action.dest in FIRST else 0
