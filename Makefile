@@ -5,7 +5,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test compatibility lint format clean
+.PHONY: setup demo test compatibility audit lint format clean
 
 setup: $(READY)
 
@@ -21,8 +21,11 @@ demo: $(READY)  ## train, fuse and finetune a small model on handwritten digits
 test: lint  ## lint and the whole test suite, in two processes or as many as WORKERS says
 	$(RUN)/pytest --numprocesses $(WORKERS) --dist worksteal
 
-compatibility: $(READY)  ## what depends on transformers, with its oldest and newest release
-	$(RUN)/nox
+compatibility: $(READY)  ## what depends on them, with the oldest and newest transformers, torch, Lightning
+	$(RUN)/nox --session compatibility
+
+audit: $(READY)  ## known weaknesses of the packages in constraints.txt
+	$(RUN)/nox --session audit
 
 lint: $(READY)
 	$(RUN)/ruff check .

@@ -1,13 +1,10 @@
-"""The tests that depend on transformers, with its oldest supported release and with the newest.
-
-``nox`` runs both, each in an environment of its own.
-"""
+"""What needs an environment of its own: tests with other versions of libraries, and an audit."""
 
 from pathlib import Path
 
 import nox
 
-# What transformers can break: loading, the model, training, the Hub.
+# What transformers, torch and Lightning can break: loading, the model, training, the Hub.
 TESTS = (
     "tests/test_configuration.py",
     "tests/test_encoders.py",
@@ -27,19 +24,29 @@ TESTS = (
 )
 
 
+OLDEST = ("torch==2.7.*", "transformers==5.10.*", "lightning==2.6.0")
+NEWEST = ("torch", "transformers", "lightning")
+LOOSE = ("torch", "transformers", "lightning", "huggingface_hub", "tokenizers")  # go with them
+
+
 @nox.session
-@nox.parametrize("transformers", ["==5.10.2", ""], ids=["5.10", "newest"])
-def compatibility(session: nox.Session, transformers: str) -> None:
+@nox.parametrize("versions", [OLDEST, NEWEST], ids=["oldest", "newest"])
+def compatibility(session: nox.Session, versions: tuple[str, ...]) -> None:
     """Run them; further arguments go to pytest."""
-    pins = {
+    pins = [
         line
         for line in Path("constraints.txt").read_text().splitlines()
-        if not line.lower().startswith(("transformers=", "huggingface_hub=", "tokenizers="))
-    }
+        if line.partition("==")[0].lower() not in LOOSE
+    ]
     constraints = Path(session.create_tmp(), "constraints.txt")
-    constraints.write_text("\n".join(sorted(pins)))
-    session.install("-c", constraints, "setuptools", "torch")
-    session.install(
-        "-c", constraints, "--no-build-isolation", "-e", ".[dev]", f"transformers{transformers}"
-    )
+    constraints.write_text("\n".join(pins))
+    session.install("-c", constraints, "setuptools", versions[0])
+    session.install("-c", constraints, "--no-build-isolation", "-e", ".[dev]", *versions)
     session.run("pytest", *(session.posargs or TESTS))
+
+
+@nox.session
+def audit(session: nox.Session) -> None:
+    """Look the pinned packages up in the database of known weaknesses."""
+    session.install("pip-audit")
+    session.run("pip-audit", "--strict", "--no-deps", "--disable-pip", "-r", "constraints.txt")
