@@ -1,11 +1,14 @@
 """How much a real DINOv2 loses by fusion, on a probe of its class token and on a dense task.
 
-    python benchmarks/encoders.py results.json
+    python benchmarks/encoders.py results.json [TUNED …]
 
+All methods as in their papers, at four budgets, and the settings in folders that ``mctf tune``
+wrote. Costs are those of the class token alone and, beside them, of all tokens.
 Photographs, weights and the probe's protocol lie in the folder that MCTF_SHARED names (../shared
 unless set): a DINOv2-small that was finetuned for saliency, with its decoder, and Caltech-101.
 """
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -19,24 +22,14 @@ from torch import Tensor, nn
 from transformers import Dinov2Model
 
 from mctf_hf import fuse_tokens, fusion_of
-from mctf_hf.cost import describe, resolve_budget
-from mctf_hf.files import write_text
-from mctf_hf.hub import load_image_processor
+from mctf_hf.candidates import Candidate, Setting, meet, ways_for
+from mctf_hf.cost import Description, describe
+from mctf_hf.files import read_object, write_text
+from mctf_hf.hub import TUNING, load_image_processor
 
 SHARED = Path(os.environ.get("MCTF_SHARED", Path(__file__).parents[2] / "shared"))
 CHECKPOINT = SHARED / "checkpoints" / "dinov2-small-saliency"
 BUDGETS = (0.85, 0.7, 0.56, 0.45)
-METHODS: dict[str, dict[str, Any]] = {
-    "mctf": {"reduction": "mctf"},
-    "tome": {"reduction": "tome"},
-    "evit": {"reduction": "evit"},
-    "token_mergence": {"reduction": "token_mergence"},
-}
-# Settings that were measured elsewhere, to compare with.
-KNOWN: dict[str, dict[str, Any]] = {
-    "mctf r 22": {"reduction": "mctf", "r": 22},
-    "tome r 18": {"reduction": "tome", "r": 18},
-}
 DENSE = 200  # photographs for the dense task
 SIZE = 224
 
@@ -99,49 +92,79 @@ def check_reference(encoder: Encoder) -> dict[str, float]:
     }
 
 
-def settings_by_name(model: Any) -> dict[str, dict[str, Any]]:
-    """All settings that are measured, budgets worked out for images of 224 x 224 pixels."""
-    found = dict(KNOWN)
-    for name, method in METHODS.items():
-        for budget in BUDGETS:
-            with fusion_of(model, **method) as fusion:
-                amount = fusion.settings.reducer_class.amount
-                value = resolve_budget(model, amount, f"auto:{budget}", image_size=SIZE)
-            found[f"{name} {budget}"] = {**method, amount: value}
+def settings_by_name(model: Any, described: Description, tuned: list[str]) -> dict[str, Setting]:
+    """All methods at all budgets, and what ``mctf tune`` wrote to some folders."""
+    found = {}
+    for way in ways_for(model):
+        for fraction in BUDGETS:
+            budget = int(fraction * described.whole)
+            found[f"{way} {fraction}"] = meet(model, Candidate.untuned(way), budget, described)
+    for folder in tuned:
+        settings = read_object(Path(folder, TUNING))["settings"]
+        with fusion_of(model, **settings) as fusion:
+            cost = described.of(fusion.settings)
+        found[f"tuned {Path(folder).name}"] = Setting(Candidate("tuned"), settings, cost)
     return found
 
 
-def main(file: str) -> None:
-    """Measure, print a table and write JSON."""
+def measure(encoder: Encoder, probe: Any, plain: Tensor) -> dict[str, float]:
+    """What a setting that is in force loses, with standard errors."""
+    encoder.saliency.clear()
+    features: list[Tensor] = []
+
+    def encode(pixels: Tensor) -> Tensor:
+        features.append(encoder(pixels))
+        return features[-1]
+
+    scores = {key: float(value) for key, value in probe.score(encode).items()}
+    cosines = nn.functional.cosine_similarity(torch.cat(features), torch.tensor(probe.unfused))
+    agreed, number = scores["agreement"] / 100, len(cosines)
+    saliency = torch.cat(encoder.saliency)[:DENSE]
+    pair = torch.stack([saliency.flatten(), plain.flatten()])
+    return {
+        **scores,
+        "agreement_error": 100 * (agreed * (1 - agreed) / number) ** 0.5,
+        "cosine_error": cosines.std().item() / number**0.5,
+        "saliency_difference": (pair[0] - pair[1]).abs().mean().item(),
+        "saliency_correlation": torch.corrcoef(pair)[0, 1].item(),
+    }
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the table in Markdown."""
+    return (
+        f"| {row['setting']} | {row['gmacs']:.3f} | {row['gmacs_of_all']:.3f} "
+        f"| {row['top1'] - row['unfused_top1']:+.1f} ± {row['difference_error']:.1f} "
+        f"| {row['agreement']:.1f} ± {row['agreement_error']:.1f} "
+        f"| {row['cosine']:.4f} ± {row['cosine_error']:.4f} "
+        f"| {row['saliency_difference']:.4f} | {row['saliency_correlation']:.3f} |"
+    )
+
+
+def main(file: str, *tuned: str) -> None:
+    """Measure, print a table and write JSON; what the file already holds is not measured again."""
     encoder = Encoder()
     print("differences from the original program:", check_reference(encoder))
     probe = load_probe()(encoder, load_image_processor(str(CHECKPOINT)))
     encoder.saliency.clear()
     probe.features(encoder, probe.test_pixels[:DENSE])
-    plain = torch.cat(encoder.saliency)
-    described = describe(encoder.model, SIZE)
-    rows = []
-    for name, settings in settings_by_name(encoder.model).items():
-        encoder.saliency.clear()
-        with fusion_of(encoder.model, **settings) as fusion:
-            scores = probe.score(encoder)
-            gmacs = described.of(fusion.settings) / 1e9
-        saliency = torch.cat(encoder.saliency)[:DENSE]
-        pair = torch.stack([saliency.flatten(), plain[:DENSE].flatten()])
-        rows.append(
-            {
-                "setting": name,
-                **settings,
-                "gmacs": gmacs,
-                "budget": gmacs * 1e9 / described.of(fusion.settings, r=0),
-                **{key: float(value) for key, value in scores.items()},
-                "saliency_difference": (pair[0] - pair[1]).abs().mean().item(),
-                "saliency_correlation": torch.corrcoef(pair)[0, 1].item(),
-            }
-        )
-        print(json.dumps(rows[-1]), flush=True)
-    write_text(file, json.dumps(rows, indent=2) + "\n")
+    plain = torch.cat(encoder.saliency)[:DENSE]
+    whole = describe(encoder.model, SIZE)
+    described = dataclasses.replace(whole, num_read=1)  # what the class token alone costs
+    rows = json.loads(Path(file).read_text()) if Path(file).exists() else []
+    known = {row["setting"]: row["settings"] for row in rows}
+    for name, setting in settings_by_name(encoder.model, described, list(tuned)).items():
+        if known.get(name) == setting.settings:
+            continue
+        with fusion_of(encoder.model, **setting.settings) as fusion:
+            row = {"setting": name, "settings": setting.settings, "gmacs": setting.cost / 1e9}
+            row["gmacs_of_all"] = whole.of(fusion.settings) / 1e9
+            row |= measure(encoder, probe, plain)
+        rows = [*(one for one in rows if one["setting"] != name), row]
+        print(line(row), flush=True)
+        write_text(file, json.dumps(rows, indent=2) + "\n")
+    print("\n".join(map(line, rows)))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    main(*sys.argv[1:])
