@@ -2,15 +2,17 @@
 
 No training and no labels are needed: a good setting is one whose outputs are near those of the
 model without fusion. Candidates (:mod:`.candidates`) are proposed by Optuna (arXiv 1907.10902): by
-a tree-structured Parzen estimator for methods and settings; then by CMA-ES for how the best of them
-is spread over the layers. They are judged on a few hundred images, poor ones by the first of these
-(Wilcoxon's signed-rank test), and ranked on images that the search has not seen.
+a tree-structured Parzen estimator for methods and settings; then by a hill climb from the best of
+them, which moves tokens from layer to layer. They are judged on a few hundred images, poor ones by
+the first of these (Wilcoxon's signed-rank test), and ranked on images that the search has not seen.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
+import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -41,8 +43,13 @@ Told = Callable[[int, float], None]
 
 # Part of the trials that go to methods and settings; the rest go to the layers.
 _EXPLORING = 0.4
-# How far the first numbers of the second part lie apart.
+# Numbers lie in [0, 1]; so far a step goes in the second part.
 STEP = 0.1
+# Part of these steps that turn a dial; the others move tokens between layers.
+TURNS = 0.3
+LAYER = "layer "
+# Images whose mean loss is one figure to the pruner, of which it needs a few.
+GROUP = 4
 # Candidates of the search that are ranked on other images.
 FINALISTS = 8
 
@@ -135,7 +142,8 @@ class Search:
         """
         trials, start = self.trials, self.start
         guesses = len(self.guesses) + (start is not None)
-        exploring = min(trials, max(guesses, round(_EXPLORING * trials)))
+        explored = 0 if start is not None else round(_EXPLORING * trials)
+        exploring = min(trials, max(guesses, explored))
         with _quiet():
             for number in self._left(self.exploring, exploring):
                 self.exploring.sampler = _estimator(len(self.guesses), self.seed + number)
@@ -147,12 +155,12 @@ class Search:
                 told(number + 1, self._least())
             if exploring == trials or not self._judged():
                 return
-            best = self._best_explored()
-            numbers = {name: value for name, value in best.items() if isinstance(value, float)}
             for number in self._left(self.refining, trials - exploring):
-                known = [one.value for one in self.refining.get_trials(deepcopy=False)[:number]]
-                guess = _evolved(numbers, known, self.seed)
-                self._try(self.refining, guess, lambda trial: self._refine(trial, best))
+                best = self._numbers(self._judged()[0])
+                guess = {name: value for name, value in best.items() if isinstance(value, float)}
+                if number:  # the first one is what the pruner compares the others with
+                    guess = _moved(guess, random.Random(f"{self.seed} {number}"))
+                self._try(self.refining, guess, functools.partial(self._refine, best))
                 told(exploring + number + 1, self._least())
 
     def _left(self, study: "optuna.Study", trials: int) -> Iterator[int]:
@@ -199,17 +207,20 @@ class Search:
         ]
         return Candidate(way, settings, tuple(weights))
 
-    def _best_explored(self) -> dict[str, Any]:
-        """The best of the first part of the search, as numbers and choices of the second part."""
-        candidate = self._candidate(min(self._finished(self.exploring), key=lambda one: one.value))
+    def _numbers(self, trial: Any) -> dict[str, Any]:
+        """A candidate as numbers, which the second part moves, and choices, which it keeps."""
+        candidate = self._candidate(trial)
         numbers: dict[str, Any] = {"way": candidate.way}
         for dial in WAYS[candidate.way].dials:
             numbers[dial.name] = dial.turned(candidate.settings[dial.name])
-        for layer, weight in enumerate(candidate.weights or ()):
-            numbers[f"layer{layer}"] = min(1.0, weight / MOST_WEIGHT)
+        weights = list(candidate.weights or ())
+        if self.judging.described.num_read is not None:
+            weights.pop()  # nobody reads what the last layer would fuse
+        for layer, weight in enumerate(weights):
+            numbers[f"{LAYER}{layer}"] = min(1.0, weight / MOST_WEIGHT)
         return numbers
 
-    def _refine(self, trial: "optuna.Trial", best: dict[str, Any]) -> Candidate:
+    def _refine(self, best: dict[str, Any], trial: "optuna.Trial") -> Candidate:
         """The best method, with other numbers and another count in each layer."""
         turned: dict[str, Any] = {
             name: trial.suggest_float(name, 0, 1) if isinstance(value, float) else value
@@ -217,7 +228,8 @@ class Search:
         }
         way = turned["way"]
         settings = {dial.name: dial.value(turned[dial.name]) for dial in WAYS[way].dials}
-        weights = [MOST_WEIGHT * turned[f"layer{layer}"] for layer in range(self.num_layers)]
+        parts = (turned.get(f"{LAYER}{layer}", 0.0) for layer in range(self.num_layers))
+        weights = [MOST_WEIGHT * part for part in parts]
         return Candidate(way, settings, tuple(weights))
 
     def _try(
@@ -244,10 +256,11 @@ class Search:
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
             return
         losses: list[Tensor] = []
-        for step, start in enumerate(range(0, len(self.judging), CHUNK)):
+        for start in range(0, len(self.judging), CHUNK):
             outputs = self.judging.outputs(setting.settings, start, start + CHUNK)
             losses.append(self.judging.loss(outputs, start))
-            trial.report(float(losses[-1].mean()), step)
+            for number, group in enumerate(losses[-1].split(GROUP)):
+                trial.report(float(group.mean()), start // GROUP + number)
             if trial.should_prune():
                 break
         loss = torch.cat(losses)
@@ -311,30 +324,21 @@ def _estimator(startup: int, seed: int) -> "optuna.samplers.BaseSampler":
     )
 
 
-def _evolved(
-    start: dict[str, float], values: Sequence[float | None], seed: int
-) -> dict[str, float]:
-    """The next numbers of an evolution strategy around some, in [0, 1].
-
-    CMA-ES (arXiv 1604.00772). They follow from the losses of those before, ``None`` for numbers
-    that could not be judged, so an interrupted search goes on as if it had not been.
-    """
-    import cmaes
-    import numpy as np
-
-    optimizer = cmaes.CMA(
-        mean=np.array(list(start.values())),
-        sigma=STEP,
-        bounds=np.array([[0.0, 1.0]] * len(start)),
-        seed=seed,
-    )
-    generation = []
-    for value in values:
-        generation.append((optimizer.ask(), math.inf if value is None else value))
-        if len(generation) == optimizer.population_size:
-            optimizer.tell(generation)
-            generation = []
-    return dict(zip(start, map(float, optimizer.ask()), strict=True))
+def _moved(numbers: dict[str, float], draw: random.Random) -> dict[str, float]:
+    """A step of a hill climb: some of a layer's part goes to another layer, or a dial is turned."""
+    moved = dict(numbers)
+    dials = [name for name in numbers if not name.startswith(LAYER)]
+    if dials and draw.random() < TURNS:
+        dial = draw.choice(dials)
+        moved[dial] = min(1.0, max(0.0, moved[dial] + draw.gauss(0, STEP)))
+        return moved
+    layers = [name for name in numbers if name.startswith(LAYER)]
+    giving = draw.choice([name for name in layers if moved[name] > 0])
+    taking = draw.choice([name for name in layers if name != giving])
+    part = min(moved[giving], 1 - moved[taking], draw.uniform(0.2, 2) * STEP)
+    moved[giving] -= part
+    moved[taking] += part
+    return moved
 
 
 @dataclass
