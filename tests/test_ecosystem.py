@@ -164,7 +164,8 @@ def test_the_trainers_loss_is_that_of_two_passes(images: Tensor) -> None:
     trainer = ConsistencyTrainer(model=model, args=arguments(label_smoothing_factor=0.1), r_max=4)
     inputs = {"pixel_values": images, "labels": torch.tensor([0, 1, 2])}
     r = teacher_r(3, 0, 4)
-    student, teacher = model(images, output_fusion=True), model(images, r=r, output_fusion=True)
+    told = {"output_class_token": True}
+    student, teacher = model(images, **told), model(images, r=r, **told)
     expected = TokenReductionConsistency(label_smoothing=0.1)(
         student.logits, student.class_token, teacher.logits, teacher.class_token, inputs["labels"]
     ).total

@@ -14,6 +14,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from mctf_hf import MCTFViTConfig, MCTFViTModel, attention
 from mctf_hf.conversion import convert_state_dict
 from mctf_hf.cost import (
+    describe,
     keep_rate_for_budget,
     multiply_accumulates,
     r_for_budget,
@@ -333,10 +334,10 @@ def test_token_mergence_discards_nothing(seed: int, patches: int, rate: float, p
 def test_keep_rate_one_is_the_unreduced_model(reduction: str, images: Tensor) -> None:
     torch.manual_seed(0)
     plain = ViTForImageClassification(ViTConfig(**TINY)).eval()
-    model = tiny_model(reduction=reduction, keep_rate=1)
+    model = tiny_model(reduction=reduction, keep_rate=1, skip_unread=False)
     model.load_state_dict(plain.state_dict())
     assert torch.equal(model(images).logits, plain(images).logits)
-    reducing = tiny_model(reduction=reduction, keep_rate=0.5)
+    reducing = tiny_model(reduction=reduction, keep_rate=0.5, skip_unread=False)
     reducing.load_state_dict(plain.state_dict())
     assert torch.equal(reducing(images, keep_rate=1).logits, plain(images).logits)
     assert torch.equal(reducing(images, r=0).logits, plain(images).logits)
@@ -469,17 +470,17 @@ def test_multi_scale_on_every_backbone(kind: str) -> None:
 
 def test_published_cost_of_token_mergence() -> None:
     config = preset("deit_s", reduction="token_mergence", multi_scale=[2])
-    base = multiply_accumulates(preset("deit_s"), r=0)
+    base = describe(preset("deit_s")).whole
     cost = multiply_accumulates(config)
     assert cost / 1e9 <= 3.1 and cost / base < 0.67
-    evit = multiply_accumulates(preset("deit_s", reduction="evit"))
+    evit = multiply_accumulates(preset("deit_s", reduction="evit", skip_unread=False))
     assert abs(evit / 1e9 - 3.0) < 0.05  # EViT, table 1
 
 
 @pytest.mark.parametrize("reduction", RATES)
 def test_a_keep_rate_can_be_a_budget(reduction: str) -> None:
     config = preset("deit_s", reduction=reduction)
-    base = multiply_accumulates(config, r=0)
+    base = describe(config).whole
     for fraction in (0.9, 0.6):
         rate = keep_rate_for_budget(config, fraction)
         assert multiply_accumulates(config, keep_rate=rate) <= fraction * base
@@ -612,7 +613,7 @@ def test_what_is_seen_does_not_depend_on_how_attention_is_computed(
 
 def test_a_budget_holds_with_an_inflection() -> None:
     config = preset("deit_s", reduction="tome", r=6, inflection=-1)
-    base = multiply_accumulates(config, r=0)
+    base = describe(config).whole
     for fraction in (0.9, 0.6):
         bent, schedule = r_for_budget(config, fraction)
         assert multiply_accumulates(config, r=bent) <= fraction * base
