@@ -22,7 +22,7 @@ CORE = {"torch", "transformers", "huggingface_hub", "safetensors", "numpy", "pil
 TRAINING = {*FINETUNING, "benchmark-data"}
 # What extras bring.
 REST = {
-    "accelerate", "cmaes", "datasets", "jsonargparse", "kornia", "lightning", "matplotlib", "onnx",
+    "accelerate", "datasets", "jsonargparse", "kornia", "lightning", "matplotlib", "onnx",
     "onnxruntime", "onnxscript", "optuna", "pyarrow", "rich", "scipy", "tensorboard",
     "torchmetrics", "wandb",
 }  # fmt: skip
