@@ -172,8 +172,12 @@ NOTHING: dict[str, Any] = {"r": 0}  # the amount that fuses nothing, whatever th
 
 
 def only_if_asked(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings for a plain model, which fuse nothing where none of them is one of fusion."""
-    asked = settings.keys() & {field.name for field in fields(FusionConfigMixin)}
+    """Settings for a plain model, which fuse nothing where none of them is one of fusion.
+
+    What is handed out, and whether what nobody reads is computed, asks for none.
+    """
+    fusing = {field.name for field in fields(FusionConfigMixin)} - {"restore", "skip_unread"}
+    asked = settings.keys() & fusing
     return dict(settings) if asked else {**settings, **NOTHING}
 
 
