@@ -1,11 +1,13 @@
 # Everything sets itself up: a machine with Python 3.10 to 3.13 and make is enough.
 PYTHON ?= python3
 WORKERS ?= 2
+# "no" leaves out the tests that need Chromium.
+BROWSER ?= yes
 VENV := .venv
 RUN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test compatibility audit lint format clean
+.PHONY: setup demo chromium test compatibility audit lint format clean
 
 setup: $(READY)
 
@@ -18,8 +20,16 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## train, fuse and finetune a small model on handwritten digits
 	$(RUN)/mctf demo
 
-test: lint  ## lint and the whole test suite, in two processes or as many as WORKERS says
-	$(RUN)/pytest --numprocesses $(WORKERS) --dist worksteal
+# As root on Debian, Chromium is installed for the tests; elsewhere it has to be there.
+chromium:
+ifneq ($(BROWSER),no)
+	-@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
+	    test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null || \
+	    (apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install --yes chromium)
+endif
+
+test: lint chromium  ## lint and the whole test suite, in two processes or as many as WORKERS says
+	$(RUN)/pytest --numprocesses $(WORKERS) --dist worksteal $(if $(filter no,$(BROWSER)),-m "not browser")
 
 compatibility: $(READY)  ## what depends on them, with the oldest and newest transformers, torch, Lightning
 	$(RUN)/nox --session compatibility

@@ -31,6 +31,7 @@ COMMANDS = FINETUNING | {
     "sweep": "compare methods of fusion at several budgets on real images",
     "tune": "find the setting of fusion that loses least at a budget, without training",
     "visualize": "draw which tokens a model has fused",
+    "web": "show in the browser what fusion makes of images, or write a Space of it",
     "completion": "print what lets a shell complete commands and options",
 }
 

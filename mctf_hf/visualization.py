@@ -59,7 +59,6 @@ class FusedTokens:
         return draw_groups(self.view, self.groups, scale)
 
 
-@torch.inference_mode()
 def fused_tokens(
     model: Any,
     image_processor: Any,
@@ -86,40 +85,43 @@ def fused_tokens(
         raise ValueError(
             f"layer={layer!r} is not allowed: the model has the layers 0 to {layers - 1}"
         )
-    until = layers if layer is None else layer + 1
     reader = ImageReader(image_processor, model.config.num_channels)
     seen = []
     for number, image in enumerate(images):
         pixel_values = reader(reader.admit(image, f"image {number}"))[None]
-        seen.append(_look(model, image_processor, pixel_values, until))
+        by_layer = fused_by_layer(model, image_processor, pixel_values)
+        seen.append(by_layer[-1 if layer is None else layer])
     return seen
 
 
-def _look(
-    model: Any,
-    image_processor: Any,
-    pixel_values: Tensor,
-    until: int,
-) -> FusedTokens:
-    """Fuse the tokens of one image, (1, channels, height, width), in the first layers only."""
+@torch.inference_mode()
+def fused_by_layer(model: Any, image_processor: Any, pixel_values: Tensor) -> list[FusedTokens]:
+    """What a model has fused of one image after each of its layers; see :func:`fused_tokens`.
+
+    Args:
+        pixel_values: (1, channels, height, width), made by the image processor.
+    """
     config = model.config
     height, width = pixel_values.shape[-2:]
-    fused = config.tokens_fused(config.num_tokens((height, width)))
     output = model(
         pixel_values.to(model.device),
         interpolate_pos_encoding=(height, width) != as_pair(config.image_size),
-        r=[*fused[:until], *[0] * len(fused[until:])],
         output_fusion=True,
     )
     patch_height, patch_width = as_pair(config.patch_size)
     rows, columns = height // patch_height, width // patch_width
-    pixels = pixel_values[0, :, : rows * patch_height, : columns * patch_width]
-    return FusedTokens(
-        view=to_image(image_processor, pixels),
-        groups=output.assignment[0, config.num_prefix_tokens :].view(rows, columns).cpu().numpy(),
-        num_tokens=output.assignment.shape[1],
-        tokens_left=output.token_sizes.shape[1],
+    view = to_image(
+        image_processor, pixel_values[0, :, : rows * patch_height, : columns * patch_width]
     )
+    return [
+        FusedTokens(
+            view=view,
+            groups=assignment[0, config.num_prefix_tokens :].view(rows, columns).cpu().numpy(),
+            num_tokens=assignment.shape[1],
+            tokens_left=int(assignment.max()) + 1,
+        )
+        for assignment in output.assignments
+    ]
 
 
 def draw_groups(image: Image.Image, groups: ArrayLike, scale: int | None = None) -> Image.Image:

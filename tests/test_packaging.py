@@ -22,9 +22,9 @@ CORE = {"torch", "transformers", "huggingface_hub", "safetensors", "numpy", "pil
 TRAINING = {*FINETUNING, "benchmark-data"}
 # What extras bring.
 REST = {
-    "accelerate", "datasets", "jsonargparse", "kornia", "lightning", "matplotlib", "onnx",
-    "onnxruntime", "onnxscript", "optuna", "pyarrow", "rich", "scipy", "tensorboard",
-    "torchmetrics", "wandb",
+    "accelerate", "datasets", "gradio", "jsonargparse", "kornia", "lightning",
+    "matplotlib", "onnx", "onnxruntime", "onnxscript", "optuna", "pyarrow", "rich", "scipy",
+    "tensorboard", "torchmetrics", "wandb",
 }  # fmt: skip
 
 # Runs commands of `mctf` in one process, and prints what each of them said on stderr.
@@ -204,10 +204,12 @@ def test_commands_run_with_the_extra_that_they_name(
         ["sweep", model, *images, "--num-images", "4", "--budgets", "0.8", "--methods", "tome"],
     ]
     others = {
-        "fit": "train", "benchmark-data": "train", "demo": "train", "tune": "tune", "export": "onnx"
+        "fit": "train", "benchmark-data": "train", "demo": "train", "tune": "tune",
+        "export": "onnx", "web": "web",
     }  # fmt: skip
     words = {"tune": [model, *images, "--output", "t", "--budget", "0.8"]}
     words["export"] = [model, "--output", "made.onnx"]
+    words["web"] = [model]
     refused = [[command, *words.get(command, ())] for command in others]
     told = commands(python, [*run_by_it, *refused], tmp_path)
     failed = [said for status, said in told[: len(run_by_it)] if status]

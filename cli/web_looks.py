@@ -1,0 +1,175 @@
+"""What the demo page shows of an image, without the page: pictures, scores, tokens, cost, time."""
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from mctf_hf.candidates import Candidate, budget_of, meet, ways_for
+from mctf_hf.classes import names_of
+from mctf_hf.configuration_mctf import as_pair
+from mctf_hf.cost import Description, describe
+from mctf_hf.images import ImageReader
+from mctf_hf.judging import applied, embedding_of
+from mctf_hf.problems import REGRESSION, problem_type, scores
+from mctf_hf.registry import output_of
+from mctf_hf.visualization import FusedTokens, fused_by_layer
+
+from .measuring import seconds_in_rounds
+from .models import load, parse
+
+OWN = "as configured"
+PLAIN: dict[str, Any] = {"reduction": "none", "skip_unread": False}  # as transformers computes it
+TOP = 5
+ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A line of what a model says of an image.
+
+    Attributes:
+        name: of a class, or of an example that is near.
+        plain, fused: without and with fusion: a probability, a value of a regression, or the cosine
+            of the image's embedding to the example's.
+    """
+
+    name: str
+    plain: float
+    fused: float
+
+
+@dataclass(frozen=True, eq=False)
+class Look:
+    """What fusion makes of one image.
+
+    Attributes:
+        layers: the tokens after each layer.
+        answers: the best ones first.
+        cost: multiply-accumulates without and with fusion.
+        seconds: of one image, without and with fusion, the median of some.
+        words: the model with this setting, as commands take it.
+    """
+
+    layers: list[FusedTokens]
+    answers: list[Answer]
+    cost: tuple[int, int]
+    seconds: tuple[float, float]
+    words: str
+
+    @property
+    def tokens(self) -> list[int]:
+        """Tokens that enter the first layer, and those that each layer leaves."""
+        return [self.layers[0].num_tokens, *(layer.tokens_left for layer in self.layers)]
+
+
+class Viewed:
+    """A model of the page.
+
+    Args:
+        words: ``NAME[,setting=value…]``, see :func:`.models.load`.
+        examples: images by their names, which an encoder compares others with.
+        device: ``cpu`` or ``cuda``.
+
+    Attributes:
+        methods: ways of fusion to choose from, the model's own first if it fuses by itself.
+        classifies: whether it has a head; if not, it tells the nearest examples.
+
+    Raises:
+        ValueError, OSError: see :func:`.models.load`; for examples that it can't take, too.
+    """
+
+    def __init__(self, words: str, examples: Mapping[str, Image.Image], device: str = "cpu"):
+        model, self.processor = load(words)
+        self.model, self.words, self.device = model.to(device), words, device
+        self.reader = ImageReader(self.processor, model.config.num_channels)
+        fuses = any(model.config.tokens_fused(model.config.num_tokens()))
+        self.methods = [OWN] * fuses + list(ways_for(model))
+        self.classifies = output_of(model) == "logits"
+        self.names = names_of(model.config) if self.classifies else list(examples)
+        if not self.classifies:
+            embedded = [self._call(self._pixels(image, name)) for name, image in examples.items()]
+            self.known = torch.cat(embedded)
+
+    def look(self, image: Image.Image, method: str, saved: float, name: str = "the image") -> Look:
+        """Fuse the tokens of an image, and compare with the model without fusion.
+
+        Args:
+            image: of any size and mode.
+            method: one of :attr:`methods`.
+            saved: part of the multiply-accumulates, from 0 for no fusion to below 1; the model's
+                own setting has an amount of its own.
+            name: of the image, for errors.
+
+        Raises:
+            ValueError: for another method, more than it can save, and an image that the model
+                can't take.
+        """
+        pixels = self._pixels(image, name)
+        described = describe(self.model, tuple(pixels.shape[-2:]))
+        settings = self._settings(method, saved, described)
+        with applied(self.model, settings):
+            layers = fused_by_layer(self.model, self.processor, pixels)
+            cost = described.of(self.model.config)
+        return Look(
+            layers=layers,
+            answers=self._answers(*(self._call(pixels, one) for one in (PLAIN, settings))),
+            cost=(described.whole, described.whole if settings is PLAIN else cost),
+            seconds=self._seconds(pixels, [PLAIN, settings]),
+            words=self._words(settings),
+        )
+
+    def _settings(self, method: str, saved: float, described: Description) -> dict[str, Any]:
+        if method not in self.methods:
+            raise ValueError(f"method={method!r} is not allowed: {', '.join(self.methods)}")
+        if method == OWN:
+            return {}
+        if saved == 0:
+            return PLAIN
+        budget = budget_of(self.model, 1 - saved, described)
+        return meet(self.model, Candidate.untuned(method), budget, described).settings
+
+    def _words(self, settings: Mapping[str, Any]) -> str:
+        name, told = parse(self.words)
+        config = self.model.config
+        told |= {key: new for key, new in settings.items() if new != getattr(config, key)}
+        return ",".join([name, *(f"{key}={_written(value)}" for key, value in told.items())])
+
+    def _pixels(self, image: Image.Image, name: str) -> Tensor:
+        return self.reader(self.reader.admit(image, name))[None].to(self.device)
+
+    @torch.inference_mode()
+    def _call(self, pixels: Tensor, settings: Mapping[str, Any] = PLAIN) -> Tensor:
+        """Logits or an embedding, (1, d)."""
+        resized = tuple(pixels.shape[-2:]) != as_pair(self.model.config.image_size)
+        with applied(self.model, dict(settings)):
+            output = self.model(pixels, interpolate_pos_encoding=resized)
+        return embedding_of(output).float().cpu()
+
+    def _seconds(self, pixels: Tensor, both: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+        runs = [lambda one=one: self._call(pixels, one) for one in both]
+        timed = seconds_in_rounds(runs, rounds=ROUNDS, warmup=1, device=self.device)
+        plain, fused = map(statistics.median, timed)
+        return plain, fused
+
+    def _answers(self, plain: Tensor, fused: Tensor) -> list[Answer]:
+        outputs = torch.cat([plain, fused])  # [2, d]
+        if self.classifies:
+            found = scores(outputs, self.model.config)
+        else:
+            found = F.normalize(outputs) @ F.normalize(self.known).T
+        if self.classifies and problem_type(self.model.config) == REGRESSION:
+            order = list(range(len(self.names)))
+        else:
+            order = found.amax(0).argsort(descending=True)[:TOP].tolist()
+        return [Answer(self.names[i], *found[:, i].tolist()) for i in order]
+
+
+def _written(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))

@@ -1,0 +1,120 @@
+"""A folder that is a Space of the Hugging Face Hub: the demo page with some models."""
+
+import re
+import sys
+import tempfile
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import yaml
+
+from mctf_hf.hub import save
+
+from .models import load, parse
+from .web_page import open_examples
+
+APP = '''\
+"""What token fusion makes of images, as `mctf web` shows it."""
+
+import os
+from pathlib import Path
+
+from mctf_cli.web_page import serve
+
+if __name__ == "__main__":
+    os.chdir(Path(__file__).parent)
+    serve({models!r}, images={images!r})
+'''
+REQUIREMENTS = """\
+--extra-index-url https://download.pytorch.org/whl/cpu
+torch=={torch}+cpu
+mctf-hf[web]=={own}
+"""
+ABOUT = """\
+# Token fusion
+
+How a Vision Transformer fuses the tokens of an image, layer by layer, and what that changes.
+Written by `mctf web --space`.
+"""
+LARGE = "*.safetensors filter=lfs diff=lfs merge=lfs -text\n"  # for a push by git
+MODELS, EXAMPLES = "models", "examples"
+LONGEST_SIDE = 512  # pixels of an example
+
+
+def write_space(folder: str, models: Sequence[str], images: str | None = None) -> None:
+    """Write a Space: its header, program and requirements, and the models that lie here.
+
+    Args:
+        folder: a new or an empty one.
+        models: ``NAME[,setting=value…]``. Local folders are copied, with their settings; those of
+            the Hub are loaded when the Space starts.
+        images: see :func:`.web_page.open_examples`; copied, too.
+
+    Raises:
+        FileExistsError: for a folder that holds something.
+        ValueError, OSError: see :func:`.models.load` and :func:`.web_page.open_examples`; nothing
+            is written then.
+    """
+    space = Path(folder)
+    if space.is_file() or (space.is_dir() and any(space.iterdir())):
+        raise FileExistsError(f"{space} is not empty: name a new folder")
+    space.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=space.parent, prefix=".draft-") as place:
+        draft = Path(place, space.name)
+        draft.mkdir()
+        _write_models(draft, models)
+        app = {"models": _names_there(models), "images": None}
+        if images is not None:
+            app["images"] = EXAMPLES
+            _write_examples(draft / EXAMPLES, images)
+        (draft / "app.py").write_text(APP.format(**app), encoding="utf-8")
+        (draft / "README.md").write_text(_readme(models), encoding="utf-8")
+        (draft / "requirements.txt").write_text(
+            REQUIREMENTS.format(torch=version("torch").partition("+")[0], own=version("mctf-hf"))
+        )
+        (draft / ".gitattributes").write_text(LARGE)
+        if space.exists():
+            space.rmdir()
+        draft.rename(space)
+
+
+def _names_there(models: Sequence[str]) -> list[str]:
+    """What the models are called in the Space, by its own folder."""
+    there = []
+    for number, words in enumerate(models, 1):
+        path = Path(parse(words)[0])
+        there.append(f"{MODELS}/{number}-{path.resolve().name}" if path.is_dir() else words)
+    return there
+
+
+def _write_models(folder: Path, models: Sequence[str]) -> None:
+    for words, there in zip(models, _names_there(models), strict=True):
+        if there != words:
+            save(*load(words), folder / there)
+
+
+def _write_examples(folder: Path, images: str) -> None:
+    folder.mkdir()
+    for name, image in open_examples(images).items():
+        image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+        image.save(folder / (re.sub(r"[^\w-]+", "-", name) + ".png"))
+
+
+def _readme(models: Sequence[str]) -> str:
+    header = {
+        "title": "Token fusion",
+        "emoji": "🧩",
+        "colorFrom": "yellow",
+        "colorTo": "red",
+        "sdk": "gradio",
+        "sdk_version": version("gradio"),
+        "python_version": f"{sys.version_info.major}.{sys.version_info.minor}",
+        "app_file": "app.py",
+        "short_description": "What a faster Vision Transformer sees",
+    }
+    names = [parse(words)[0] for words in models]
+    if of_hub := [name for name in names if not Path(name).is_dir()]:
+        header["models"] = of_hub
+    told = yaml.safe_dump(header, sort_keys=False, allow_unicode=True)
+    return f"---\n{told}---\n\n{ABOUT}"
