@@ -131,10 +131,10 @@ def build(models: Sequence[str], images: str | None = None, device: str = "cpu")
                     alt_text="The image with its fused tokens",
                 )
                 layer = _layers_of(first)
-                chart = gr.HTML(elem_id="chart")
+                chart = gr.HTML(elem_id="chart", apply_default_css=False)
             with gr.Column(min_width=320):
-                answers = gr.HTML(elem_id="answers")
-                figures = gr.HTML(elem_id="figures")
+                answers = gr.HTML(elem_id="answers", apply_default_css=False)
+                figures = gr.HTML(elem_id="figures", apply_default_css=False)
         seen = gr.State()
 
         def show(

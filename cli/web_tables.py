@@ -12,9 +12,9 @@ from .web_looks import Answer, Look
 
 CSS = """
 .fusion table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }
-.fusion table, .fusion tr { border: 0 !important; }
+.fusion { color: var(--body-text-color); line-height: 1.5; }
 .fusion th, .fusion td { padding: 5px 6px; text-align: right; vertical-align: middle;
-  border: 0 solid var(--border-color-primary) !important; border-bottom-width: 1px !important; }
+  border-bottom: 1px solid var(--border-color-primary); }
 .fusion th { font-weight: 500; opacity: 0.75; }
 .fusion td { white-space: nowrap; }
 .fusion th:first-child, .fusion td:first-child { text-align: left; white-space: normal;

@@ -106,7 +106,9 @@ def checkout(tiny_folder: Path) -> Iterator[None]:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("page", PAGES)
-def test_the_commands_run(page: str, checkout: None, capsys: pytest.CaptureFixture) -> None:
+def test_the_commands_run(
+    page: str, checkout: None, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for line in shown_commands(page):
         if any(part in line for part in LEFT_OUT):
             continue
@@ -117,6 +119,8 @@ def test_the_commands_run(page: str, checkout: None, capsys: pytest.CaptureFixtu
         words = words[start:]
         (command, *_) = (word for word in words if word in COMMANDS)
         only_read = any(part in line for part in ONLY_READ)
+        if command == "web":  # which runs until somebody interrupts it
+            monkeypatch.setattr("cli.web_page.wait", lambda: None)
         added = "--print_config" if only_read else SHORTENED.get(command, "")
         try:
             main([*words, *shlex.split(added)])
