@@ -146,6 +146,7 @@ def test_the_library_needs_torch_and_what_is_around_it(wheel: Path) -> None:
     assert {top for top in tops if not top.endswith(".dist-info")} == {
         "lightning_modules", "mctf_cli", "mctf_hf",
     }  # fmt: skip
+    assert (ZipPath(wheel) / "mctf_cli/examples/cat.jpg").exists()
 
 
 def test_importing_the_library_loads_nothing_else() -> None:
@@ -237,6 +238,7 @@ def test_commands_run_with_the_extra_that_they_name(
                 ["export", "MODEL", "--output", "made.onnx", "--images", DIGITS],
             ],
         ),
+        (["web"], [["web", "MODEL", "--images", DIGITS, "--space", "made"]]),
     ],
 )  # fmt: skip
 def test_extras_are_enough_for_what_they_are_named_for(
