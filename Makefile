@@ -7,7 +7,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo chromium test compatibility audit lint format clean
+.PHONY: setup demo chromium test compatibility audit docs lint format clean
 
 setup: $(READY)
 
@@ -37,6 +37,9 @@ compatibility: $(READY)  ## what depends on them, with the oldest and newest tra
 audit: $(READY)  ## known weaknesses of the packages in constraints.txt
 	$(RUN)/nox --session audit
 
+docs: $(READY)  ## the documentation as a site, in site/
+	$(RUN)/mkdocs build --strict
+
 lint: $(READY)
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
@@ -47,4 +50,4 @@ format: $(READY)
 	$(RUN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .nox outputs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) .nox outputs build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

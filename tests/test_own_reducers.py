@@ -26,7 +26,7 @@ from tests.test_cost import count
 from tests.test_loading import BLOCKED, load_as_stranger
 
 EXAMPLES = re.findall(
-    r"```python\n(.*?)```", (REPOSITORY / "docs" / "reducers.md").read_text(), re.DOTALL
+    r"```python\n(.*?)```", (REPOSITORY / "docs" / "methods" / "own.md").read_text(), re.DOTALL
 )
 PROCESSOR = ViTImageProcessorPil(size={"height": 32, "width": 32})
 
