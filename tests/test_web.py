@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -104,15 +105,14 @@ def test_what_a_look_shows_is_what_commands_do_with_its_words(
     viewed = Viewed(str(tiny_folder), examples)
     assert {"mctf", "tome", "evit", "token_mergence"} < set(viewed.methods)
     for method in viewed.methods:
-        for saved in (0.2, 0.5):
-            look = viewed.look(examples["flower"], method, saved)
-            model, processor = load(look.words)
-            (seen,) = fused_tokens(model, processor, [examples["flower"]])
-            assert np.array_equal(seen.groups, look.layers[-1].groups)
-            assert look.tokens[0] == 65 and look.tokens[-1] == seen.tokens_left < 65
-            assert look.tokens == sorted(look.tokens, reverse=True)
-            assert look.cost[1] == multiply_accumulates(model)
-            assert 0.85 * (1 - saved) < look.cost[1] / look.cost[0] <= 1 - saved
+        look = viewed.look(examples["flower"], method, 0.3)
+        model, processor = load(look.words)
+        (seen,) = fused_tokens(model, processor, [examples["flower"]])
+        assert np.array_equal(seen.groups, look.layers[-1].groups)
+        assert look.tokens[0] == 65 and look.tokens[-1] == seen.tokens_left < 65
+        assert look.tokens == sorted(look.tokens, reverse=True)
+        assert look.cost[1] == multiply_accumulates(model)
+        assert 0.65 < look.cost[1] / look.cost[0] <= 0.7
     assert viewed.model.config.reduction == load(str(tiny_folder))[0].config.reduction
 
 
@@ -266,9 +266,10 @@ def started_space(folder: Path) -> Iterator[str]:
         assert f"http://127.0.0.1:{port}/" in process.stdout.readline()
         yield f"http://127.0.0.1:{port}/"
     finally:
-        process.terminate()
-        process.wait(30)
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
     assert not asked.exists(), asked.read_text()
+    assert not list(Path("uploads").rglob("upload.png"))
 
 
 @contextmanager
