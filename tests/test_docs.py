@@ -16,6 +16,7 @@ from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
 import lightning_modules.public
 import mctf_hf
+from cli.main import COMMANDS
 from tests.conftest import REPOSITORY
 
 # Attributes by which a page loads something while it is shown.
@@ -168,6 +169,12 @@ def test_the_pictures_can_be_drawn_again(tmp_path: Path) -> None:
     picture = Image.open("drawn/tome.webp")
     assert picture.width > 4 * 200 and len(picture.getcolors(1 << 24)) > 100
     assert picture.tobytes() != Image.open("drawn/evit.webp").tobytes()
+
+
+def test_every_command_has_its_row() -> None:
+    text = (REPOSITORY / "docs" / "commands.md").read_text()
+    rows = "\n".join(re.findall(r"^\| (`.*?) \|", text, re.MULTILINE))
+    assert not [command for command in COMMANDS if f"`{command}`" not in rows]
 
 
 def test_the_nav_has_no_page_twice() -> None:
