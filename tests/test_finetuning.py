@@ -155,9 +155,9 @@ def test_training_learns_with_and_without_a_teacher(tmp_path: Path) -> None:
         )
         losses = []
         for _ in range(2):
-            (result,) = trainer(tmp_path).test(module, digits(), verbose=False)
+            (result,) = trainer(tmp_path).test(module, digits(eval_batch_size=100), verbose=False)
             losses.append(result["test/loss"])
-            trainer(tmp_path, limit_train_batches=1.0, max_epochs=3).fit(module, digits())
+            trainer(tmp_path, limit_train_batches=70).fit(module, digits())
         assert losses[1] < 0.8 * losses[0]
 
 
@@ -374,9 +374,13 @@ def test_a_compiled_step_does_not_go_with_shards_of_weights(tiny_folder: Path) -
         module.configure_model()
 
 
-def test_more_amounts_than_are_usually_compiled(tiny_folder: Path, tmp_path: Path) -> None:
+def test_more_amounts_than_are_usually_compiled(tmp_path: Path) -> None:
     module = MCTFFinetuner(
-        str(tiny_folder), r=11, r_max=11, compile={"backend": "eager"}, learning_rate=0.01
+        config={**TINY, "num_hidden_layers": 2, "num_labels": 10},
+        r=11,
+        r_max=11,
+        compile={"backend": "eager"},
+        learning_rate=0.01,
     )
     run = trainer(tmp_path, limit_train_batches=12, logger=CSVLogger(tmp_path, "", ""))
     run.fit(module, digits())
