@@ -251,7 +251,7 @@ def test_the_card_says_of_the_training_what_is_known(training: dict | None, told
 
 
 def test_the_plain_model_is_that_of_transformers(images: Tensor) -> None:
-    model = tiny_model(r=7)
+    model = tiny_model(r=7, skip_unread=False)
     plain = plain_model(model)
     assert type(plain) is ViTForImageClassification
     with torch.no_grad():
