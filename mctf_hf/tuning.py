@@ -327,12 +327,14 @@ def _estimator(startup: int, seed: int) -> "optuna.samplers.BaseSampler":
 def _moved(numbers: dict[str, float], draw: random.Random) -> dict[str, float]:
     """A step of a hill climb: some of a layer's part goes to another layer, or a dial is turned."""
     moved = dict(numbers)
+    layers = [name for name in numbers if name.startswith(LAYER)]
     dials = [name for name in numbers if not name.startswith(LAYER)]
-    if dials and draw.random() < TURNS:
+    if dials and (len(layers) < 2 or draw.random() < TURNS):
         dial = draw.choice(dials)
         moved[dial] = min(1.0, max(0.0, moved[dial] + draw.gauss(0, STEP)))
         return moved
-    layers = [name for name in numbers if name.startswith(LAYER)]
+    if len(layers) < 2:
+        return moved
     giving = draw.choice([name for name in layers if moved[name] > 0])
     taking = draw.choice([name for name in layers if name != giving])
     part = min(moved[giving], 1 - moved[taking], draw.uniform(0.2, 2) * STEP)

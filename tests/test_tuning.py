@@ -144,6 +144,15 @@ def test_a_search_begins_with_a_known_setting(way: str) -> None:
     assert Candidate.of(tiny_model(r=0).config, 65) is None
 
 
+@pytest.mark.parametrize("way", ["tome", "diffrate"])
+def test_a_model_of_two_layers_is_tuned(way: str) -> None:
+    """Of which only the first one can fuse anything that is read."""
+    model = tiny_model(num_hidden_layers=2, min_tokens=1)
+    judging = Judge(model, pictures())
+    found = tune(judging, judging, 0.5, [way], trials=12)
+    assert found.best.fraction <= 0.5 and found.best.setting.settings["r"][0] > 0
+
+
 @pytest.mark.parametrize("trials", [3, 20])
 def test_an_interrupted_search_ends_the_same(
     trials: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
