@@ -92,8 +92,8 @@ def tune_model(
         trials: settings to try, at each of the budgets that max_loss tries.
         seed: of what is tried.
         study: file that keeps the search; unset, OUTPUT.study.
-        precision: of the search; bf16-true is up to three times as fast where the processor has
-            bfloat16. The ranking is in float32.
+        precision: of the search and of the picture; bf16-true is up to three times as fast where
+            the processor has bfloat16. The ranking is in float32.
         batch_size: images per call when speed is measured.
         rounds: timings of each setting, whose median counts.
     """
@@ -126,9 +126,11 @@ def tune_model(
     ways = ways_of(methods, loaded)
     judging = open_judge(loaded, processor, images, num_images, labels=labels, split=split)
     searching, ranking = judging.part(slice(0, None, 2)), judging.part(slice(1, None, 2))
+    drawing = ranking
     if precision == "bf16-true":
         low = copy.deepcopy(loaded).bfloat16()
         searching = Judge(low, searching.pixel_values, searching.labels)
+        drawing = Judge(low, ranking.pixel_values, ranking.labels)
     console.print(f"{len(searching)} images to search on, {len(ranking)} to rank on")
 
     def timed(verdicts: Sequence[Verdict]) -> None:
@@ -155,7 +157,7 @@ def tune_model(
     title = f"{model}: {len(ranking)} images of {images} that the search has not seen"
     console.print(table_of([tuned.unfused, *tuned.ranking], title, best))
     fractions = [fraction for fraction in BUDGETS if fraction >= 0.4]
-    curves = _curves(ranking, best, ways, fractions)
+    curves = _curves(drawing, best, ways, fractions)
     record = {
         "images": public_name(images),
         "num_images": [len(searching), len(ranking)],
@@ -287,17 +289,17 @@ def lost(verdict: Verdict, unfused: Verdict) -> float:
 
 
 def _curves(
-    ranking: Judge, best: Verdict, ways: Sequence[str], fractions: Sequence[float]
+    drawing: Judge, best: Verdict, ways: Sequence[str], fractions: Sequence[float]
 ) -> dict[str, list[Verdict]]:
     """What the best setting and the untuned methods lose at several budgets."""
     assert best.setting is not None
-    model, described = ranking.model, ranking.described
-    curves = {"unfused": [judge(ranking, "unfused", None)], "tuned": [best]}
+    model, described = drawing.model, drawing.described
+    curves = {"unfused": [judge(drawing, "unfused", None)], "tuned": [best]}
     for fraction in fractions:
         budget = budget_of(model, fraction, described)
         with suppress(ValueError):  # it cannot reduce as much
             same = meet(model, best.setting.candidate, budget, described)
-            curves["tuned"].append(judge(ranking, "tuned", same))
+            curves["tuned"].append(judge(drawing, "tuned", same))
         for way, setting in untuned(model, ways, budget, described).items():
-            curves.setdefault(way, []).append(judge(ranking, way, setting))
+            curves.setdefault(way, []).append(judge(drawing, way, setting))
     return curves
