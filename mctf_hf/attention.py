@@ -21,6 +21,11 @@ from .fusion import Reduction, fuse, fuse_attention, unfuse
 MAP_BYTES = 8 * 2**20
 BLOCK_BYTES = 4 * 2**20
 
+# Where a CPU attends faster by three plain operators than by the kernel that needs no map: maps of
+# all images up to these bytes, among at least so many tokens. Measured by benchmarks/attention.py;
+# in float32 both are equally fast. Without an entry, the kernel attends.
+FASTER_BY_MAP = {torch.bfloat16: (24 * 2**20, 48)}
+
 
 class Attention(NamedTuple):
     """Attention of one layer, not applied to any values yet.
@@ -92,6 +97,25 @@ class Attention(NamedTuple):
 
 def _precision(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def is_faster_by_map(heads: int, num_queries: int, x: Tensor) -> bool:
+    """Whether attention among (b, n, d) is faster if its map is made, and not kept for anything.
+
+    It is on CPUs in bfloat16, for maps that are not too large, where no graph is recorded or
+    traced. See :data:`FASTER_BY_MAP`, which may be changed.
+    """
+    if not x.is_cpu or x.dtype not in FASTER_BY_MAP or is_recorded():
+        return False
+    batch, num_tokens, _ = x.shape
+    most, fewest = FASTER_BY_MAP[x.dtype]
+    size = batch * heads * num_queries * num_tokens * x.element_size()
+    return size <= most and num_queries >= fewest
+
+
+def is_recorded() -> bool:
+    """Whether a graph is recorded, traced or compiled."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 class Rotation(NamedTuple):
@@ -188,6 +212,11 @@ class FusionAttention:
         """Whether the attention map among so many tokens, (b, n, d), is small enough to be held."""
         entries = self._part(self.names.heads) * hidden_states.shape[1] ** 2
         return entries * hidden_states.element_size() <= MAP_BYTES
+
+    def is_faster_by_map(self, hidden_states: Tensor, num_queries: int | None = None) -> bool:
+        """See :func:`is_faster_by_map`; of the first so many queries alone."""
+        queries = hidden_states.shape[1] if num_queries is None else num_queries
+        return is_faster_by_map(self._part(self.names.heads), queries, hidden_states)
 
     def forward(
         self,

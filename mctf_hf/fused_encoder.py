@@ -16,7 +16,7 @@ from transformers.utils import logging
 from transformers.utils.output_capturing import capture_outputs
 
 from .anatomy import LayerNames, attention_core, attention_names, check_layer
-from .attention import FusionAttention, Rotation
+from .attention import FusionAttention, Rotation, is_recorded
 from .configuration_mctf import FusionConfigMixin
 from .fused_layer import FusedLayer, Step, Tokens
 from .reducers import build_reducer
@@ -175,6 +175,7 @@ class FusedLayers(nn.ModuleList):
         batch, num_tokens = hidden_states.shape[:2]
         rows = positions = None
         fuses = any(counts)
+        step = step._replace(fuses=fuses)
         if track:
             rows = torch.arange(batch * num_tokens, device=hidden_states.device)
         host = dict(kwargs) if self.takes_options else {}
@@ -192,6 +193,7 @@ class FusedLayers(nn.ModuleList):
         for index, (layer, r) in enumerate(zip(self.children(), counts, strict=True)):
             own_way = r or tokens.sizes is not None or (shown and fuses)
             own_way = own_way or (index == last and step.num_read is not None)
+            own_way = own_way or (fuses and layer.core.is_faster_by_map(tokens.hidden_states))
             if layer.runs_as_host and not own_way:
                 output = layer(tokens.hidden_states, *args, **host)
                 tokens = tokens._replace(hidden_states=output)
@@ -257,8 +259,7 @@ def is_hooked(module: nn.Module) -> bool:
 
 def goes_in_slices(x: Tensor) -> bool:
     """Whether a batch may be taken apart: on a CPU, where no graph is recorded or traced."""
-    recorded = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return x.is_cpu and not recorded
+    return x.is_cpu and not is_recorded()
 
 
 def _step(settings: FusionConfigMixin, whole: bool = False, num_read: int | None = None) -> Step:

@@ -97,6 +97,7 @@ class Step(NamedTuple):
         frequencies: (d / h / 4,), turns of the channels per unit of a coordinate; or ``None``.
         num_read: so many prefix tokens alone are to leave the layer, which computes nothing else;
             ``None`` for all tokens.
+        fuses: whether any layer fuses; if none does, all is computed as transformers does.
     """
 
     reducer: Reducer | None
@@ -109,6 +110,7 @@ class Step(NamedTuple):
     rope_positions: str | None = None
     frequencies: Tensor | None = None
     num_read: int | None = None
+    fuses: bool = False
 
     def in_layer(self, layer: int, num_layers: int, r: int) -> "Step":
         """What one layer of several is to do; the last one may know that little is read."""
@@ -193,6 +195,7 @@ class FusedLayer:
         bias = attention_mask if bias is None else bias
         attention = reduction = None
         applied_here = stage is not None or shown or read is not None
+        applied_here = applied_here or (attention_mask is None and self._is_faster(normed, step))
         if applied_here or tokens.sizes is not None or tokens.positions is not None:
             # Where it only ranks tokens, or belongs to all of them, no gradient flows through it.
             with torch.set_grad_enabled(torch.is_grad_enabled() and stage is not Stage.RECOMPUTE):
@@ -280,9 +283,13 @@ class FusedLayer:
             normed, bias, hold_map=hold_map, rotation=rotation, num_queries=num_queries
         )
 
+    def _is_faster(self, normed: Tensor, step: Step) -> bool:
+        """Whether this layer attends faster by a map that it makes itself."""
+        return step.fuses and self.core.is_faster_by_map(normed, step.num_read)
+
     def _holds_map(self, normed: Tensor, step: Step, stage: Stage | None) -> bool:
         """Whether attention's map is computed as such, once."""
-        if self.core.config._attn_implementation == "eager":
+        if self.core.config._attn_implementation == "eager" or self._is_faster(normed, step):
             return True
         reducer = step.reducer
         if reducer is None or stage is None:

@@ -18,6 +18,7 @@ from mctf_hf import (
     MCTFT2TViTConfig,
     MCTFViTConfig,
     MCTFViTForImageClassification,
+    attention,
     matching,
     selection,
 )
@@ -64,7 +65,7 @@ class Recorder(TorchDispatchMode):
 def record(layer: int = 3, n: int = 65, batch: int = 2, **settings: Any) -> Recorder:
     model = tiny_model(**settings)
     hidden_states, sizes = torch.randn(batch, n, 24), torch.ones(batch, n)
-    step = _step(model.config)._replace(r=8)
+    step = _step(model.config)._replace(r=8, fuses=True)
     with Recorder() as recorder:
         model.vit.layers[layer](hidden_states, tokens=Tokens(hidden_states, sizes), step=step)
     return recorder
@@ -166,3 +167,21 @@ def test_batches_are_augmented_without_asking_for_their_values() -> None:
     labels = torch.empty(64, dtype=torch.int64, device="meta")
     images, labels = augmentation(images, labels, draws)
     assert images.device.type == labels.device.type == "meta" and labels.shape == (64, 10)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("settings", [{"reduction": "tome"}, {"one_step_ahead": "present"}, {}])
+def test_bfloat16_attends_by_the_faster_way(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In all layers of a model that fuses, those of many tokens; and nobody sees a difference."""
+    model = tiny_model(r=[0, 0, 8, 8], num_hidden_layers=4, **settings).bfloat16()
+    images = torch.randn(2, 3, 32, 32, dtype=torch.bfloat16)
+    with Recorder() as own:
+        logits = model(images).logits
+    assert own.calls["softmax" if "softmax" in own.calls else "_softmax"] >= 3
+    monkeypatch.setattr(attention, "FASTER_BY_MAP", {})
+    with Recorder() as kernel:
+        torch.testing.assert_close(model(images).logits, logits, atol=0.02, rtol=0.02)
+    kernels = [name for name in kernel.calls if "scaled_dot_product" in name]
+    assert sum(kernel.calls[name] for name in kernels) > sum(own.calls[n] for n in kernels)
