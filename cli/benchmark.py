@@ -52,7 +52,8 @@ def main(args: Sequence[str]) -> None:
         "id. Without any setting of fusion a plain ViT is the model of transformers. Settings are "
         "those of fusion (r=16, r=auto:0.56, reduction=tome, keep_rate=0.7, …), "
         "attn_implementation, compile (give one batch size, for a second one recompiles for any), "
-        "and slice=16 to feed it 16 images at a time.",
+        "aot to compile it ahead of time for any, slice=16 to feed it 16 images at a time, and "
+        "sliced for the plain model with as many tokens cut off as others are fused.",
     )
     parser.add_function_arguments(benchmark, skip={"models"})
     settings, given = read(parser, args)

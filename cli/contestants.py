@@ -1,5 +1,6 @@
 """Models that ``mctf benchmark`` compares, made from words such as ``deit_s,r=16,compile``."""
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ from transformers import AutoConfig
 from lightning_modules.processors import settle_size
 from mctf_hf.checks import check_weights
 from mctf_hf.configuration_mctf import as_pair, check_exists
-from mctf_hf.cost import describe, multiply_accumulates
+from mctf_hf.cost import counted, describe, multiply_accumulates
+from mctf_hf.export import compile_ahead, load
 from mctf_hf.files import check_indexes
 from mctf_hf.hub import HUB_ID, load_image_processor
 from mctf_hf.presets import PRESETS, preset, preset_class
+from mctf_hf.reducers import build_reducer
 from mctf_hf.registry import (
     BACKBONES,
     class_of,
@@ -26,8 +29,9 @@ from mctf_hf.registry import (
 
 from .main import nearest
 from .models import parse, resolve
+from .sliced import slice_tokens
 
-SETTINGS = ("attn_implementation", "compile", "slice")
+SETTINGS = ("attn_implementation", "aot", "compile", "slice", "sliced")
 
 
 @dataclass
@@ -57,8 +61,9 @@ def make(words: str, image_size: int | None, dtype: torch.dtype, device: str) ->
     Args:
         words: NAME is a preset, a local folder or an id on the Hub. A preset, or a plain model's
             checkpoint, with no setting of fusion is the plain model of transformers; with one, or
-            saved by this library, it is this library's. ``compile`` compiles it, ``slice=16`` feeds
-            it 16 images at a time.
+            saved by this library, it is this library's. ``compile`` compiles it, ``aot`` compiles
+            it ahead of time, ``slice=16`` feeds it 16 images at a time, and ``sliced`` is the plain
+            model with tokens cut off where others are fused, which no fusion can beat.
         image_size: height and width, if they are not to be the model's own.
 
     Raises:
@@ -66,6 +71,12 @@ def make(words: str, image_size: int | None, dtype: torch.dtype, device: str) ->
     """
     name, settings = parse(words, SETTINGS)
     compiled, slice_size = settings.pop("compile", False), settings.pop("slice", None)
+    ahead, sliced = settings.pop("aot", False), settings.pop("sliced", False)
+    for key, value in {"aot": ahead, "sliced": sliced}.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{key}={value!r} of {words!r} is not allowed: it stands by itself")
+    if compiled and ahead:
+        raise ValueError(f"compile and aot of {words!r} are not allowed together")
     if slice_size is not None and (
         slice_size is True or not isinstance(slice_size, int) or slice_size < 1
     ):
@@ -86,6 +97,8 @@ def make(words: str, image_size: int | None, dtype: torch.dtype, device: str) ->
             f"model {name!r} is not known{f', did you mean {near!r}?' if near else ''}: it is a "
             f"folder, an id on the Hub such as org/name, or a preset ({', '.join(PRESETS)})"
         )
+    if sliced:
+        model, cost = _sliced(words, model, config, attention, image_size)
     height, width = config.usual_size
     if height != width or config.num_channels != 3:
         raise ValueError(
@@ -97,6 +110,8 @@ def make(words: str, image_size: int | None, dtype: torch.dtype, device: str) ->
     model = Classifier(model.eval().to(device, dtype), interpolates, slice_size)
     if compiled:
         model.model = torch.compile(model.model, fullgraph=True, mode=_mode(compiled))
+    if ahead:
+        model.compile_ahead(torch.zeros(2, 3, size, size, device=device, dtype=dtype))
     folder = None if name in PRESETS else name
     return Contestant(words, model, cost, size, folder, missing)
 
@@ -144,6 +159,25 @@ def _from_checkpoint(
     return model, config, cost, tuple(sorted(report["missing_keys"]))
 
 
+def _sliced(
+    words: str, model: nn.Module, config: Any, attention: dict[str, Any], image_size: int | None
+) -> tuple[nn.Module, int]:
+    """The plain model that runs on as many tokens in each layer, and what it costs."""
+    own, reducer = type(model), build_reducer(config) if hasattr(config, "reduction") else None
+    plain = plain_class(own)
+    if reducer is None or plain is None or not hasattr(model, "num_read_tokens"):
+        raise ValueError(
+            f"sliced of {words!r} has no effect: name what is fused, in a model that transformers "
+            "has too"
+        )
+    num_tokens = config.num_tokens(None if image_size is None else as_pair(image_size))
+    sliced = plain._from_config(plain_config(own, config), **attention).eval()
+    slice_tokens(sliced, config.tokens_fused(num_tokens), reducer.stage, num_tokens)
+    size = config.usual_size if image_size is None else as_pair(image_size)
+    options = {} if size == as_pair(config.image_size) else {"interpolate_pos_encoding": True}
+    return sliced, counted(sliced, torch.empty(1, config.num_channels, *size), **options)
+
+
 def _plain_cost(own: type[Any], config: Any, image_size: int | None) -> int:
     """What the plain model of a class of this library costs."""
     with torch.device("meta"):
@@ -163,10 +197,40 @@ class Classifier(nn.Module):
         self.options = {"interpolate_pos_encoding": True} if interpolate else {}
         self.slice_size = slice_size
 
+    def compile_ahead(self, example: Tensor) -> None:
+        """Go on as a package of AOTInductor, made for batches like this one, of any size."""
+        self.model, self.options = CompiledAhead(self.model, self.options, example), {}
+
     def forward(self, pixel_values: Tensor) -> Tensor:
         parts = pixel_values.split(self.slice_size or len(pixel_values))
         found = [self.model(part, **self.options)[0] for part in parts]
         return torch.cat(found) if len(found) > 1 else found[0]
+
+
+class FirstOutput(nn.Module):
+    """A model's first output, as a function of images alone."""
+
+    def __init__(self, model: nn.Module, options: dict[str, Any]):
+        super().__init__()
+        self.model, self.options = model, options
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.model(pixel_values, **self.options)[0]
+
+
+class CompiledAhead(nn.Module):
+    """A model as a package of AOTInductor, which gives its first output as a tuple of one."""
+
+    def __init__(self, model: nn.Module, options: dict[str, Any], example: Tensor):
+        super().__init__()
+        self.config = model.config
+        with tempfile.TemporaryDirectory(prefix="mctf-") as folder:
+            file = Path(folder, "model.pt2")
+            compile_ahead(FirstOutput(model, options).eval(), example, file, {})
+            self.run = load(file)
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor]:
+        return (self.run(pixel_values),)
 
 
 def _mode(compiled: Any) -> str | None:

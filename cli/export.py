@@ -1,4 +1,4 @@
-"""``mctf export``: a model as ONNX or as a program of torch.export, checked against torch."""
+"""``mctf export``: a model as ONNX or as a ``.pt2`` of torch, checked against the model."""
 
 import math
 import tempfile
@@ -26,8 +26,12 @@ from .models import load, parse, resolve
 from .options import read, refuse
 from .parsing import ArgumentParser
 
-WRITE = {".onnx": exporting.to_onnx, ".pt2": exporting.to_torch_export}
-RUNTIME = {".onnx": "onnxruntime", ".pt2": "torch.export"}
+WRITE = {
+    "onnx": exporting.to_onnx,
+    "torch_export": exporting.to_torch_export,
+    "aot_inductor": exporting.to_aot_inductor,
+}
+RUNTIME = {"onnx": "onnxruntime", "torch_export": "torch.export", "aot_inductor": "AOTInductor"}
 
 
 def main(args: Sequence[str]) -> None:
@@ -56,6 +60,7 @@ def main(args: Sequence[str]) -> None:
 def export(
     model: str,
     output: str,
+    aot_inductor: bool = False,
     images: str | None = None,
     count: int = 100,
     batch_size: int = 16,
@@ -67,6 +72,8 @@ def export(
     Args:
         model: see above.
         output: file to write, model.onnx or model.pt2.
+        aot_inductor: compile model.pt2 ahead of time, for processors and releases of torch like
+            this one. It takes a minute and a compiler of C++, and is the fastest form on a CPU.
         images: what to check it on: a folder of images or of a dataset, or a dataset's id on the
             Hub, whose evenly spaced images are used; unset, random numbers.
         count: how many images to check it on, in batches of several sizes.
@@ -74,28 +81,34 @@ def export(
         speed: measure the speed in batches of that size, beside the same weights with r=0.
         rounds: timings of each, whose median counts.
     """
-    file = check_output(output, *WRITE)
+    file = check_output(output, ".onnx", ".pt2")
+    kind = "onnx" if file.suffix == ".onnx" else "torch_export"
+    if aot_inductor and kind == "onnx":
+        raise ValueError(
+            f"aot_inductor=True is not allowed with output={output!r}: the file's name ends in .pt2"
+        )
+    kind = "aot_inductor" if aot_inductor else kind
     for name, value, least in (("count", count, 3), ("batch_size", batch_size, 2)):
         if value < least:
             raise ValueError(f"{name}={value!r} is not allowed: it is at least {least}")
     if rounds < 1:
         raise ValueError(f"rounds={rounds!r} is not allowed: it is at least 1")
-    if file.suffix == ".onnx":
+    if kind == "onnx":
         exporting.import_onnx()
     made, processor = _load(model)
     pixel_values = _pixel_values(made, processor, images, max(count, batch_size if speed else 0))
 
     console = Console()
     with draft(file) as path:
-        WRITE[file.suffix](made, path, image_processor=processor)
+        WRITE[kind](made, path, image_processor=processor)
         batches = [pixel_values[:1], pixel_values[1:3]]
         batches += pixel_values[3:count].split(batch_size) if count > 3 else []
         found = exporting.check(made, path, batches)
         rounding = exporting.check_rounding(made, batches) if found.differing else None
-        console.print(_agreement(file, images, found, rounding))
+        console.print(_agreement(f"{file.name} in {RUNTIME[kind]}", images, found, rounding))
         _judge(file, found, rounding)
         if speed:
-            console.print(_speed(made, path, pixel_values[:batch_size], rounds))
+            console.print(_speed(made, path, kind, pixel_values[:batch_size], rounds))
     console.print(f"{file}: {file.stat().st_size / 2**20:,.1f} MiB", highlight=False)
 
 
@@ -150,7 +163,7 @@ def _judge(file: Path, found: Agreement, rounding: Agreement | None) -> None:
 
 
 def _agreement(
-    file: Path, images: str | None, found: Agreement, rounding: Agreement | None
+    name: str, images: str | None, found: Agreement, rounding: Agreement | None
 ) -> Table:
     count = sum(found.batch_sizes)
     shown = f"{count} random images" if images is None else f"{count} images of {images}"
@@ -162,7 +175,7 @@ def _agreement(
     top1 = [] if found.top1 is None else ["same top-1"]  # an encoder has none
     for heading in ("max difference", f"images > {TOLERANCE:g}", *top1):
         table.add_column(heading, justify="right")
-    rows = {f"{file.name} in {RUNTIME[file.suffix]}": found, "torch in float64": rounding}
+    rows = {name: found, "torch in float64": rounding}
     for name, agreement in rows.items():
         if agreement is not None:
             table.add_row(
@@ -176,11 +189,11 @@ def _agreement(
 
 @torch.inference_mode()
 def _speed(
-    model: MCTFViTForImageClassification, file: Path, pixel_values: Tensor, rounds: int
+    model: MCTFViTForImageClassification, file: Path, kind: str, pixel_values: Tensor, rounds: int
 ) -> Table:
     """The file and its model, each beside the same with r=0."""
     with tempfile.TemporaryDirectory(prefix="mctf-") as folder:
-        base = WRITE[file.suffix](model, Path(folder, f"base{file.suffix}"), r=0)
+        base = WRITE[kind](model, Path(folder, f"base{file.suffix}"), r=0)
         fused_file, base_file = exporting.load(file), exporting.load(base)
     runs = [
         lambda: base_file(pixel_values),
@@ -195,7 +208,7 @@ def _speed(
     for heading in ("", "r=0, images/s", "fused, images/s", "ratio"):
         table.add_column(heading, justify="right" if heading else "left")
     for name, base_speed, speed in zip(
-        (RUNTIME[file.suffix], "torch"), speeds[::2], speeds[1::2], strict=True
+        (RUNTIME[kind], "torch"), speeds[::2], speeds[1::2], strict=True
     ):
         table.add_row(name, f"{base_speed:,.1f}", f"{speed:,.1f}", f"{speed / base_speed:.2f}x")
     return table

@@ -58,7 +58,7 @@ def sweep(
         images: a folder of images or of a dataset, or a dataset's id on the Hub.
         budgets: parts of the multiply-accumulates without fusion: 0.7,0.56.
         methods: some of mctf,mctf_present,tome,pitome,diffrate,token_mergence,evit; unset, all that
-            suit the model.
+            suit the model; own, none but what each model does by itself.
         labels: measure accuracy by the labels of the images.
         split: of the dataset; unset, its test, validation or only one, and with labels test.
         num_images: so many evenly spaced ones; unset, all.
@@ -81,7 +81,7 @@ def sweep(
     curves: dict[str, list[Verdict]] = {}
     for words in models:
         model, processor = load(words)
-        ways = ways_of(methods, model)
+        ways = () if methods == "own" else ways_of(methods, model)
         judging = open_judge(model, processor, images, num_images, labels=labels, split=split)
         found = _verdicts(judging, ways, fractions)
         every = [verdict for curve in found.values() for verdict in curve]

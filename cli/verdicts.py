@@ -122,6 +122,7 @@ _HEADINGS = {
     "change": "change",
     "agreement": "agreement %",
     "accuracy": "accuracy %",
+    "difference": "to unfused",
     "speed": "speed",
 }
 _FORMATS = {"gmacs": ".4g", "fraction": ".3f"}

@@ -1,7 +1,9 @@
-"""Models in files that run without this library: ONNX, and the ``.pt2`` of ``torch.export``.
+"""Models in files that run without this library: ONNX, and two kinds of ``.pt2``.
 
-The size of the images is fixed, that of the batch is not. Both kinds of file tell what they hold,
-ONNX in its ``metadata_props`` and ``.pt2`` in its extra file ``metadata.json``.
+These are a program of ``torch.export``, and a package of AOTInductor, which is compiled ahead of
+time. The size of the images is fixed, that of the batch is not. All kinds of file tell what they
+hold: ONNX in its ``metadata_props``, a program in its extra file ``metadata.json``, a package by
+its ``get_metadata()``.
 """
 
 import copy
@@ -9,7 +11,10 @@ import io
 import json
 import logging
 import os
+import shutil
+import tempfile
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
@@ -149,6 +154,58 @@ def to_torch_export(
     return file
 
 
+def to_aot_inductor(
+    model: Model,
+    file: str | os.PathLike,
+    *,
+    image_processor: Any = None,
+    r: TokensFused | None = None,
+    keep_rate: KeepRate | None = None,
+) -> Path:
+    """Write a model as a package of AOTInductor: machine code, with its weights packed for it.
+
+    For processors and releases of torch like this one; there it is the fastest form of a model by
+    far. ``torch._inductor.aoti_load_package`` loads it.
+
+    Arguments as of :func:`to_torch_export`.
+
+    Raises:
+        ValueError, RuntimeError: as :func:`to_torch_export`; RuntimeError also where torch finds no
+            compiler of C++.
+    """
+    amount = {"r": r, "keep_rate": keep_rate}
+    file = _checked(model, file, ".pt2", amount)
+    metadata = _metadata(model, image_processor, amount)
+    with draft(file) as whole, _quiet():
+        compile_ahead(_Function(model, **amount), _example(model), whole, metadata)
+    return file
+
+
+@torch.no_grad()
+def compile_ahead(
+    function: nn.Module, example: Tensor, file: Path, metadata: dict[str, str]
+) -> None:
+    """Compile a function of batches of any size, (b, …) -> (b, …), into a package.
+
+    Args:
+        example: a batch of two.
+        file: its name ends in ``.pt2``.
+
+    Raises:
+        RuntimeError: if torch cannot export or compile it.
+    """
+    shapes = ({0: BATCH},)
+    program = torch.export.export(function, (example,), dynamic_shapes=shapes, strict=False)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)
+    options = {"freezing": True, "aot_inductor.metadata": metadata}
+    with tempfile.TemporaryDirectory(prefix="mctf-") as folder:
+        place = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(Path(folder, file.name)), inductor_configs=options
+        )
+        shutil.copyfile(place, file)
+
+
 def load(file: str | os.PathLike) -> Callable[[Tensor], Tensor]:
     """What an exported file computes: (b, channels, height, width) -> (b, labels) or (b, m, d).
 
@@ -159,6 +216,10 @@ def load(file: str | os.PathLike) -> Callable[[Tensor], Tensor]:
     """
     file = Path(file)
     if file.suffix == ".pt2":
+        with zipfile.ZipFile(file) as archive:
+            compiled = any("/aotinductor/" in name for name in archive.namelist())
+        if compiled:
+            return torch._inductor.aoti_load_package(str(file))
         return torch.export.load(file).module()
     onnxruntime = import_onnx()
     options = onnxruntime.SessionOptions()

@@ -148,6 +148,8 @@ class Verdict:
         change: see :meth:`Judge.change`, (n,).
         agreement: see :meth:`Judge.agreement`, (n,).
         right: see :meth:`Judge.right`.
+        gained: with labels, for each image 1 if fusion alone makes it right, -1 if it makes it
+            wrong, else 0, (n,).
         ratio: measured speed over that without fusion, if it was measured.
     """
 
@@ -159,6 +161,7 @@ class Verdict:
     change: Tensor
     agreement: Tensor
     right: Tensor | None = None
+    gained: Tensor | None = None
     ratio: float | None = None
 
     def row(self, best: "Verdict | None" = None) -> dict[str, float | str]:
@@ -176,6 +179,9 @@ class Verdict:
             row["accuracy"] = 100 * _mean(self.right.float())
             row["accuracy_error"] = 100 * _error(self.right.float())
             row["change"], row["change_error"] = _mean(self.change), _error(self.change)
+        if self.gained is not None:
+            row["difference"] = 100 * _mean(self.gained)
+            row["difference_error"] = 100 * _error(self.gained)
         if self.ratio is not None:
             row["speed"] = self.ratio
         if best is not None:
@@ -200,6 +206,7 @@ def judge(judging: Judge, name: str, setting: Setting | None) -> Verdict:
     nothing = [0] * described.num_layers
     unfused = described.cost(settings_of(judging.model), nothing)
     cost = unfused if setting is None else setting.cost
+    right, before = judging.right(outputs), judging.right(judging.unfused)
     return Verdict(
         name,
         setting,
@@ -208,5 +215,6 @@ def judge(judging: Judge, name: str, setting: Setting | None) -> Verdict:
         judging.loss(outputs),
         judging.change(outputs),
         judging.agreement(outputs),
-        judging.right(outputs),
+        right,
+        None if right is None or before is None else right.float() - before.float(),
     )

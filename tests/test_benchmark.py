@@ -26,7 +26,7 @@ from tests.conftest import DIGITS, tiny_model
 
 def test_a_table_a_file_and_a_picture(tiny_folder: Path, capsys: pytest.CaptureFixture) -> None:
     ViTForImageClassification.from_pretrained(tiny_folder, num_hidden_layers=2).save_pretrained("m")
-    models = [f"m{settings}" for settings in ("", ",r=8", ",r=8,slice=1", ",compile")]
+    models = [f"m{settings}" for settings in ("", ",r=8", ",r=8,slice=1", ",compile", ",aot")]
     words = ["--batch_sizes", "[1,3]", "--rounds", "3", "--output", "o.json", "--plot", "o.png"]
     main(["benchmark", *models, *words])
 
@@ -38,7 +38,7 @@ def test_a_table_a_file_and_a_picture(tiny_folder: Path, capsys: pytest.CaptureF
         (model, batch) for batch in (1, 3) for model in models
     ]
     for row in rows:
-        first = rows[0] if row["batch_size"] == 1 else rows[4]
+        first = rows[0] if row["batch_size"] == 1 else rows[len(models)]
         ratio = first["latency_p50_ms"] / row["latency_p50_ms"]
         assert row["ratio"] == pytest.approx(ratio)
         assert row["efficiency"] == pytest.approx(ratio * row["gmacs"] / first["gmacs"])
@@ -51,6 +51,29 @@ def test_a_table_a_file_and_a_picture(tiny_folder: Path, capsys: pytest.CaptureF
     assert rows[1]["gmacs"] * 1e9 == pytest.approx(multiply_accumulates(config, r=8))
     assert rows[0]["gmacs"] * 1e9 == pytest.approx(describe(config).whole)
     assert Image.open("o.png").size[0] > 500
+
+
+@pytest.mark.parametrize(
+    ("settings", "left"),
+    [("r=8", [65, 57, 49, 41]), ("one_step_ahead=present,r=[0,9,0,5,0]", [65, 65, 56, 56, 51])],
+)
+def test_sliced_is_the_plain_model_on_as_many_tokens(
+    settings: str, left: list[int], tiny_folder: Path
+) -> None:
+    """Of each layer it is told how many tokens its attention sees."""
+    sliced = make(f"{tiny_folder},{settings},sliced", None, torch.float32, "cpu")
+    fused = make(f"{tiny_folder},{settings}", None, torch.float32, "cpu")
+    plain = make(str(tiny_folder), None, torch.float32, "cpu")
+    assert type(sliced.model.model) is type(plain.model.model)
+    seen: list[int] = []
+    for layer in sliced.model.model.vit.layers:
+        layer.attention.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    assert sliced.model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+    assert seen[: len(left)] == left
+    below = sliced.multiply_accumulates < plain.multiply_accumulates
+    assert below and sliced.multiply_accumulates == pytest.approx(
+        fused.multiply_accumulates, rel=0.3
+    )
 
 
 def test_long_names_of_models_are_read_in_the_table_and_in_the_picture(

@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import resource
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -159,6 +160,25 @@ def test_a_pt2_tells_what_it_holds_and_keeps_its_numbers() -> None:
     assert b"site-packages" not in Path("model.pt2").read_bytes()
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="AOTInductor compiles C++")
+def test_a_package_compiled_ahead_of_time(tiny_folder: Path, capsys: pytest.CaptureFixture) -> None:
+    """Through the command: for batches of any size, with what it holds, and nothing beside it."""
+    model = f"{tiny_folder},r=[0,0,0,0,9]"
+    words = ["--output", "m.pt2", "--aot_inductor", "true", "--images", DIGITS, "--count", 9]
+    run_command(model, *words, "--batch_size", 4)
+    assert "m.pt2 in AOTInductor" in " ".join(capsys.readouterr().out.split())
+    assert [path.name for path in Path().iterdir()] == ["m.pt2"]
+    told = torch._inductor.aoti_load_package("m.pt2").get_metadata()
+    assert json.loads(told["r"]) == [0, 0, 0, 0, 9] and json.loads(told["image_size"]) == [32, 32]
+    fused = MCTFViTForImageClassification.from_pretrained(tiny_folder, r=[0, 0, 0, 0, 9])
+    for count in (1, 5):
+        images = random_images(count)
+        found = load("m.pt2")(images)
+        torch.testing.assert_close(found, expected(fused, images), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="aot_inductor=True is not allowed with output='m.onnx'"):
+        run_command(model, "--output", "m.onnx", "--aot_inductor", "true")
+
+
 def test_weights_too_many_for_one_file_lie_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
     limit = "torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD"
     monkeypatch.setattr(limit, 1000)  # bytes, instead of 1.5 GiB
@@ -266,7 +286,7 @@ def test_the_command_measures_speed(
         fused.append(r)
         return to_torch_export(*args, r=r, **kwargs)
 
-    monkeypatch.setitem(command.WRITE, ".pt2", write)
+    monkeypatch.setitem(command.WRITE, "torch_export", write)
     options = ["--count", "3", "--batch_size", "4", "--speed", "true", "--rounds", "1"]
     run_command(f"{tiny_folder},r=[0,0,0,0,9]", "--output", "model.pt2", *options)
     shown = capsys.readouterr().out
@@ -306,7 +326,9 @@ def test_the_command_refuses_a_file_that_is_wrong(
         name, error = "broken", ValueError
         message = "broken is not used: weights are infinite or no numbers in classifier.bias"
     else:
-        monkeypatch.setitem(command.WRITE, ".pt2", partial(to_torch_export, r=[0, 0, 0, 0, 30]))
+        monkeypatch.setitem(
+            command.WRITE, "torch_export", partial(to_torch_export, r=[0, 0, 0, 0, 30])
+        )
         message = (
             "out/model.pt2 is not written: 30 of 30 images differ by more than 0.0001, up to .*, "
             "and rounding explains 0"

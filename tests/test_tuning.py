@@ -299,12 +299,19 @@ def test_the_command_sweeps(tiny_folder: Path, capsys: pytest.CaptureFixture[str
             [row for row in rows if row["setting"] == way], (0.8, 0.6), strict=True
         )] == [True, True]  # fmt: skip
     assert all(0 <= float(row["accuracy"]) <= 100 and float(row["speed"]) > 0 for row in rows)
+    for row in rows:  # of the same images, so that the difference is that of the means
+        lost = float(row["accuracy"]) - float(rows[0]["accuracy"])
+        assert float(row["difference"]) == pytest.approx(lost, abs=1e-4)
+        assert float(row["difference_error"]) <= 2 * float(row["accuracy_error"])
     with Image.open("s.png") as picture:
         assert picture.width > 1000
     capsys.readouterr()
     main(["sweep", str(tiny_folder), *WORDS, "--budgets", "0.05", "--methods", "mctf"])
     shown = capsys.readouterr().out
     assert "left out: a budget of" in shown and "agreement" in shown
+    main(["sweep", f"{tiny_folder},r=4", *WORDS, "--methods", "own", "--output", "own.csv"])
+    with open("own.csv", newline="") as file:
+        assert [row["setting"] for row in csv.DictReader(file)] == ["unfused", "own"]
 
 
 @pytest.mark.parametrize(
