@@ -21,7 +21,6 @@ CHECKPOINT = SHARED / "checkpoints" / "deit-tiny-cifar10"
 # setting -> top-1 in % on the 10,000 test images and GMACs, both of the official implementation.
 OFFICIAL = {
     "r 6": ({"r": 6}, 67.20, 0.1911),
-    "fast": ({"r": 0.35, "fusion_layers": [3, 6, 9]}, 67.47, 0.2228),
 }
 
 
