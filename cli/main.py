@@ -22,6 +22,8 @@ FINETUNING = {
     "predict": "write what a model makes of images to a file",
 }
 COMMANDS = FINETUNING | {
+    "embed": "turn a collection of images into vectors, on as many machines as there are",
+    "neighbours": "find the images of a collection that are nearest to one, or to a text",
     "demo": "train, fuse, finetune and compare small models of handwritten digits",
     "benchmark": "time models side by side: cost, speed, memory, accuracy",
     "benchmark-data": "time the input pipeline by itself",

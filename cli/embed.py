@@ -1,0 +1,294 @@
+"""``mctf embed``: collections of images as vectors, of any size, on any number of devices."""
+
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from datetime import timedelta
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DDPStrategy
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from lightning_modules.comparing import Comparison, compare_settings
+from lightning_modules.embedding import EmbeddingRun, Pace, embed_by_lightning
+from lightning_modules.image_sources import open_source
+from lightning_modules.vector_folder import VectorFolder, row_features
+from mctf_hf.configuration_mctf import FusionConfigMixin
+from mctf_hf.embedding import Embedder, digest
+from mctf_hf.images import MODES, ImageReader
+from mctf_hf.texts import TextEncoder, Texts
+
+from .models import load, parse
+from .options import read, refuse
+from .parsing import ArgumentParser
+
+# Of processes that have nothing left to do, until the last one is done.
+PATIENCE = timedelta(days=7)
+PACKAGES = ("mctf-hf", "torch", "transformers", "datasets", "pyarrow", "pillow", "lightning")
+SOURCE = ("images", "split", "name", "revision", "streaming", "image_column")
+
+
+def main(args: Sequence[str]) -> None:
+    """Read the command line and run :func:`embed`."""
+    parser = ArgumentParser(
+        prog="mctf embed",
+        description="Turn a collection of images into vectors, at fused speed: parquet shards and "
+        "a manifest. Killed and started again, the same command goes on where it was.",
+    )
+    parser.add_argument(
+        "model",
+        help="NAME[,setting=value…]: a folder or Hub id, with settings of fusion (r=16, "
+        "r=auto:0.6, reduction=tome, …).",
+    )
+    ours = {"columns", "unit_size"}
+    parser.add_function_arguments(open_source, skip=ours)
+    parser.add_function_arguments(embed, skip={"model", "source", "trainer"})
+    parser.add_function_arguments(make_trainer, "trainer", skip={"callbacks"})
+    settings, given = read(parser, args)
+    if settings["compare"] is None:
+        refuse(given, {"sample"}, "without --compare")
+    if settings["engine"] == "ray":
+        refuse(given, {"trainer"}, "with --engine ray, which places processes itself")
+    else:
+        refuse(given, {"actors", "ray_address"}, "without --engine ray")
+    source = {name: settings.pop(name) for name in SOURCE}
+    embed(**settings, source=source)
+
+
+def make_trainer(
+    callbacks: list[Callback],
+    accelerator: str = "auto",
+    devices: int | str | list[int] = "auto",
+    num_nodes: int = 1,
+    strategy: str = "auto",
+    precision: Literal["32-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed"] = "32-true",
+) -> L.Trainer:
+    """A trainer that predicts, in as many processes as there are to be.
+
+    Args:
+        callbacks: of the trainer.
+        accelerator: cpu, gpu, auto, or another one of Lightning's.
+        devices: how many processors to use on each machine, or the numbers of which.
+        num_nodes: machines; the output folder is one that all of them see.
+        strategy: of Lightning, for several processes: ddp.
+        precision: of numbers.
+    """
+    settings: dict[str, Any] = {
+        "accelerator": accelerator,
+        "devices": devices,
+        "num_nodes": num_nodes,
+        "precision": precision,
+        "callbacks": callbacks,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+    }
+    trainer = L.Trainer(strategy=strategy, **settings)
+    if strategy == "auto" and isinstance(trainer.strategy, DDPStrategy):
+        trainer = L.Trainer(strategy=DDPStrategy(timeout=PATIENCE), **settings)
+    return trainer
+
+
+def embed(
+    model: str,
+    source: dict[str, Any],
+    output: str,
+    columns: str | None = None,
+    vector: Literal["class_token", "pooled", "mean_patches"] | None = None,
+    normalize: bool = False,
+    dtype: Literal["float32", "float16"] = "float32",
+    texts: str | None = None,
+    batch_size: int = 32,
+    num_workers: int = 2,
+    shard_size: int = 1000,
+    on_bad_image: Literal["fail", "skip"] = "fail",
+    compare: str | None = None,
+    sample: int = 500,
+    engine: Literal["lightning", "ray"] = "lightning",
+    actors: int = 1,
+    ray_address: str | None = None,
+    trainer: dict[str, Any] | None = None,
+) -> None:
+    """Embed a collection of images.
+
+    Args:
+        model: see above.
+        source: settings of :func:`.open_source`.
+        output: the folder to write, local or mounted.
+        columns: names of columns to carry along, as in label,key; in tar files, endings of names.
+        vector: the class token, what the model pools (the embedding of CLIP and SigLIP, what a
+            classifier's head sees), or the mean of the patches; unset, what the model is known for.
+        normalize: give vectors the length 1.
+        dtype: of their numbers.
+        texts: file of labels for CLIP and SigLIP, one a line: each image gets the score of each.
+        batch_size: images that the model takes at once, in each process.
+        num_workers: processes that decode images, for each that embeds them.
+        shard_size: images of a shard; a tar file or a shard of a stream is one as it is.
+        on_bad_image: fail at an image that cannot be read, or skip it: unreadable.csv tells of it.
+        compare: settings of fusion to compare with afterwards, such as r=0.
+        sample: images that are compared.
+        engine: lightning for this machine, or several that start the command together; ray for a
+            cluster of Ray.
+        actors: processes of Ray that embed, with a GPU each where it has any.
+        ray_address: of a cluster of Ray; unset, the one around, or one on this machine.
+        trainer: settings of :func:`make_trainer`.
+    """
+    numbers = {
+        "batch_size": (batch_size, 1),
+        "num_workers": (num_workers, 0),
+        "shard_size": (shard_size, 1),
+        "sample": (sample, 2),
+        "actors": (actors, 1),
+    }
+    for setting, (value, least) in numbers.items():
+        if value < least:
+            raise ValueError(f"{setting}={value!r} is not allowed: it is at least {least}")
+    console, precision = Console(), (trainer or {}).get("precision", "32-true")
+    folder = VectorFolder(output)
+    other = None if compare is None else f"{parse(model)[0]},{compare}"
+    if other is not None:
+        parse(other)
+    carried = [] if columns is None else [column.strip() for column in columns.split(",")]
+    labels = None if texts is None else Texts(_lines(texts), TextEncoder(parse(model)[0]))
+    loaded, processor = load(model)
+    embedder = Embedder(loaded, vector, normalize=normalize, texts=labels).eval()
+    reader = ImageReader(processor, loaded.config.num_channels)
+    collection = open_source(**source, columns=carried, unit_size=shard_size)
+    features = row_features(
+        collection.features,
+        _width(embedder, reader),
+        dtype,
+        embedder.labels,
+        names_best=embedder.names_best,
+        all_scores=texts is not None or not embedder.names_best,
+    )
+    settings = {
+        "model": model,
+        "weights": digest(loaded),
+        "fusion": {field.name: getattr(loaded.config, field.name) for field in _fusion_fields()},
+        "image_processor": _plain(processor),
+        "vector": embedder.vector,
+        "normalize": normalize,
+        "dtype": dtype,
+        "precision": precision,
+        "texts": None if labels is None else list(labels.texts),
+        "columns": carried,
+        "collection": collection.digest(),
+        "shard_size": shard_size,
+        "batch_size": batch_size,
+    }
+    record = {
+        "source": {**source, "kind": collection.kind, "images_told": collection.num_images},
+        "revision": getattr(loaded.config, "_commit_hash", None),
+        "width": features["vector"].length,
+        "labels": embedder.labels if "scores" in features else None,
+        "versions": {"python": platform.python_version(), **_versions()},
+    }
+    run = EmbeddingRun(
+        collection, embedder, reader, folder, features, settings, record, batch_size, num_workers,
+        on_bad_image,
+    )  # fmt: skip
+    earlier = folder.check(settings)
+    is_first, pace = True, None
+    if earlier is not None and earlier["status"] == "finished":
+        manifest = earlier
+        console.print(f"{output} was finished before: nothing is left to do", highlight=False)
+    elif engine == "ray":
+        from lightning_modules.on_ray import embed_by_ray
+
+        manifest = embed_by_ray(run, actors, ray_address, console)
+    else:
+        _warn_of_other_versions(earlier, record, console)
+        manifest, pace, is_first = embed_by_lightning(
+            run, lambda callbacks: make_trainer(callbacks, **(trainer or {})), console
+        )
+    if not is_first:
+        return
+    console.print(_told(manifest, output, pace), highlight=False)
+    if other is not None:
+        found = compare_settings(run, Embedder(load(other)[0], embedder.vector).eval(), sample)
+        folder.tell({"comparison": {"with": other, **asdict(found)}})
+        console.print(_table(found, model, other))
+
+
+def _lines(file: str) -> list[str]:
+    """The lines of a text file that are not empty."""
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"texts={file!r}: there is no such file")
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"texts={file!r} is not allowed: it is no text in UTF-8") from error
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"texts={file!r} is not allowed: it has no line with a text")
+    return lines
+
+
+def _width(embedder: Embedder, reader: ImageReader) -> int:
+    """Channels of the vectors, by those of a black image."""
+    black = reader(Image.new(MODES[reader.channels], (64, 64)))
+    return embedder(black[None]).vectors.shape[1]
+
+
+def _fusion_fields() -> Sequence[Any]:
+    return fields(FusionConfigMixin)
+
+
+def _plain(processor: Any) -> dict[str, Any]:
+    """Settings of an image processor that decide what it makes."""
+    return {
+        name: value
+        for name, value in processor.to_dict().items()
+        if value is not None and name[0] != "_"
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {package: version(package) for package in PACKAGES}
+
+
+def _warn_of_other_versions(
+    earlier: dict[str, Any] | None, record: dict[str, Any], console: Console
+) -> None:
+    if earlier is None:
+        return
+    before, now = earlier.get("versions", {}), record["versions"]
+    other = [f"{name} {before.get(name)}" for name in now if before.get(name) != now[name]]
+    if other:
+        console.print(
+            f"The shards that are there are by {', '.join(other)}: others may differ by rounding",
+            highlight=False,
+        )
+
+
+def _told(manifest: dict[str, Any], output: str, pace: Pace | None) -> str:
+    """What became of a run, in a line or two."""
+    counts = manifest["counts"]
+    told = f"{counts['vectors']:,} vectors in {counts['shards']:,} shards: {output}"
+    if counts["unreadable"]:
+        told += f"\n{counts['unreadable']:,} images can't be read: {output}/unreadable.csv"
+    if pace is not None and pace.speed:
+        told += (
+            f"\n{pace.speed:,.1f} images/s in this process; the model waited for images "
+            f"{100 * (pace.share_waited or 0):.1f}% of the time"
+        )
+    return told
+
+
+def _table(found: Comparison, model: str, other: str) -> Table:
+    table = Table(title=f"{model} beside {other}, {found.images} images")
+    table.add_column("what")
+    table.add_column("", justify="right")
+    table.add_row("cosine, mean", f"{found.cosine:.4f}")
+    table.add_row("cosine, lowest 1%", f"{found.cosine_low:.4f}")
+    table.add_row(f"of the {found.neighbours} nearest stay", f"{100 * found.kept:.1f}%")
+    return table

@@ -1,0 +1,94 @@
+"""What fusion does to vectors: beside those of another setting, on some images of a collection."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mctf_hf.embedding import Embedder
+
+from .embedding import EmbeddingRun
+
+NEIGHBOURS = 10
+
+
+@dataclass
+class Comparison:
+    """Vectors of two settings side by side.
+
+    Attributes:
+        images: that were compared.
+        cosine: of an image's two vectors, the mean.
+        cosine_low: below which the lowest hundredth of these lie.
+        neighbours: how many nearest ones of an image were looked at, among these images.
+        kept: part of them that are the same by both settings.
+    """
+
+    images: int
+    cosine: float
+    cosine_low: float
+    neighbours: int
+    kept: float
+
+
+def compare_settings(run: EmbeddingRun, other: Embedder, sample: int) -> Comparison:
+    """Compare vectors that were written with those of another setting.
+
+    Args:
+        other: makes the same kind of vectors.
+        sample: images to compare: of about so many units as a tenth of it, evenly spaced ones.
+
+    Raises:
+        ValueError: for fewer than two images.
+    """
+    own, others = [], []
+    units = run.folder.done()
+    units = _evenly(units, max(1, min(len(units), sample // 10)))
+    device = next(run.embedder.parameters()).device
+    other.to(device)
+    each = -(-sample // len(units))
+    for unit in units:
+        ids = [row["id"] for row in run.folder.rows(unit)]
+        vectors = run.folder.vectors(unit)
+        wanted = {ids[i]: vectors[i] for i in _evenly(range(len(ids)), each)}
+        images = (image for image in run.source.read(unit) if image.id in wanted)
+        batch: list[Tensor] = []
+        for image in images:
+            batch.append(run.reader(run.reader.read(image.stored, image.id)))
+            own.append(wanted[image.id])
+            if len(batch) == run.batch_size:
+                others.append(other(torch.stack(batch)).vectors.cpu())
+                batch = []
+        if batch:
+            others.append(other(torch.stack(batch)).vectors.cpu())
+    if len(own) < 2:
+        raise ValueError(f"{run.folder.path} has {len(own)} vectors: 2 are needed to compare")
+    return _compared(torch.stack(own)[:sample], torch.cat(others)[:sample])
+
+
+def _compared(vectors: Tensor, others: Tensor) -> Comparison:
+    """Two vectors of each image, (n, d) both."""
+    cosines = F.cosine_similarity(vectors, others)
+    count = min(NEIGHBOURS, len(vectors) - 1)
+    near, other_near = (_nearest(one, count) for one in (vectors, others))
+    same = (near[:, :, None] == other_near[:, None, :]).any(2).float()
+    return Comparison(
+        images=len(vectors),
+        cosine=float(cosines.mean()),
+        cosine_low=float(cosines.quantile(0.01)),
+        neighbours=count,
+        kept=float(same.mean()),
+    )
+
+
+def _nearest(vectors: Tensor, count: int) -> Tensor:
+    """The other vectors that are nearest to each by cosine: (n, d) -> (n, count)."""
+    directions = F.normalize(vectors)
+    return (directions @ directions.T).fill_diagonal_(-torch.inf).topk(count).indices
+
+
+def _evenly(items: "list[int] | range", count: int) -> list[int]:
+    """So many of them, evenly spaced, or all where there are fewer."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
