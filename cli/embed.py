@@ -24,7 +24,7 @@ from mctf_hf.embedding import Embedder, digest
 from mctf_hf.images import MODES, ImageReader
 from mctf_hf.texts import TextEncoder, Texts
 
-from .models import load, parse
+from .models import load_encoder, parse
 from .options import read, refuse
 from .parsing import ArgumentParser
 
@@ -91,7 +91,10 @@ def make_trainer(
         "enable_model_summary": False,
         "use_distributed_sampler": False,
     }
-    trainer = L.Trainer(strategy=strategy, **settings)
+    try:
+        trainer = L.Trainer(strategy=strategy, **settings)
+    except TypeError as error:
+        raise ValueError(f"trainer.devices={devices!r} is not allowed: {error}") from error
     if strategy == "auto" and isinstance(trainer.strategy, DDPStrategy):
         trainer = L.Trainer(strategy=DDPStrategy(timeout=PATIENCE), **settings)
     return trainer
@@ -158,7 +161,7 @@ def embed(
         parse(other)
     carried = [] if columns is None else [column.strip() for column in columns.split(",")]
     labels = None if texts is None else Texts(_lines(texts), TextEncoder(parse(model)[0]))
-    loaded, processor = load(model)
+    loaded, processor = load_encoder(model)
     embedder = Embedder(loaded, vector, normalize=normalize, texts=labels).eval()
     reader = ImageReader(processor, loaded.config.num_channels)
     collection = open_source(**source, columns=carried, unit_size=shard_size)
@@ -214,7 +217,9 @@ def embed(
         return
     console.print(_told(manifest, output, pace), highlight=False)
     if other is not None:
-        found = compare_settings(run, Embedder(load(other)[0], embedder.vector).eval(), sample)
+        found = compare_settings(
+            run, Embedder(load_encoder(other)[0], embedder.vector).eval(), sample
+        )
         folder.tell({"comparison": {"with": other, **asdict(found)}})
         console.print(_table(found, model, other))
 

@@ -19,7 +19,7 @@ from mctf_hf.texts import TextEncoder
 from mctf_hf.visualization import contact_sheet
 
 from .files import check_output
-from .models import load, parse
+from .models import load_encoder, parse
 from .parsing import ArgumentParser
 
 EDGE = 224  # of a thumbnail, in pixels
@@ -76,7 +76,7 @@ def _read_query(
     """The picture of a query, if it is one, and its vector (d)."""
     settings = manifest["settings"]
     if Path(query).is_file():
-        model, processor = load(settings["model"])
+        model, processor = load_encoder(settings["model"])
         if digest(model) != settings["weights"]:
             raise ValueError(
                 f"{settings['model']} is not what {folder} was made with: its weights are others"

@@ -1,5 +1,6 @@
 """What fusion does to vectors: beside those of another setting, on some images of a collection."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -36,15 +37,19 @@ def compare_settings(run: EmbeddingRun, other: Embedder, sample: int) -> Compari
     """Compare vectors that were written with those of another setting.
 
     Args:
+        run: at its end.
         other: makes the same kind of vectors.
-        sample: images to compare: of about so many units as a tenth of it, evenly spaced ones.
+        sample: images to compare, evenly spaced ones of some ten to a unit, or more where there
+            are fewer units.
 
     Raises:
         ValueError: for fewer than two images.
     """
     own, others = [], []
     units = run.folder.done()
-    units = _evenly(units, max(1, min(len(units), sample // 10)))
+    rows_each = run.folder.manifest()["counts"]["vectors"] / len(units)
+    enough = math.ceil(sample / max(rows_each, 1))
+    units = _evenly(units, max(sample // 10, enough))
     device = next(run.embedder.parameters()).device
     other.to(device)
     each = -(-sample // len(units))

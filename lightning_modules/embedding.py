@@ -76,9 +76,9 @@ class EmbeddingModule(L.LightningModule):
         super().__init__()
         self.embedder = embedder
 
-    def predict_step(self, batch: UnitBatch, batch_idx: int) -> Embedded | None:
-        """The vectors of a batch; ``None`` for a batch of which no image could be read."""
-        return None if batch.pixel_values is None else self.embedder(batch.pixel_values)
+    def predict_step(self, batch: UnitBatch, batch_idx: int) -> list[Embedded]:
+        """The vectors of a batch; nothing for a batch of which no image could be read."""
+        return [] if batch.pixel_values is None else [self.embedder(batch.pixel_values)]
 
 
 class UnitsData(L.LightningDataModule):
@@ -146,12 +146,12 @@ class WriteShards(Callback):
         self,
         trainer: L.Trainer,
         pl_module: L.LightningModule,
-        outputs: Embedded | None,
+        outputs: list[Embedded],
         batch: UnitBatch,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._writer.add(batch, outputs)
+        self._writer.add(batch, *outputs)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trainer.strategy.barrier("mctf embed: all shards are written")

@@ -399,7 +399,10 @@ def open_source(
 def _open_files(
     images: str, image_column: str | None, columns: Sequence[str], unit_size: int
 ) -> ImageSource:
-    files, place = fsspec.core.url_to_fs(images)
+    try:
+        files, place = fsspec.core.url_to_fs(images)
+    except (ImportError, ValueError) as error:  # of a protocol that is unknown, or not installed
+        raise ValueError(f"images={images!r} can't be opened: {error}") from error
     place = place.rstrip("/") or "/"
     if any(sign in place for sign in "*?"):
         found = sorted(files.glob(place))

@@ -326,8 +326,8 @@ class ShardWriter:
         self.schema = features.arrow_schema
         self._open: dict[int, _OpenShard] = {}
 
-    def add(self, batch: UnitBatch, embedded: Embedded | None) -> None:
-        """Write the rows of a batch; the unit's last one puts its shard in place.
+    def add(self, batch: UnitBatch, embedded: Embedded | None = None) -> None:
+        """Write the rows of a batch, if it has any; the unit's last one puts its shard in place.
 
         Raises:
             ValueError: for numbers that are not finite in the dtype of the vectors.
