@@ -1,6 +1,8 @@
 """``mctf embed``: collections of images as vectors, of any size, on any number of devices."""
 
 import platform
+import signal
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from datetime import timedelta
@@ -16,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_modules.comparing import Comparison, compare_settings
-from lightning_modules.embedding import EmbeddingRun, Pace, embed_by_lightning
+from lightning_modules.embedding import EmbeddingRun, Pace, ToldToStop, embed_by_lightning
 from lightning_modules.image_sources import open_source
 from lightning_modules.vector_folder import VectorFolder, row_features
 from mctf_hf.configuration_mctf import FusionConfigMixin
@@ -210,9 +212,17 @@ def embed(
         manifest = embed_by_ray(run, actors, ray_address, console)
     else:
         _warn_of_other_versions(earlier, record, console)
-        manifest, pace, is_first = embed_by_lightning(
-            run, lambda callbacks: make_trainer(callbacks, **(trainer or {})), console
-        )
+        try:
+            manifest, pace, is_first = embed_by_lightning(
+                run, lambda callbacks: make_trainer(callbacks, **(trainer or {})), console
+            )
+        except ToldToStop:
+            there = f"{len(folder.done()):,} of {collection.num_units:,} shards are there"
+            print(
+                f"mctf: told to stop (SIGTERM): {there}, the same command goes on from them",
+                file=sys.stderr,
+            )
+            sys.exit(128 + signal.SIGTERM)  # the exit status of what a signal ends
     if not is_first:
         return
     console.print(_told(manifest, output, pace), highlight=False)

@@ -22,13 +22,13 @@ FINETUNING = {
     "predict": "write what a model makes of images to a file",
 }
 COMMANDS = FINETUNING | {
-    "embed": "turn a collection of images into vectors, on as many machines as there are",
-    "neighbours": "find the images of a collection that are nearest to one, or to a text",
     "demo": "train, fuse, finetune and compare small models of handwritten digits",
     "benchmark": "time models side by side: cost, speed, memory, accuracy",
     "benchmark-data": "time the input pipeline by itself",
     "convert": "make a folder that loads anywhere from a checkpoint of other code",
+    "embed": "turn a collection of images into vectors, on as many machines as there are",
     "export": "write a model as ONNX or as a program of torch.export",
+    "neighbours": "find the images of a collection that are nearest to one, or to a text",
     "push": "put a model on the Hub, with its card",
     "sweep": "compare methods of fusion at several budgets on real images",
     "tune": "find the setting of fusion that loses least at a budget, without training",

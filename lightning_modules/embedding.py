@@ -69,6 +69,10 @@ class EmbeddingRun:
         return ShardWriter(self.folder, self.features, self.embedder.labels)
 
 
+class ToldToStop(Exception):
+    """A signal ended a run (SIGTERM); the same command goes on from the shards that are there."""
+
+
 class EmbeddingModule(L.LightningModule):
     """Predicts vectors."""
 
@@ -152,6 +156,8 @@ class WriteShards(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         self._writer.add(batch, *outputs)
+        if trainer.received_sigterm:
+            raise ToldToStop
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trainer.strategy.barrier("mctf embed: all shards are written")

@@ -419,6 +419,25 @@ def test_a_run_killed_at_random_moments_ends_with_the_rows_of_one_that_was_not(
     assert Path("out/unreadable.csv").read_text() == Path("whole/unreadable.csv").read_text()
 
 
+def test_a_run_that_is_told_to_stop_does(
+    tiny_folder: Path, many: Path, uninterrupted: pa.Table
+) -> None:
+    given = words(f"{tiny_folder},r=4", many, "out", *OFTEN)
+    process = start(main, given, output=Path("said"))
+    while not list(Path().glob("out/*.parquet")):
+        assert process.is_alive(), Path("said").read_text()
+        time.sleep(0.001)
+    process.terminate()
+    process.join()
+    assert process.exitcode == 128 + signal.SIGTERM
+    there = len(list(Path("out").glob("*.parquet")))
+    told = f"told to stop (SIGTERM): {there} of 30 shards are there, the same command goes on"
+    assert told in Path("said").read_text()
+    assert not list(Path("out").glob(".*"))
+    main(given)
+    assert rows_of("out").equals(uninterrupted)
+
+
 def test_workers_that_decode_change_nothing(
     tiny_folder: Path, many: Path, uninterrupted: pa.Table
 ) -> None:
