@@ -1,9 +1,8 @@
 """``mctf embed``: collections of images as vectors, of any size, on any number of devices."""
 
-import platform
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from datetime import timedelta
 from importlib.metadata import version
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
 from PIL import Image
@@ -18,9 +18,15 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_modules.comparing import Comparison, compare_settings
-from lightning_modules.embedding import EmbeddingRun, Pace, ToldToStop, embed_by_lightning
+from lightning_modules.embedding import (
+    Embedding,
+    EmbeddingRun,
+    Pace,
+    ToldToStop,
+    embed_by_lightning,
+)
 from lightning_modules.image_sources import open_source
-from lightning_modules.vector_folder import VectorFolder, row_features
+from lightning_modules.vector_folder import UNREADABLE, VectorFolder, row_features
 from mctf_hf.configuration_mctf import FusionConfigMixin
 from mctf_hf.embedding import Embedder, digest
 from mctf_hf.images import MODES, ImageReader
@@ -156,17 +162,62 @@ def embed(
     for setting, (value, least) in numbers.items():
         if value < least:
             raise ValueError(f"{setting}={value!r} is not allowed: it is at least {least}")
-    console, precision = Console(), (trainer or {}).get("precision", "32-true")
-    folder = VectorFolder(output)
     other = None if compare is None else f"{parse(model)[0]},{compare}"
     if other is not None:
-        parse(other)
-    carried = [] if columns is None else [column.strip() for column in columns.split(",")]
+        parse(other)  # before the work
+    console, options = Console(), trainer or {}
+    run = _open(
+        model, source, output,
+        columns=[] if columns is None else [column.strip() for column in columns.split(",")],
+        vector=vector, normalize=normalize, dtype=dtype, texts=texts, batch_size=batch_size,
+        shard_size=shard_size, precision=options.get("precision", "32-true"),
+        num_workers=num_workers, on_bad_image=on_bad_image,
+    )  # fmt: skip
+    earlier, device = run.folder.check(run.settings), torch.device("cpu")
+    if earlier is not None and earlier["status"] == "finished":
+        print(f"{output} was finished before: nothing is left to do")
+        print(_told(earlier, output))
+    elif engine == "ray":
+        from lightning_modules.on_ray import embed_by_ray
+
+        print(_told(embed_by_ray(run, actors, ray_address, console), output))
+    else:
+        _warn_of_other_versions(earlier, run.record)
+        made = _by_lightning(run, options, console)
+        if not made.is_first:
+            return
+        device = made.device
+        print(_told(made.manifest, output), _told_pace(made.pace), sep="\n")
+    if other is not None:
+        beside = Embedder(load_encoder(other)[0], run.embedder.vector).eval().to(device)
+        found = compare_settings(run, beside, sample)
+        run.folder.tell({"comparison": {"with": other, **asdict(found)}})
+        console.print(_table(found, model, other))
+
+
+def _open(
+    model: str,
+    source: dict[str, Any],
+    output: str,
+    *,
+    columns: list[str],
+    vector: str | None,
+    normalize: bool,
+    dtype: str,
+    texts: str | None,
+    batch_size: int,
+    shard_size: int,
+    precision: str,
+    num_workers: int,
+    on_bad_image: Literal["fail", "skip"],
+) -> EmbeddingRun:
+    """The model, the images and the folder of a run, with all that decides what is written."""
+    folder = VectorFolder(output)
     labels = None if texts is None else Texts(_lines(texts), TextEncoder(parse(model)[0]))
     loaded, processor = load_encoder(model)
     embedder = Embedder(loaded, vector, normalize=normalize, texts=labels).eval()
     reader = ImageReader(processor, loaded.config.num_channels)
-    collection = open_source(**source, columns=carried, unit_size=shard_size)
+    collection = open_source(**source, columns=columns, unit_size=shard_size)
     features = row_features(
         collection.features,
         _width(embedder, reader),
@@ -175,63 +226,47 @@ def embed(
         names_best=embedder.names_best,
         all_scores=texts is not None or not embedder.names_best,
     )
+    fusion = {one.name: getattr(loaded.config, one.name) for one in fields(FusionConfigMixin)}
     settings = {
         "model": model,
         "weights": digest(loaded),
-        "fusion": {field.name: getattr(loaded.config, field.name) for field in _fusion_fields()},
+        "fusion": fusion,
         "image_processor": _plain(processor),
         "vector": embedder.vector,
         "normalize": normalize,
         "dtype": dtype,
         "precision": precision,
         "texts": None if labels is None else list(labels.texts),
-        "columns": carried,
+        "columns": columns,
         "collection": collection.digest(),
         "shard_size": shard_size,
         "batch_size": batch_size,
     }
     record = {
-        "source": {**source, "kind": collection.kind, "images_told": collection.num_images},
+        "source": source,
+        "kind": collection.kind,
         "revision": getattr(loaded.config, "_commit_hash", None),
         "width": features["vector"].length,
         "labels": embedder.labels if "scores" in features else None,
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": {name: version(name) for name in PACKAGES},
     }
-    run = EmbeddingRun(
+    return EmbeddingRun(
         collection, embedder, reader, folder, features, settings, record, batch_size, num_workers,
         on_bad_image,
     )  # fmt: skip
-    earlier = folder.check(settings)
-    is_first, pace = True, None
-    if earlier is not None and earlier["status"] == "finished":
-        manifest = earlier
-        console.print(f"{output} was finished before: nothing is left to do", highlight=False)
-    elif engine == "ray":
-        from lightning_modules.on_ray import embed_by_ray
 
-        manifest = embed_by_ray(run, actors, ray_address, console)
-    else:
-        _warn_of_other_versions(earlier, record, console)
-        try:
-            manifest, pace, is_first = embed_by_lightning(
-                run, lambda callbacks: make_trainer(callbacks, **(trainer or {})), console
-            )
-        except ToldToStop:
-            there = f"{len(folder.done()):,} of {collection.num_units:,} shards are there"
-            print(
-                f"mctf: told to stop (SIGTERM): {there}, the same command goes on from them",
-                file=sys.stderr,
-            )
-            sys.exit(128 + signal.SIGTERM)  # the exit status of what a signal ends
-    if not is_first:
-        return
-    console.print(_told(manifest, output, pace), highlight=False)
-    if other is not None:
-        found = compare_settings(
-            run, Embedder(load_encoder(other)[0], embedder.vector).eval(), sample
+
+def _by_lightning(run: EmbeddingRun, options: dict[str, Any], console: Console) -> Embedding:
+    """Embed what is to be embedded; a signal ends it with what is to be done next."""
+    try:
+        return embed_by_lightning(run, lambda calls: make_trainer(calls, **options), console)
+    except ToldToStop:
+        there = f"{len(run.folder.done()):,} of {run.source.num_units:,} shards are there"
+        print(
+            f"mctf: told to stop (SIGTERM): {there}, the same command goes on from them",
+            file=sys.stderr,
         )
-        folder.tell({"comparison": {"with": other, **asdict(found)}})
-        console.print(_table(found, model, other))
+        sys.exit(128 + signal.SIGTERM)  # the exit status of what a signal ends
 
 
 def _lines(file: str) -> list[str]:
@@ -254,10 +289,6 @@ def _width(embedder: Embedder, reader: ImageReader) -> int:
     return embedder(black[None]).vectors.shape[1]
 
 
-def _fusion_fields() -> Sequence[Any]:
-    return fields(FusionConfigMixin)
-
-
 def _plain(processor: Any) -> dict[str, Any]:
     """Settings of an image processor that decide what it makes."""
     return {
@@ -267,36 +298,32 @@ def _plain(processor: Any) -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str]:
-    return {package: version(package) for package in PACKAGES}
-
-
-def _warn_of_other_versions(
-    earlier: dict[str, Any] | None, record: dict[str, Any], console: Console
-) -> None:
-    if earlier is None:
-        return
-    before, now = earlier.get("versions", {}), record["versions"]
-    other = [f"{name} {before.get(name)}" for name in now if before.get(name) != now[name]]
+def _warn_of_other_versions(earlier: dict[str, Any] | None, record: Mapping[str, Any]) -> None:
+    """Tell if the shards that are there were made by other releases."""
+    before = record["versions"] if earlier is None else earlier["versions"]
+    other = [f"{name} {before[name]}" for name, now in record["versions"].items()
+             if name in before and before[name] != now]  # fmt: skip
     if other:
-        console.print(
-            f"The shards that are there are by {', '.join(other)}: others may differ by rounding",
-            highlight=False,
-        )
+        print(f"The shards that are there are by {', '.join(other)}: others may differ by rounding")
 
 
-def _told(manifest: dict[str, Any], output: str, pace: Pace | None) -> str:
-    """What became of a run, in a line or two."""
+def _told(manifest: Mapping[str, Any], output: str) -> str:
+    """What has become of a run."""
     counts = manifest["counts"]
     told = f"{counts['vectors']:,} vectors in {counts['shards']:,} shards: {output}"
     if counts["unreadable"]:
-        told += f"\n{counts['unreadable']:,} images can't be read: {output}/unreadable.csv"
-    if pace is not None and pace.speed:
-        told += (
-            f"\n{pace.speed:,.1f} images/s in this process; the model waited for images "
-            f"{100 * (pace.share_waited or 0):.1f}% of the time"
-        )
+        told += f"\n{counts['unreadable']:,} images can't be read: {output}/{UNREADABLE}"
     return told
+
+
+def _told_pace(pace: Pace) -> str:
+    if not pace.speed:
+        return "too few batches to tell the speed"
+    waited = 100 * (pace.share_waited or 0)
+    return (
+        f"{pace.speed:,.1f} images/s in this process; the model waited for images {waited:.1f}% "
+        "of the time"
+    )
 
 
 def _table(found: Comparison, model: str, other: str) -> Table:

@@ -104,10 +104,9 @@ def _pictures(
     found: Sequence[Neighbour], manifest: dict[str, Any]
 ) -> list[tuple[str, Image.Image]]:
     """Captions and images of neighbours, which are looked up where they were embedded from."""
-    told = {**manifest["source"]}
-    told = {k: v for k, v in told.items() if k not in ("kind", "images_told")}
-    source = open_source(**told, unit_size=manifest["settings"]["shard_size"])
-    if source.digest() != manifest["settings"]["collection"]:
+    told, settings = manifest["source"], manifest["settings"]
+    source = open_source(**told, unit_size=settings["shard_size"])
+    if source.digest() != settings["collection"]:
         raise ValueError(
             f"{told['images']} is not what was embedded: files have changed since, and rows would "
             "name others. --output null leaves the picture out"

@@ -38,7 +38,7 @@ def compare_settings(run: EmbeddingRun, other: Embedder, sample: int) -> Compari
 
     Args:
         run: at its end.
-        other: makes the same kind of vectors.
+        other: makes the same kind of vectors, on the device that it is on.
         sample: images to compare, evenly spaced ones of some ten to a unit, or more where there
             are fewer units.
 
@@ -50,8 +50,6 @@ def compare_settings(run: EmbeddingRun, other: Embedder, sample: int) -> Compari
     rows_each = run.folder.manifest()["counts"]["vectors"] / len(units)
     enough = math.ceil(sample / max(rows_each, 1))
     units = _evenly(units, max(sample // 10, enough))
-    device = next(run.embedder.parameters()).device
-    other.to(device)
     each = -(-sample // len(units))
     for unit in units:
         ids = [row["id"] for row in run.folder.rows(unit)]
@@ -63,10 +61,10 @@ def compare_settings(run: EmbeddingRun, other: Embedder, sample: int) -> Compari
             batch.append(run.reader(run.reader.read(image.stored, image.id)))
             own.append(wanted[image.id])
             if len(batch) == run.batch_size:
-                others.append(other(torch.stack(batch)).vectors.cpu())
+                others.append(other(run.reader.stack(batch)).vectors.cpu())
                 batch = []
         if batch:
-            others.append(other(torch.stack(batch)).vectors.cpu())
+            others.append(other(run.reader.stack(batch)).vectors.cpu())
     if len(own) < 2:
         raise ValueError(f"{run.folder.path} has {len(own)} vectors: 2 are needed to compare")
     return _compared(torch.stack(own)[:sample], torch.cat(others)[:sample])

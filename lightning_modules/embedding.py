@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -261,16 +261,29 @@ class Pace(Callback):
         self.on_predict_end()
 
 
+class Embedding(NamedTuple):
+    """What became of a run.
+
+    Attributes:
+        manifest: of the folder.
+        pace: how fast it went.
+        is_first: whether this is the first process.
+        device: that it had.
+    """
+
+    manifest: dict[str, Any]
+    pace: Pace
+    is_first: bool
+    device: torch.device
+
+
 def embed_by_lightning(
     run: EmbeddingRun, make_trainer: Callable[[list[Callback]], L.Trainer], console: Console
-) -> tuple[dict[str, Any], Pace, bool]:
+) -> Embedding:
     """Embed all images of a run that have no vector yet.
 
     Args:
         make_trainer: a trainer with some callbacks.
-
-    Returns:
-        The manifest, how fast it went, and whether this is the first process.
 
     Raises:
         ValueError, OSError, RuntimeError: see :class:`UnitsData` and :class:`.ShardWriter`.
@@ -282,7 +295,8 @@ def embed_by_lightning(
             trainer.predict(EmbeddingModule(run.embedder), data, return_predictions=False)
     finally:
         data.release()
-    return shards.manifest, pace, trainer.is_global_zero
+    device = trainer.strategy.root_device
+    return Embedding(shards.manifest, pace, trainer.is_global_zero, device)
 
 
 def _left(run: EmbeddingRun) -> int | None:

@@ -28,8 +28,8 @@ from .images import find_image_column
 from .opening import NamedDataset
 from .ranks import warn_once
 
-ROWS_AT_ONCE = 64  # of parquet files, whose images are in memory then
-READERS = 16  # of the footers of parquet files, which may lie far away
+ROWS_AT_ONCE = 64  # images that are in memory undecoded
+READERS = 16  # of files that may lie far away
 
 
 class StoredImage(NamedTuple):
@@ -113,17 +113,20 @@ class FolderSource(ImageSource):
         return self.paths
 
     def read(self, unit: int) -> Iterator[StoredImage]:
-        for path in self.paths[unit * self.unit_size : (unit + 1) * self.unit_size]:
-            # Of a name that is no text, what parquet can hold.
-            name = path.encode(errors="surrogateescape").decode(errors="backslashreplace")
-            whole = f"{self.folder}/{path}"
-            if _is_local(self.files):
-                yield StoredImage(name, whole, {})
-                continue
-            try:
-                yield StoredImage(name, {"bytes": self.files.cat_file(whole), "path": None}, {})
-            except FileNotFoundError:
-                yield StoredImage(name, None, {}, "the file is gone")
+        paths = self.paths[unit * self.unit_size : (unit + 1) * self.unit_size]
+        if _is_local(self.files):
+            yield from (StoredImage(_as_text(path), f"{self.folder}/{path}", {}) for path in paths)
+            return
+        with ThreadPoolExecutor(READERS) as pool:
+            for start in range(0, len(paths), ROWS_AT_ONCE):
+                yield from pool.map(self._fetch, paths[start : start + ROWS_AT_ONCE])
+
+    def _fetch(self, path: str) -> StoredImage:
+        try:
+            content = self.files.cat_file(f"{self.folder}/{path}")
+        except FileNotFoundError:
+            return StoredImage(_as_text(path), None, {}, "the file is gone")
+        return StoredImage(_as_text(path), {"bytes": content, "path": None}, {})
 
 
 class ParquetSource(ImageSource):
@@ -244,8 +247,9 @@ class TarSource(ImageSource):
         self.num_units = len(paths)
 
     def _told(self) -> Iterable[str]:
-        for path in self.paths:
-            yield f"{path} {self.files.size(path)}"
+        with ThreadPoolExecutor(READERS) as pool:
+            sizes = pool.map(self.files.size, self.paths)
+            yield from (f"{path} {size}" for path, size in zip(self.paths, sizes, strict=True))
 
     def read(self, unit: int) -> Iterator[StoredImage]:
         path = self.paths[unit]
@@ -404,13 +408,12 @@ def _open_files(
     except (ImportError, ValueError) as error:  # of a protocol that is unknown, or not installed
         raise ValueError(f"images={images!r} can't be opened: {error}") from error
     place = place.rstrip("/") or "/"
-    if any(sign in place for sign in "*?"):
-        found = sorted(files.glob(place))
-    elif files.isfile(place):
+    found: list[str] = []
+    if files.isfile(place):
         found = [place]
-    elif files.isdir(place):
-        found = []
-    else:
+    elif not files.isdir(place) and any(sign in place for sign in "*?"):
+        found = sorted(files.glob(place))
+    if not found and not files.isdir(place):
         raise FileNotFoundError(f"images={images!r}: there is no such folder or file")
     if found:
         others = sorted({_ending(path) for path in found} - {".parquet", ".tar"})
@@ -464,6 +467,11 @@ def _listed(files: Any, folder: str) -> Iterator[str]:
         parts = path[len(folder) :].split("/")
         if not any(part.startswith((".", "__")) for part in parts):
             yield path
+
+
+def _as_text(path: str) -> str:
+    """A path that may be no text, as parquet can hold it."""
+    return path.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def _ending(path: str) -> str:

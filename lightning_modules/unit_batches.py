@@ -65,11 +65,6 @@ class UnitBatches(IterableDataset):
                 if image.problem is not None:
                     raise UnreadableImage(f"{name} can't be read: {image.problem}")
                 pixels = self.reader(self.reader.read(image.stored, name))
-                if made and pixels.shape != made[0].shape:
-                    raise UnreadableImage(
-                        f"{name} becomes {tuple(pixels.shape)} by the image processor, where the "
-                        f"image before it became {tuple(made[0].shape)}"
-                    )
             except UnreadableImage as error:
                 if self.on_bad_image == "fail":
                     raise UnreadableImage(
@@ -82,7 +77,7 @@ class UnitBatches(IterableDataset):
             ids.append(image.id)
             for column, values in columns.items():
                 values.append(image.columns[column])
-        stacked = torch.stack(made) if made else None
+        stacked = self.reader.stack(made) if made else None
         return UnitBatch(unit, last, ids, columns, stacked, unreadable)
 
 

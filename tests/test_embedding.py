@@ -334,6 +334,7 @@ def test_an_image_that_cannot_be_read_stops_or_has_its_record(
         "00.png of some holds no readable image: " in line
         and "--on_bad_image skip leaves such images out" in line
     )
+    assert fails([*given, "--num-workers", "1"], capsys) == line
     assert sorted(os.listdir("out")) == ["manifest.json"]
     with pytest.warns(UserWarning, match="zz.gif of some .*: its format is unknown: skipped"):
         main([*given, "--on-bad-image", "skip"])
@@ -441,9 +442,7 @@ def test_a_run_that_is_told_to_stop_does(
 def test_workers_that_decode_change_nothing(
     tiny_folder: Path, many: Path, uninterrupted: pa.Table
 ) -> None:
-    given = words(f"{tiny_folder},r=4", many, "out", *OFTEN)
-    given[given.index("--num-workers") + 1] = "3"
-    main(given)
+    main(words(f"{tiny_folder},r=4", many, "out", *OFTEN, "--num-workers", "2"))
     assert rows_of("out").equals(uninterrupted)
 
 
