@@ -33,19 +33,22 @@ class UnitEmbedder:
         self.run.embedder.to(self.device)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Embed units, whose numbers are ``unit``, and tell how many ``images`` that was."""
+        """Embed units, whose numbers are ``unit``, and tell of each what went wrong, as ``error``.
+
+        Of an error of Ray's own nobody learns what was behind it.
+        """
         run, writer = self.run, self.run.writer()
-        units = batch["unit"].tolist()
-        images = dict.fromkeys(units, 0)
+        units, wrong = batch["unit"].tolist(), ""
         loader = load_units(run.batches(units), run.num_workers, pin_memory=self.device == "cuda")
         try:
             for part in loader:
-                pixel_values = part.pixel_values
-                writer.add(part, None if pixel_values is None else run.embedder(pixel_values))
-                images[part.unit] += len(part.ids)
+                made = [] if part.pixel_values is None else [run.embedder(part.pixel_values)]
+                writer.add(part, *made)
+        except (ValueError, OSError) as error:
+            wrong = str(error)
         finally:
             writer.close()
-        return {"unit": np.array(units), "images": np.array([images[unit] for unit in units])}
+        return {"unit": batch["unit"], "error": np.array([wrong] * len(units))}
 
 
 def embed_by_ray(
@@ -101,21 +104,6 @@ def _embed(run: EmbeddingRun, pending: list[int], actors: int) -> None:
         compute=ray.data.ActorPoolStrategy(size=actors),
         num_gpus=1 if ray.cluster_resources().get("GPU") else 0,
     )
-    try:
-        for _ in embedded.iter_batches(batch_size=None):
-            pass
-    except ray.exceptions.RayError as error:
-        raise _cause(error) from error
-
-
-def _cause(error: BaseException) -> BaseException:
-    """The error of an actor, which Ray hands on in others."""
-    found: BaseException | None = error
-    while found is not None:
-        cause = getattr(found, "cause", None) or found.__cause__
-        if isinstance(found, (ValueError, OSError)) and type(found).__module__.partition(".")[
-            0
-        ] not in ("ray",):
-            return found
-        found = cause
-    return RuntimeError(f"Ray: {str(error).strip().splitlines()[-1]}")
+    for batch in embedded.iter_batches(batch_size=None):
+        for error in filter(None, batch["error"].tolist()):
+            raise ValueError(error)
