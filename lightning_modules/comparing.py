@@ -1,7 +1,9 @@
 """What fusion does to vectors: beside those of another setting, on some images of a collection."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -45,29 +47,27 @@ def compare_settings(run: EmbeddingRun, other: Embedder, sample: int) -> Compari
     Raises:
         ValueError: for fewer than two images.
     """
-    own, others = [], []
+    pairs = [(own, other(pixels).vectors.cpu()) for own, pixels in _sampled(run, sample)]
+    count = sum(len(own) for own, _ in pairs)
+    if count < 2:
+        raise ValueError(f"{run.folder.path} has {count} vectors: 2 are needed to compare")
+    vectors, others = (torch.cat(parts)[:sample] for parts in zip(*pairs, strict=True))
+    return _compared(vectors, others)
+
+
+def _sampled(run: EmbeddingRun, sample: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Vectors (b, d) of images and what the model takes of them, (b, channels, height, width)."""
     units = run.folder.done()
     rows_each = run.folder.manifest()["counts"]["vectors"] / len(units)
-    enough = math.ceil(sample / max(rows_each, 1))
-    units = _evenly(units, max(sample // 10, enough))
-    each = -(-sample // len(units))
+    units = _evenly(units, max(sample // 10, math.ceil(sample / max(rows_each, 1))))
+    each = math.ceil(sample / len(units))
     for unit in units:
-        ids = [row["id"] for row in run.folder.rows(unit)]
-        vectors = run.folder.vectors(unit)
-        wanted = {ids[i]: vectors[i] for i in _evenly(range(len(ids)), each)}
-        images = (image for image in run.source.read(unit) if image.id in wanted)
-        batch: list[Tensor] = []
-        for image in images:
-            batch.append(run.reader(run.reader.read(image.stored, image.id)))
-            own.append(wanted[image.id])
-            if len(batch) == run.batch_size:
-                others.append(other(run.reader.stack(batch)).vectors.cpu())
-                batch = []
-        if batch:
-            others.append(other(run.reader.stack(batch)).vectors.cpu())
-    if len(own) < 2:
-        raise ValueError(f"{run.folder.path} has {len(own)} vectors: 2 are needed to compare")
-    return _compared(torch.stack(own)[:sample], torch.cat(others)[:sample])
+        ids, vectors = run.folder.rows(unit), run.folder.vectors(unit)
+        own = {ids[i]["id"]: vectors[i] for i in _evenly(range(len(ids)), each)}
+        images = (image for image in run.source.read(unit) if image.id in own)
+        while chunk := list(islice(images, run.batch_size)):
+            made = [run.reader(run.reader.read(image.stored, image.id)) for image in chunk]
+            yield torch.stack([own[image.id] for image in chunk]), run.reader.stack(made)
 
 
 def _compared(vectors: Tensor, others: Tensor) -> Comparison:

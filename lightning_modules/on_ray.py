@@ -72,10 +72,10 @@ def embed_by_ray(
         import ray
         import ray.data
 
+    run.folder.check(run.settings)  # before a lock is put there
     begun = not ray.is_initialized()
     if begun:
         ray.init(address=address, log_to_driver=False)
-    run.folder.check(run.settings)  # before a lock is put there
     lock = FolderLock(run.folder.path, "output")
     lock.acquire()
     try:

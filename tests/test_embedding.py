@@ -171,6 +171,9 @@ def test_normalized_halves_are_written_as_such(dino: Path, photos: Path) -> None
     assert rows.schema.field("vector").type.value_type == pa.float16()
     expected = whole / whole.norm(dim=1, keepdim=True)
     torch.testing.assert_close(vectors_of(rows), expected, rtol=1e-3, atol=1e-3)
+    low = vectors_of(embedded(dino, photos, "low", "--trainer.precision", "bf16-true"))
+    assert 1e-4 < (low - whole).abs().max() < 0.2
+    assert manifest_of("low")["settings"]["precision"] == "bf16-true"
 
 
 def test_a_classifier_names_what_it_sees(tiny_folder: Path, photos: Path) -> None:
@@ -453,7 +456,9 @@ def test_a_cluster_of_ray_writes_the_rows_of_one_process(
     given = words(f"{tiny_folder},r=4", many, "out", *OFTEN)[:-2]
     given = [word for word in given if word not in ("--trainer.accelerator", "cpu")]
     given += ["--engine", "ray", "--actors", "2", "--on-bad-image"]
-    assert "many holds no readable image: its format is unknown. --on_bad" in fails([*given, "fail"], capsys)
+    assert "many holds no readable image: its format is unknown. --on_bad" in fails(
+        [*given, "fail"], capsys
+    )
     done = {file: file.stat().st_mtime_ns for file in Path("out").glob("*.parquet")}
     assert len(done) < 80
     main([*given, "skip"])
