@@ -13,8 +13,16 @@ from mctf_hf.configuration_mctf import EncoderConfigMixin
 from mctf_hf.conversion import load_pretrained
 from mctf_hf.cost import resolve_budget
 from mctf_hf.hub import load_image_processor
+from mctf_hf.registry import (
+    BACKBONES,
+    backbone_of,
+    backbone_of_type,
+    class_of,
+    settings_for,
+    stored_config,
+    types_of,
+)
 from mctf_hf.registry import FUSION_SETTINGS as FUSION
-from mctf_hf.registry import backbone_of, settings_for
 
 from .main import nearest
 from .yaml_texts import load_yaml
@@ -108,10 +116,35 @@ def load(words: str) -> tuple[Any, Any]:
         OSError: if there is no such model, or no image processor.
     """
     name, settings = parse(words)
+    return _load(name, settings, class_of(name))
+
+
+def load_encoder(words: str) -> tuple[Any, Any]:
+    """The same, where a ViT that was saved without head is an encoder.
+
+    Raises:
+        ValueError, OSError: as :func:`load` does, and for a model that is not for images.
+    """
+    name, settings = parse(words)
+    stored = stored_config(name)
+    kind = str(stored.get("model_type"))
+    entry = backbone_of_type(kind)
+    if entry is None:
+        known = dict.fromkeys(k for one in BACKBONES.values() for k in types_of(one))
+        raise ValueError(
+            f"{name} is a model of type {kind!r}, which makes no vectors of images here: known "
+            f"types are {', '.join(known)}"
+        )
+    saved_as = next(iter(stored.get("architectures") or ()), "Classification")
+    headless = entry.classifies and "Classification" not in saved_as
+    return _load(name, settings, entry.model if headless else class_of(name))
+
+
+def _load(name: str, settings: dict[str, Any], model_class: type[Any]) -> tuple[Any, Any]:
     config = backbone_of(name).config.from_pretrained(name)
     processor = load_image_processor(name)
     size = settle_size(config, processor)
     settings = resolve(config, settings_for(name, settings))
-    model = load_pretrained(name, **settings, **size)
+    model = load_pretrained(name, model_class, **settings, **size)
     model.config.check_effect(settings)
     return model, processor

@@ -57,17 +57,22 @@ def find_images(folder: Path) -> Found:
     Hidden files, and those whose names begin with two underscores, are left out.
     """
     found = Found()
+    found.images += walk_images(folder, found)
+    return found
+
+
+def walk_images(folder: Path, found: Found) -> Iterator[Path]:
+    """The images of :func:`find_images`, one by one; what else is there is told to ``found``."""
     for path in _walk(folder, (), found):
         if needs_heif(path.name):
             found.left_out["HEIC (pip install 'mctf-hf[heic]' for them)"] += 1
         elif is_image_name(path.name):
-            found.images.append(path)
+            yield path
         elif path.suffix.lower() in TABLES and path.name not in METADATA:
             found.tables.append(path)
         elif path.name not in METADATA:
             found.left_out["that are no images by their names"] += 1
     found.left_out = +found.left_out
-    return found
 
 
 def _walk(folder: Path, above: tuple[tuple[int, int], ...], found: Found) -> Iterator[Path]:

@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from .checkpoints import UNREADABLE, reading
 from .checks import check_weights
-from .modeling_mctf_vit import MCTFViTConfig, MCTFViTForImageClassification
+from .modeling_mctf_vit import MCTFViTConfig, MCTFViTForImageClassification, MCTFViTModel
 from .registry import build, class_of, stored_config
 from .sources import EMBEDDINGS, ours, refuse, table_of, theirs
 
@@ -189,11 +189,15 @@ def _fits(tensor: Tensor, shape: list[int], *, counts: bool) -> bool:
     return plain and list(tensor.shape) == shape
 
 
-def load_pretrained(name: str, **settings: Any) -> MCTFViTForImageClassification:
-    """A classifier from a folder of transformers or of this library, with all of its weights.
+def load_pretrained(
+    name: str, model_class: type[Any] | None = None, **settings: Any
+) -> MCTFViTForImageClassification:
+    """A model from a folder of transformers or of this library, with all of its weights.
 
     Args:
         name: local folder, or id on the Hub.
+        model_class: of this library; unset, that of :func:`.class_of`. A ViT's encoder comes
+            without the pooler that transformers puts on it.
         settings: fields of the configuration, such as ``r``, that replace the checkpoint's.
 
     Raises:
@@ -207,19 +211,25 @@ def load_pretrained(name: str, **settings: Any) -> MCTFViTForImageClassification
             f"{name} holds no model of transformers, for its config.json has no model_type: if it "
             "is timm's, convert the model.safetensors that lies there"
         )
-    model_class = class_of(name)
+    model_class = class_of(name) if model_class is None else model_class
     model_class.config_class.from_pretrained(name, **settings)  # says what it has to of another
+    bare = issubclass(model_class, MCTFViTModel)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # all that loading reports is reported below
     try:
         with reading(name, UNREADABLE):
             model, report = model_class.from_pretrained(
-                name, **settings, ignore_mismatched_sizes=True, output_loading_info=True
+                name,
+                **settings,
+                **({"add_pooling_layer": False} if bare else {}),
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
             )
     finally:
         logging.set_verbosity(verbosity)
+    unknown = [key for key in report["unexpected_keys"] if not (bare and key[:7] == "pooler.")]
     _complain(
-        unknown=sorted(report["unexpected_keys"]),
+        unknown=sorted(unknown),
         missing=sorted(report["missing_keys"]),
         misshapen=sorted(
             f"{key} {list(found)}, not {list(wanted)}"

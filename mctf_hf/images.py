@@ -7,7 +7,7 @@ image or a processor's settings that would fill the memory are refused before th
 import io
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -223,7 +223,15 @@ class ImageReader:
         Raises:
             ValueError: if the processor makes images of several sizes.
         """
-        made = [self(self.admit(image, f"image {i}")) for i, image in enumerate(images)]
+        return self.stack([self(self.admit(image, f"image {i}")) for i, image in enumerate(images)])
+
+    @staticmethod
+    def stack(made: Sequence[Tensor]) -> Tensor:
+        """What calls have made of images as (b, channels, height, width).
+
+        Raises:
+            ValueError: see :meth:`batch`.
+        """
         sizes = sorted({tuple(pixels.shape[-2:]) for pixels in made})
         if len(sizes) > 1:
             told = ", ".join(f"{height} x {width}" for height, width in sizes)
@@ -231,7 +239,7 @@ class ImageReader:
                 f"the image processor makes images of several sizes ({told}), which are no batch: "
                 "it is to crop them, or to resize them to a height and a width"
             )
-        return torch.stack(made)
+        return torch.stack(list(made))
 
 
 def scaling(processor: Any, channels: int = 3) -> tuple[Tensor, Tensor]:

@@ -224,11 +224,13 @@ def stored_config(name: str | os.PathLike) -> dict[str, Any]:
 
 def backbone_of_type(model_type: str) -> Backbone | None:
     """The backbone that loads models of a type, of this library's or of transformers'."""
-    for entry in BACKBONES.values():
-        config = entry.config
-        if model_type in (config.model_type, *config.plain_types, *config.plain_parts):
-            return entry
-    return None
+    return next((entry for entry in BACKBONES.values() if model_type in types_of(entry)), None)
+
+
+def types_of(entry: Backbone) -> tuple[str, ...]:
+    """The types of models that a backbone loads: this library's own, and those of transformers."""
+    config = entry.config
+    return (config.model_type, *config.plain_types, *config.plain_parts)
 
 
 def class_of(name: str | os.PathLike) -> type[Any]:

@@ -19,7 +19,7 @@ from tests.conftest import DIGITS, REPOSITORY, environment_of_a_stranger
 
 README = (REPOSITORY / "README.md").read_text()
 CORE = {"torch", "transformers", "huggingface_hub", "safetensors", "numpy", "pillow"}
-TRAINING = {*FINETUNING, "benchmark-data"}
+TRAINING = {*FINETUNING, "benchmark-data", "embed"}
 # What extras bring, but for accelerate and scipy, which transformers loads where they are.
 REST = {
     "datasets", "gradio", "jsonargparse", "kornia", "lightning", "matplotlib", "onnx",
@@ -200,10 +200,11 @@ def test_commands_run_with_the_extra_that_they_name(
         ["export", f"{model},r=4", "--output", "made.pt2", *images, "--count", "3"],
         ["push", "--help"],
         ["sweep", "--help"],
+        ["neighbours", "--help"],
     ]
     others = {
-        "fit": "train", "benchmark-data": "train", "demo": "train", "tune": "tune",
-        "export": "onnx", "web": "web",
+        "fit": "train", "benchmark-data": "train", "embed": "train", "demo": "train",
+        "tune": "tune", "export": "onnx", "web": "web",
     }  # fmt: skip
     words = {"tune": [model, *images, "--output", "t", "--budget", "0.8"]}
     words["export"] = [model, "--output", "made.onnx"]
@@ -225,6 +226,8 @@ def test_commands_run_with_the_extra_that_they_name(
                 ["fit", "--model.pretrained", "MODEL", "--data.dataset", DIGITS, "--model.r", "4",
                  "--data.num_workers", "0", "--trainer.max_steps", "1", "--export.folder", "made",
                  "--trainer.limit_val_batches", "1"],
+                ["embed", "MODEL,r=4", "--images", f"{DIGITS}/test.parquet",
+                 "--output", "made_vectors", "--num-workers", "0"],
             ],
         ),
         (

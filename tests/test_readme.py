@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from PIL import Image
 from transformers import (
     Dinov2Config,
@@ -23,6 +24,7 @@ from mctf_hf.hub import load_image_processor, save
 from mctf_hf.registry import BACKBONES
 from tests.conftest import REPOSITORY, TINY, Golden, tiny_model
 from tests.test_conversion import in_timm_names
+from tests.tiny_models import save_with_words
 
 PAGES = (
     "README.md",
@@ -35,6 +37,7 @@ RUNNING = tuple(page for page in PAGES if page != "docs/troubleshooting.md")
 INSTEAD = {
     "facebook/deit-tiny-patch16-224": "plain",
     "facebook/dinov2-small": "dinov2",
+    "openai/clip-vit-base-patch32": "clip",
     "ethz/food101": "data/digits",
     "uoft-cs/cifar10": "data/digits",
     "--model.num_labels 101": "--model.num_labels 10",
@@ -54,6 +57,7 @@ SHORTENED = {
     "benchmark": "--rounds 1",
     "benchmark-data": "--batches 2 --warmup 1 --data.num_workers 0",
     "convert": "--num_heads 2",
+    "embed": "--trainer.accelerator cpu --num-workers 0",
     "export": "--count 3",
     "push": "--rounds 1 --max_images 8",
     "tune": "--methods tome --trials 2",
@@ -66,6 +70,10 @@ LEFT_OUT = {
     "pip install": "installs what is installed",
     "jupyter lab": "tests/test_notebooks.py runs the notebooks",
     "--as-is": "needs the Hub, and tests/e2e/test_hub.py has one",
+    "torchrun ": "starts processes, and tests/test_embedding.py has them",
+    "srun ": "is of a batch system",
+    "s3://": "needs a store, and tests/test_embedding.py has a local one",
+    "--engine ray": "needs Ray, and tests/test_embedding.py has it where it is installed",
     "status=$?": "of a batch system's script",
     "if [ $status": "of a batch system's script",
     "exit $status": "of a batch system's script",
@@ -105,6 +113,8 @@ def checkout(tiny_folder: Path) -> Iterator[None]:
         ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
     for name, r in (("digits_base", 0), ("digits", 8)):
         save(tiny_model(num_labels=10, r=r), load_image_processor("flat"), f"outputs/{name}/model")
+    save_with_words("CLIP", Path("clip"))
+    Path("labels.txt").write_text("a cat\na dog\n")
     Path("photos").mkdir()
     for i in range(4):
         Image.effect_noise((40, 40), 60 + i).convert("RGB").save(f"photos/{i}.png")
@@ -153,6 +163,7 @@ def test_the_code_in_docs_runs(page: str, checkout: None, images: torch.Tensor) 
     }
     rows = [{"pixel_values": image, "labels": 1} for image in images]
     names: dict[str, object] = {"dataset": rows, "model": tiny_model(), "pixel_values": images}
+    Dataset.from_dict({"vector": [[0.5] * 24]}).to_parquet("vectors/vectors-000000.parquet")
     for block in python_blocks(page):
         if "by_norm" in block:  # tests/test_own_reducers.py runs it
             continue

@@ -3,11 +3,16 @@
 import functools
 import importlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import CLIPImageProcessorPil, PreTrainedModel, PreTrainedTokenizerFast
 
 SIZE: dict[str, Any] = {
     "hidden_size": 24,
@@ -242,3 +247,21 @@ def tiny(name: str) -> tuple[PreTrainedModel, dict[str, Any]]:
     """A model of the tables above, and what it is called with."""
     made = MODELS[name]
     return build(made.name, **made.config), made.inputs()
+
+
+def save_with_words(name: str, folder: Path) -> Path:
+    """Save a CLIP or a SigLIP of the tables above with a tokenizer that knows a few words."""
+    known = ["[PAD]", "[BOS]", "a", "photo", "of", "cat", "dog", *(f"w{i}" for i in range(50))]
+    known += ["[EOS]", "[UNK]"]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(known)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing(
+        single="[BOS] $A [EOS]", special_tokens=[("[BOS]", 1), ("[EOS]", 57)]
+    )
+    tiny(name)[0].save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", eos_token="[EOS]", unk_token="[UNK]"
+    ).save_pretrained(folder)
+    size = {"height": 48, "width": 48}
+    CLIPImageProcessorPil(size=size, crop_size=size).save_pretrained(folder)
+    return folder

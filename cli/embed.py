@@ -1,0 +1,336 @@
+"""``mctf embed``: collections of images as vectors, of any size, on any number of devices."""
+
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from datetime import timedelta
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DDPStrategy
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from lightning_modules.comparing import Comparison, compare_settings
+from lightning_modules.embedding import (
+    Embedding,
+    EmbeddingRun,
+    Pace,
+    ToldToStop,
+    embed_by_lightning,
+)
+from lightning_modules.image_sources import open_source
+from lightning_modules.vector_folder import UNREADABLE, VectorFolder, row_features
+from mctf_hf.configuration_mctf import FusionConfigMixin
+from mctf_hf.embedding import Embedder, digest
+from mctf_hf.images import MODES, ImageReader
+from mctf_hf.texts import TextEncoder, Texts
+
+from .models import load_encoder, parse
+from .options import read, refuse
+from .parsing import ArgumentParser
+
+# Of processes that have nothing left to do, until the last one is done.
+PATIENCE = timedelta(days=7)
+PACKAGES = ("mctf-hf", "torch", "transformers", "datasets", "pyarrow", "pillow", "lightning")
+SOURCE = ("images", "split", "name", "revision", "streaming", "image_column")
+
+
+def main(args: Sequence[str]) -> None:
+    """Read the command line and run :func:`embed`."""
+    parser = ArgumentParser(
+        prog="mctf embed",
+        description="Turn a collection of images into vectors, at fused speed: parquet shards and "
+        "a manifest. Killed and started again, the same command goes on where it was.",
+    )
+    parser.add_argument(
+        "model",
+        help="NAME[,setting=value…]: a folder or Hub id, with settings of fusion (r=16, "
+        "r=auto:0.6, reduction=tome, …).",
+    )
+    ours = {"columns", "unit_size"}
+    parser.add_function_arguments(open_source, skip=ours)
+    parser.add_function_arguments(embed, skip={"model", "source", "trainer"})
+    parser.add_function_arguments(make_trainer, "trainer", skip={"callbacks"})
+    settings, given = read(parser, args)
+    if settings["compare"] is None:
+        refuse(given, {"sample"}, "without --compare")
+    if settings["engine"] == "ray":
+        refuse(given, {"trainer"}, "with --engine ray, which places processes itself")
+    else:
+        refuse(given, {"actors", "ray_address"}, "without --engine ray")
+    source = {name: settings.pop(name) for name in SOURCE}
+    embed(**settings, source=source)
+
+
+def make_trainer(
+    callbacks: list[Callback],
+    accelerator: str = "auto",
+    devices: int | str | list[int] = "auto",
+    num_nodes: int = 1,
+    strategy: str = "auto",
+    precision: Literal["32-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed"] = "32-true",
+) -> L.Trainer:
+    """A trainer that predicts, in as many processes as there are to be.
+
+    Args:
+        callbacks: of the trainer.
+        accelerator: cpu, gpu, auto, or another one of Lightning's.
+        devices: how many processors to use on each machine, or the numbers of which.
+        num_nodes: machines; the output folder is one that all of them see.
+        strategy: of Lightning, for several processes: ddp.
+        precision: of numbers.
+    """
+    settings: dict[str, Any] = {
+        "accelerator": accelerator,
+        "devices": devices,
+        "num_nodes": num_nodes,
+        "precision": precision,
+        "callbacks": callbacks,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+    }
+    try:
+        trainer = L.Trainer(strategy=strategy, **settings)
+    except TypeError as error:
+        raise ValueError(f"trainer.devices={devices!r} is not allowed: {error}") from error
+    if strategy == "auto" and isinstance(trainer.strategy, DDPStrategy):
+        trainer = L.Trainer(strategy=DDPStrategy(timeout=PATIENCE), **settings)
+    return trainer
+
+
+def embed(
+    model: str,
+    source: dict[str, Any],
+    output: str,
+    columns: str | None = None,
+    vector: Literal["class_token", "pooled", "mean_patches"] | None = None,
+    normalize: bool = False,
+    dtype: Literal["float32", "float16"] = "float32",
+    texts: str | None = None,
+    batch_size: int = 32,
+    num_workers: int = 2,
+    shard_size: int = 1000,
+    on_bad_image: Literal["fail", "skip"] = "fail",
+    compare: str | None = None,
+    sample: int = 500,
+    engine: Literal["lightning", "ray"] = "lightning",
+    actors: int = 1,
+    ray_address: str | None = None,
+    trainer: dict[str, Any] | None = None,
+) -> None:
+    """Embed a collection of images.
+
+    Args:
+        model: see above.
+        source: settings of :func:`.open_source`.
+        output: the folder to write, local or mounted.
+        columns: names of columns to carry along, as in label,key; in tar files, endings of names.
+        vector: the class token, what the model pools (the embedding of CLIP and SigLIP, what a
+            classifier's head sees), or the mean of the patches; unset, what the model is known for.
+        normalize: give vectors the length 1.
+        dtype: of their numbers.
+        texts: file of labels for CLIP and SigLIP, one a line: each image gets the score of each.
+        batch_size: images that the model takes at once, in each process.
+        num_workers: processes that decode images, for each that embeds them.
+        shard_size: images of a shard; a tar file or a shard of a stream is one as it is.
+        on_bad_image: fail at an image that cannot be read, or skip it: unreadable.csv tells of it.
+        compare: settings of fusion to compare with afterwards, such as r=0.
+        sample: images that are compared.
+        engine: lightning for this machine, or several that start the command together; ray for a
+            cluster of Ray.
+        actors: processes of Ray that embed, with a GPU each where it has any.
+        ray_address: of a cluster of Ray; unset, the one around, or one on this machine.
+        trainer: settings of :func:`make_trainer`.
+    """
+    numbers = {
+        "batch_size": (batch_size, 1),
+        "num_workers": (num_workers, 0),
+        "shard_size": (shard_size, 1),
+        "sample": (sample, 2),
+        "actors": (actors, 1),
+    }
+    for setting, (value, least) in numbers.items():
+        if value < least:
+            raise ValueError(f"{setting}={value!r} is not allowed: it is at least {least}")
+    other = None if compare is None else f"{parse(model)[0]},{compare}"
+    if other is not None:
+        parse(other)  # before the work
+    console, options = Console(), trainer or {}
+    run = _open(
+        model, source, output,
+        columns=[] if columns is None else [column.strip() for column in columns.split(",")],
+        vector=vector, normalize=normalize, dtype=dtype, texts=texts, batch_size=batch_size,
+        shard_size=shard_size, precision=options.get("precision", "32-true"),
+        num_workers=num_workers, on_bad_image=on_bad_image,
+    )  # fmt: skip
+    earlier, device = run.folder.check(run.settings), torch.device("cpu")
+    if earlier is not None and earlier["status"] == "finished":
+        print(f"{output} was finished before: nothing is left to do")
+        print(_told(earlier, output))
+    elif engine == "ray":
+        from lightning_modules.on_ray import embed_by_ray
+
+        print(_told(embed_by_ray(run, actors, ray_address, console), output))
+    else:
+        _warn_of_other_versions(earlier, run.record)
+        made = _by_lightning(run, options, console)
+        if not made.is_first:
+            return
+        device = made.device
+        print(_told(made.manifest, output), _told_pace(made.pace), sep="\n")
+    if other is not None:
+        beside = Embedder(load_encoder(other)[0], run.embedder.vector).eval().to(device)
+        found = compare_settings(run, beside, sample)
+        run.folder.tell({"comparison": {"with": other, **asdict(found)}})
+        console.print(_table(found, model, other))
+
+
+def _open(
+    model: str,
+    source: dict[str, Any],
+    output: str,
+    *,
+    columns: list[str],
+    vector: str | None,
+    normalize: bool,
+    dtype: str,
+    texts: str | None,
+    batch_size: int,
+    shard_size: int,
+    precision: str,
+    num_workers: int,
+    on_bad_image: Literal["fail", "skip"],
+) -> EmbeddingRun:
+    """The model, the images and the folder of a run, with all that decides what is written."""
+    folder = VectorFolder(output)
+    labels = None if texts is None else Texts(_lines(texts), TextEncoder(parse(model)[0]))
+    loaded, processor = load_encoder(model)
+    embedder = Embedder(loaded, vector, normalize=normalize, texts=labels).eval()
+    reader = ImageReader(processor, loaded.config.num_channels)
+    collection = open_source(**source, columns=columns, unit_size=shard_size)
+    features = row_features(
+        collection.features,
+        _width(embedder, reader),
+        dtype,
+        embedder.labels,
+        names_best=embedder.names_best,
+        all_scores=texts is not None or not embedder.names_best,
+    )
+    fusion = {one.name: getattr(loaded.config, one.name) for one in fields(FusionConfigMixin)}
+    settings = {
+        "model": model,
+        "weights": digest(loaded),
+        "fusion": fusion,
+        "image_processor": _plain(processor),
+        "vector": embedder.vector,
+        "normalize": normalize,
+        "dtype": dtype,
+        "precision": precision,
+        "texts": None if labels is None else list(labels.texts),
+        "columns": columns,
+        "collection": collection.digest(),
+        "shard_size": shard_size,
+        "batch_size": batch_size,
+    }
+    record = {
+        "source": source,
+        "kind": collection.kind,
+        "revision": getattr(loaded.config, "_commit_hash", None),
+        "width": features["vector"].length,
+        "labels": embedder.labels if "scores" in features else None,
+        "versions": {name: version(name) for name in PACKAGES},
+    }
+    return EmbeddingRun(
+        collection, embedder, reader, folder, features, settings, record, batch_size, num_workers,
+        on_bad_image,
+    )  # fmt: skip
+
+
+def _by_lightning(run: EmbeddingRun, options: dict[str, Any], console: Console) -> Embedding:
+    """Embed what is to be embedded; a signal ends it with what is to be done next."""
+    try:
+        return embed_by_lightning(run, lambda calls: make_trainer(calls, **options), console)
+    except ToldToStop:
+        there = f"{len(run.folder.done()):,} of {run.source.num_units:,} shards are there"
+        print(
+            f"mctf: told to stop (SIGTERM): {there}, the same command goes on from them",
+            file=sys.stderr,
+        )
+        sys.exit(128 + signal.SIGTERM)  # the exit status of what a signal ends
+
+
+def _lines(file: str) -> list[str]:
+    """The lines of a text file that are not empty."""
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"texts={file!r}: there is no such file")
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"texts={file!r} is not allowed: it is no text in UTF-8") from error
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"texts={file!r} is not allowed: it has no line with a text")
+    return lines
+
+
+def _width(embedder: Embedder, reader: ImageReader) -> int:
+    """Channels of the vectors, by those of a black image."""
+    black = reader(Image.new(MODES[reader.channels], (64, 64)))
+    return embedder(black[None]).vectors.shape[1]
+
+
+def _plain(processor: Any) -> dict[str, Any]:
+    """Settings of an image processor that decide what it makes."""
+    return {
+        name: value
+        for name, value in processor.to_dict().items()
+        if value is not None and name[0] != "_"
+    }
+
+
+def _warn_of_other_versions(earlier: dict[str, Any] | None, record: Mapping[str, Any]) -> None:
+    """Tell if the shards that are there were made by other releases."""
+    before = record["versions"] if earlier is None else earlier["versions"]
+    other = [f"{name} {before[name]}" for name, now in record["versions"].items()
+             if name in before and before[name] != now]  # fmt: skip
+    if other:
+        print(f"The shards that are there are by {', '.join(other)}: others may differ by rounding")
+
+
+def _told(manifest: Mapping[str, Any], output: str) -> str:
+    """What has become of a run."""
+    counts = manifest["counts"]
+    told = f"{counts['vectors']:,} vectors in {counts['shards']:,} shards: {output}"
+    if counts["unreadable"]:
+        told += f"\n{counts['unreadable']:,} images can't be read: {output}/{UNREADABLE}"
+    return told
+
+
+def _told_pace(pace: Pace) -> str:
+    if not pace.speed:
+        return "too few batches to tell the speed"
+    waited = 100 * (pace.share_waited or 0)
+    return (
+        f"{pace.speed:,.1f} images/s in this process; the model waited for images {waited:.1f}% "
+        "of the time"
+    )
+
+
+def _table(found: Comparison, model: str, other: str) -> Table:
+    table = Table(title=f"{model} beside {other}, {found.images} images")
+    table.add_column("what")
+    table.add_column("", justify="right")
+    table.add_row("cosine, mean", f"{found.cosine:.4f}")
+    table.add_row("cosine, lowest 1%", f"{found.cosine_low:.4f}")
+    table.add_row(f"of the {found.neighbours} nearest stay", f"{100 * found.kept:.1f}%")
+    return table

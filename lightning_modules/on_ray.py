@@ -1,0 +1,109 @@
+"""Millions of images as vectors, by Ray Data: actors of a cluster, each of which writes shards.
+
+The rows are those of one process by Lightning: the same units, batches and model.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from mctf_hf.extras import needed_by
+
+from .embedding import EmbeddingRun
+from .locks import FolderLock
+from .unit_batches import load_units
+
+MOST_AT_ONCE = 8  # units that an actor is handed, so that its workers decode ahead
+
+
+class UnitEmbedder:
+    """Embeds units and writes their shards; an actor for ``map_batches``.
+
+    Args:
+        run: a reference to an :class:`.EmbeddingRun` in Ray's store, in a list.
+    """
+
+    def __init__(self, run: list[Any]):
+        import ray
+
+        self.run: EmbeddingRun = ray.get(run[0])
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.run.embedder.to(self.device)
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Embed units, whose numbers are ``unit``, and tell of each what went wrong, as ``error``.
+
+        Of an error of Ray's own nobody learns what was behind it.
+        """
+        run, writer = self.run, self.run.writer()
+        units, wrong = batch["unit"].tolist(), ""
+        loader = load_units(run.batches(units), run.num_workers, pin_memory=self.device == "cuda")
+        try:
+            for part in loader:
+                made = [] if part.pixel_values is None else [run.embedder(part.pixel_values)]
+                writer.add(part, *made)
+        except (ValueError, OSError) as error:
+            wrong = str(error)
+        finally:
+            writer.close()
+        return {"unit": batch["unit"], "error": np.array([wrong] * len(units))}
+
+
+def embed_by_ray(
+    run: EmbeddingRun, actors: int, address: str | None, console: Console
+) -> dict[str, Any]:
+    """Embed all images of a run that have no vector yet, on a cluster of Ray.
+
+    Args:
+        actors: how many processes embed; each has a GPU where the cluster has any.
+        address: of a running cluster; unset, the one around, or a new one on this machine.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ModuleNotFoundError: if Ray is not installed.
+        ValueError, OSError, RuntimeError: see :meth:`.VectorFolder.begin` and
+            :class:`.ShardWriter`.
+    """
+    with needed_by("--engine ray"):
+        import ray
+        import ray.data
+
+    run.folder.check(run.settings)  # before a lock is put there
+    begun = not ray.is_initialized()
+    if begun:
+        ray.init(address=address, log_to_driver=False)
+    lock = FolderLock(run.folder.path, "output")
+    lock.acquire()
+    try:
+        pending = run.folder.begin(run.settings, run.record, run.source.num_units)
+        console.print(f"{len(pending):,} shards to write", highlight=False)
+        if pending:
+            _embed(run, pending, actors)
+        return run.folder.finish(run.source.num_units)
+    finally:
+        lock.release()
+        if begun:
+            ray.shutdown()
+
+
+def _embed(run: EmbeddingRun, pending: list[int], actors: int) -> None:
+    import ray
+
+    at_once = max(1, min(MOST_AT_ONCE, len(pending) // actors))
+    rows = ray.data.from_items(
+        [{"unit": unit} for unit in pending], override_num_blocks=-(-len(pending) // at_once)
+    )
+    embedded = rows.map_batches(
+        UnitEmbedder,
+        fn_constructor_args=[[ray.put(run)]],
+        batch_size=None,
+        compute=ray.data.ActorPoolStrategy(size=actors),
+        num_gpus=1 if ray.cluster_resources().get("GPU") else 0,
+    )
+    for batch in embedded.iter_batches(batch_size=None):
+        for error in filter(None, batch["error"].tolist()):
+            raise ValueError(error)

@@ -1,0 +1,199 @@
+"""Images as vectors: what is read of a model's tokens, and the labels that come with it.
+
+Shapes: ``b`` images, ``n`` tokens, ``d`` channels, ``c`` labels.
+"""
+
+import hashlib
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .classes import names_of
+from .configuration_mctf import as_pair
+from .modeling_mctf_encoder import MCTFEncoderClassifierMixin
+from .problems import REGRESSION, problem_type, scores
+from .registry import output_of
+from .texts import Texts
+
+VECTORS = ("class_token", "pooled", "mean_patches")
+
+
+class Embedded(NamedTuple):
+    """What a model makes of images.
+
+    Attributes:
+        vectors: (b, d) float32.
+        scores: (b, c) float32, of labels or of texts; ``None`` for a model that has none.
+    """
+
+    vectors: Tensor
+    scores: Tensor | None
+
+
+def default_vector(model: Any) -> str:
+    """The vector that a model is known for: its image embedding, or its class token."""
+    if output_of(model) == "image_embeds" or not model.config.class_token:
+        return "pooled"
+    return "class_token"
+
+
+class Embedder(nn.Module):
+    """Makes a vector of each image, and the scores of labels where the model has any.
+
+    Where the class token alone is read, the last layer computes no other, unless the model's
+    ``skip_unread`` is false.
+
+    Args:
+        model: of this library, in evaluation.
+        vector: ``class_token``, behind the last layer and the encoder's last norm; ``pooled``, what
+            the model itself reads of an image (the embedding of CLIP and SigLIP, what a
+            classifier's head sees); or ``mean_patches``, of which a fused token counts as often as
+            it has patches. Unset, that of :func:`default_vector`.
+        normalize: give vectors the length 1.
+        texts: labels of an image and text model, which score images by how near they are.
+
+    Attributes:
+        labels: their names, in the order of the scores; ``None`` for a model that has none.
+
+    Raises:
+        ValueError: for a vector that the model has not, or texts for one that knows none.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        vector: str | None = None,
+        *,
+        normalize: bool = False,
+        texts: Texts | None = None,
+    ):
+        super().__init__()
+        self.model = model
+        self.vector = default_vector(model) if vector is None else vector
+        self.normalize = normalize
+        self.texts = texts
+        self._kind = output_of(model)
+        self._classifies = self._kind == "logits" and bool(model.config.num_labels)
+        self._check()
+        self.labels = None if texts is None else list(texts.texts)
+        if self._classifies:
+            self.labels = names_of(model.config)
+
+    def _check(self) -> None:
+        name = type(self.model).__name__
+        if self.vector not in VECTORS:
+            raise ValueError(
+                f"vector={self.vector!r} is not allowed: it is one of {', '.join(VECTORS)}"
+            )
+        if self.vector == "class_token" and not self.model.config.class_token:
+            raise ValueError(
+                f"vector='class_token' is not allowed with {name}, which has none: it is pooled "
+                "or mean_patches"
+            )
+        if self.texts is not None and self._kind == "logits":
+            raise ValueError(f"texts are not allowed with {name}, which has labels of its own")
+
+    @property
+    def names_best(self) -> bool:
+        """Whether the label with the highest score says most; values of regression have none."""
+        if self.texts is not None:
+            return True
+        return self._classifies and problem_type(self.model.config) != REGRESSION
+
+    @torch.inference_mode()
+    def forward(self, pixel_values: Tensor) -> Embedded:
+        """Embed images, (b, channels, height, width).
+
+        Raises:
+            ValueError: if the model has no pooled output, or makes numbers that are not finite.
+        """
+        parameter = next(self.model.parameters())
+        pixel_values = pixel_values.to(parameter.device, parameter.dtype)
+        vectors, pooled, logits = self._read(pixel_values)
+        vectors, found = vectors.float(), None
+        if self._classifies:
+            assert logits is not None
+            found = scores(logits, self.model.config)
+        elif self.texts is not None:
+            assert pooled is not None
+            found = self.texts.scores(pooled.float())
+        if self.normalize:
+            vectors = F.normalize(vectors)
+        return Embedded(vectors, found)
+
+    def _read(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The vectors, what the model pools, and its logits, in its precision."""
+        config, options = self.model.config, self._options(pixel_values)
+        if self._kind == "logits":
+            return self._read_classifier(pixel_values, options)
+        output = self.model(pixel_values, **options)
+        pooled = output.image_embeds if self._kind == "image_embeds" else output.pooler_output
+        if pooled is None and (self.vector == "pooled" or self.texts is not None):
+            raise ValueError(
+                f"vector='pooled' is not allowed with this {type(self.model).__name__}, which "
+                "pools nothing: it is class_token or mean_patches"
+            )
+        if self.vector == "pooled":
+            return pooled, pooled, None
+        hidden_states = output.last_hidden_state
+        if self.vector == "class_token":
+            return hidden_states[:, 0], pooled, None
+        sizes = None if config.restore else output.token_sizes
+        return _mean_patches(hidden_states, sizes, config.num_prefix_tokens), pooled, None
+
+    def _read_classifier(
+        self, pixel_values: Tensor, options: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The same of a classifier, of whose encoder the head may see something else."""
+        model, config = self.model, self.model.config
+        head_reads_more = isinstance(model, MCTFEncoderClassifierMixin)
+        if self.vector == "pooled" or (self.vector == "class_token" and not head_reads_more):
+            output = model(pixel_values, output_class_token=True, **options)
+            return output.class_token, output.class_token, output.logits
+        seen: list[Any] = []
+        # Somebody who looks at the encoder is shown all tokens.
+        hook = model.base_model.register_forward_hook(lambda *call: seen.append(call[-1]))
+        try:
+            output = model(pixel_values, output_class_token=True, **options)
+        finally:
+            hook.remove()
+        hidden_states, sizes = seen[0].last_hidden_state, None
+        if self.vector == "class_token":
+            return hidden_states[:, 0], output.class_token, output.logits
+        if not config.restore:
+            sizes = output.token_sizes
+        vectors = _mean_patches(hidden_states, sizes, config.num_prefix_tokens)
+        return vectors, output.class_token, output.logits
+
+    def _options(self, pixel_values: Tensor) -> dict[str, Any]:
+        config = self.model.config
+        options: dict[str, Any] = {}
+        other_size = tuple(pixel_values.shape[-2:]) != as_pair(config.image_size)
+        if not config.any_size and other_size:
+            options["interpolate_pos_encoding"] = True
+        if self.vector == "mean_patches":
+            if not config.restore:
+                options["output_fusion"] = True
+        elif self._kind != "logits" and config.class_token and config.skip_unread is not False:
+            options["num_read_tokens"] = 1
+        return options
+
+
+def _mean_patches(hidden_states: Tensor, token_sizes: Tensor | None, prefix: int) -> Tensor:
+    """The mean of patches: tokens (b, n, d), each of the size (b, n) if given, -> (b, d)."""
+    patches = hidden_states[:, prefix:]
+    if token_sizes is None:
+        return patches.mean(1)
+    weights = token_sizes[:, prefix:, None].to(patches.dtype)
+    return (patches * weights).sum(1) / weights.sum(1)
+
+
+def digest(model: nn.Module) -> str:
+    """A number that changes with a model's weights."""
+    found = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        found.update(name.encode())
+        found.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
