@@ -176,6 +176,9 @@ class FusedLayers(nn.ModuleList):
         rows = positions = None
         fuses = any(counts)
         step = step._replace(fuses=fuses)
+        first = next(self.children())
+        assert isinstance(first, FusedLayer)
+        by_map = fuses and first.core.is_faster_by_map(hidden_states)
         if track:
             rows = torch.arange(batch * num_tokens, device=hidden_states.device)
         host = dict(kwargs) if self.takes_options else {}
@@ -193,7 +196,7 @@ class FusedLayers(nn.ModuleList):
         for index, (layer, r) in enumerate(zip(self.children(), counts, strict=True)):
             own_way = r or tokens.sizes is not None or (shown and fuses)
             own_way = own_way or (index == last and step.num_read is not None)
-            own_way = own_way or (fuses and layer.core.is_faster_by_map(tokens.hidden_states))
+            own_way = own_way or by_map
             if layer.runs_as_host and not own_way:
                 output = layer(tokens.hidden_states, *args, **host)
                 tokens = tokens._replace(hidden_states=output)
