@@ -95,15 +95,15 @@ def check_reference(encoder: Encoder) -> dict[str, float]:
 def settings_by_name(model: Any, described: Description, tuned: list[str]) -> dict[str, Setting]:
     """All methods at all budgets, and what ``mctf tune`` wrote to some folders."""
     found = {}
-    for way in ways_for(model):
-        for fraction in BUDGETS:
-            budget = int(fraction * described.whole)
-            found[f"{way} {fraction}"] = meet(model, Candidate.untuned(way), budget, described)
     for folder in tuned:
         settings = read_object(Path(folder, TUNING))["settings"]
         with fusion_of(model, **settings) as fusion:
             cost = described.of(fusion.settings)
         found[f"tuned {Path(folder).name}"] = Setting(Candidate("tuned"), settings, cost)
+    for way in ways_for(model):
+        for fraction in BUDGETS:
+            budget = int(fraction * described.whole)
+            found[f"{way} {fraction}"] = meet(model, Candidate.untuned(way), budget, described)
     return found
 
 

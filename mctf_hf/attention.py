@@ -7,6 +7,8 @@ an :class:`Attention`, and ``forward`` applies it, to other tokens if need be.
 Shapes: ``b`` images, ``n`` tokens, ``d`` channels, ``h`` heads.
 """
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -27,6 +29,17 @@ BLOCK_BYTES = 4 * 2**20
 FASTER_BY_MAP = {torch.bfloat16: (24 * 2**20, 48)}
 
 
+@dataclass(eq=False)
+class ColumnMeans:
+    """Where attention that is applied in blocks of its rows leaves the means of its columns.
+
+    Attributes:
+        means: (b, n), see :meth:`Attention.received`; ``None`` before it was applied.
+    """
+
+    means: Tensor | None = None
+
+
 class Attention(NamedTuple):
     """Attention of one layer, not applied to any values yet.
 
@@ -37,6 +50,8 @@ class Attention(NamedTuple):
         scaling: factor of the products of queries and keys.
         map: (b, h, n, n), every row summing to 1; ``None`` where it is too large to be held or
             nobody needs it.
+        columns: where a map that is not held is to be applied in one pass with the means of its
+            columns, what takes these; ``None`` where nobody needs them, or before it is applied.
     """
 
     query: Tensor
@@ -44,6 +59,7 @@ class Attention(NamedTuple):
     bias: Tensor | None
     scaling: float
     map: Tensor | None = None
+    columns: ColumnMeans | None = None
 
     def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows of the attention map: (b, h, stop - start, n)."""
@@ -64,7 +80,7 @@ class Attention(NamedTuple):
         """The attention of the first queries alone; of all for ``None``."""
         if num_queries is None:
             return self
-        query, key, bias, scaling, held = self
+        query, key, bias, scaling, held, _ = self
         if bias is not None:
             bias = bias[:, :, :num_queries]
         held = None if held is None else held[:, :, :num_queries]
@@ -77,13 +93,31 @@ class Attention(NamedTuple):
         """
         if self.map is not None:
             return self.map.mean((1, 2), dtype=_precision(self.map))
-        heads, num_tokens = self.key.shape[1:3]
-        rows = max(1, BLOCK_BYTES // (heads * num_tokens * self.key.element_size()))
-        blocks = [
-            self.rows(start, start + rows).sum((1, 2), dtype=_precision(self.key))
-            for start in range(0, num_tokens, rows)
-        ]
-        return torch.stack(blocks).sum(0) / (heads * num_tokens)
+        if self.columns is not None and self.columns.means is not None:
+            return self.columns.means
+        sums = [block.sum((1, 2), dtype=_precision(self.key)) for block in self.blocks()]
+        return self._column_means(sums)
+
+    def blocks(self) -> Iterator[Tensor]:
+        """The map by some rows at a time, all of which fit a CPU's cache: (b, h, rows, n) each."""
+        batch, heads, num_tokens = self.key.shape[:3]
+        row = batch * heads * num_tokens * self.key.element_size()
+        rows = max(1, BLOCK_BYTES // row)
+        for start in range(0, num_tokens, rows):
+            yield self.rows(start, start + rows)
+
+    def applied_in_blocks(self, value: Tensor) -> Tensor:
+        """Attention applied to values, (b, h, n, d / h), in one pass with what tokens receive."""
+        assert self.columns is not None
+        outputs, sums, flat = [], [], value.flatten(0, 1)
+        for block in self.blocks():
+            outputs.append(torch.bmm(block.flatten(0, 1), flat))
+            sums.append(block.sum((1, 2), dtype=_precision(block)))
+        self.columns.means = self._column_means(sums)
+        return torch.cat(outputs, 1).view_as(value)
+
+    def _column_means(self, sums: Sequence[Tensor]) -> Tensor:
+        return torch.stack(list(sums)).sum(0) / (self.key.shape[1] * self.key.shape[2])
 
     def from_class(self) -> Tensor:
         """Attention from the first token, mean over heads: (b, n), float32 or more."""
@@ -266,7 +300,9 @@ class FusionAttention:
         value = self._heads(value)
         dropout = self._part(self.names.dropout) or 0.0
         dropout = dropout if self.training else 0.0
-        if attention.map is None:
+        if attention.map is None and attention.columns is not None:
+            output = attention.applied_in_blocks(value)
+        elif attention.map is None:
             output = F.scaled_dot_product_attention(
                 attention.query,
                 attention.key,

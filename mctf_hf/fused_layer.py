@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .anatomy import LayerNames, attention_core
-from .attention import Attention, FusionAttention, Rotation
+from .attention import Attention, ColumnMeans, FusionAttention, Rotation, is_recorded
 from .fusion import Reduction, add_up, compose, fuse, fuse_sizes, images_rows
 from .reducers import Observation, Reducer, Stage
 
@@ -279,8 +279,18 @@ class FusedLayer:
             rotation = rotation_at(tokens.positions, step.frequencies)
         hold_map = shown or self._holds_map(normed, step, stage)
         num_queries = step.num_read if stage is None else None  # whoever chooses looks at all
-        return self.core.look_ahead(
+        attention = self.core.look_ahead(
             normed, bias, hold_map=hold_map, rotation=rotation, num_queries=num_queries
+        )
+        if hold_map or stage is not Stage.AFTER_ATTENTION or is_recorded() or self.training:
+            return attention
+        return attention._replace(columns=ColumnMeans() if self._sees_all_rows(step) else None)
+
+    def _sees_all_rows(self, step: Step) -> bool:
+        """Whether whoever chooses sees what each token receives from all others."""
+        needs = () if step.reducer is None else step.reducer.needs
+        return "attention_received" in needs or (
+            "class_attention" in needs and not step.class_token
         )
 
     def _is_faster(self, normed: Tensor, step: Step) -> bool:
@@ -297,10 +307,7 @@ class FusedLayer:
         fuses_map = stage is Stage.REUSE and not reducer.pools_linearly
         if fuses_map or "attention" in reducer.needs:
             return True
-        all_rows = "attention_received" in reducer.needs or (
-            "class_attention" in reducer.needs and not step.class_token
-        )
-        return all_rows and self.core.holds_map(normed)
+        return self._sees_all_rows(step) and self.core.holds_map(normed)
 
     def _reduction(self, tokens: Tokens, attention: Attention | None, step: Step) -> Reduction:
         assert attention is not None

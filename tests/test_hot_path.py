@@ -44,7 +44,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: Counter[str] = Counter()
-        self.largest = 0
+        self.largest = self.largest_map = 0
         self.scattered = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -55,6 +55,8 @@ class Recorder(TorchDispatchMode):
             for tensor in torch.utils._pytree.tree_leaves(result):
                 if isinstance(tensor, torch.Tensor):
                     self.largest = max(self.largest, tensor.numel())
+            if name == "_softmax":
+                self.largest_map = max(self.largest_map, result.numel())
             if name.startswith(("scatter", "index_add", "index_put")):
                 moved = max(a.numel() for a in args[1:] if isinstance(a, torch.Tensor))
                 self.scattered = max(self.scattered, moved)
@@ -185,3 +187,21 @@ def test_bfloat16_attends_by_the_faster_way(
         torch.testing.assert_close(model(images).logits, logits, atol=0.02, rtol=0.02)
     kernels = [name for name in kernel.calls if "scaled_dot_product" in name]
     assert sum(kernel.calls[name] for name in kernels) > sum(own.calls[n] for n in kernels)
+
+
+@torch.inference_mode()
+def test_a_map_that_is_not_held_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In blocks, which give the output of attention and what tokens receive in one pass."""
+    model = tiny_model(r=8, one_step_ahead="present", key_share=0.2)
+    images = torch.randn(2, 3, 32, 32)
+    expected = model(images, output_fusion=True)
+    monkeypatch.setattr(attention, "MAP_BYTES", 0)
+    monkeypatch.setattr(attention, "BLOCK_BYTES", 2 * 2 * 65 * 4 * 20)  # twenty rows
+    with Recorder() as recorder:
+        found = model(images, output_fusion=True)
+    torch.testing.assert_close(found.logits, expected.logits)
+    assert torch.equal(found.assignment, expected.assignment)
+    kernels = sum(n for name, n in recorder.calls.items() if "scaled_dot_product" in name)
+    fusing = sum(map(bool, model.config.tokens_fused(65)))
+    assert kernels == model.config.num_hidden_layers - fusing
+    assert recorder.largest_map < 2 * 2 * 65 * 65
