@@ -160,7 +160,13 @@ class WriteShards(Callback):
             raise ToldToStop
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        trainer.strategy.barrier("mctf embed: all shards are written")
+        try:
+            trainer.strategy.barrier("mctf embed: all shards are written")
+        except RuntimeError as error:
+            raise RuntimeError(
+                "another process has ended, by an error that it tells itself: the shards that are "
+                "there are complete, and the same command goes on from them"
+            ) from error
         run = self.run
         self.manifest = by_the_first(trainer, lambda: run.folder.finish(run.source.num_units))
 

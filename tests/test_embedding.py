@@ -46,7 +46,7 @@ from tests.test_images import fails
 from tests.tiny_models import save_with_words, tiny
 from tests.training_runs import as_rank, free_port, start
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 KILLS = 10
 
 
@@ -428,18 +428,25 @@ def test_workers_that_decode_change_nothing(
     assert rows_of("out").equals(uninterrupted)
 
 
+def by_two(given: list[str]) -> list[int | None]:
+    """Run a command as the two processes that torchrun would start; their exit codes."""
+    given, port = [*given, "--trainer.devices", "2", "--trainer.strategy", "ddp"], free_port()
+    ranks = [
+        start(as_rank, rank, 2, port, main, given, output=Path(f"said{rank}")) for rank in range(2)
+    ]
+    for process in ranks:
+        process.join()
+    return [process.exitcode for process in ranks]
+
+
 def test_two_processes_write_the_rows_of_one(
     tiny_folder: Path, many: Path, uninterrupted: pa.Table
 ) -> None:
     given = words(f"{tiny_folder},r=4", many, "out", *OFTEN)
-    given += ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
-    port = free_port()
-    ranks = [
-        start(as_rank, rank, 2, port, main, given, output=Path(f"said{rank}")) for rank in range(2)
-    ]
-    for rank, process in enumerate(ranks):
-        process.join()
-        assert process.exitcode == 0, Path(f"said{rank}").read_text()
+    assert by_two([*given, "--on-bad-image", "fail"]) == [1, 1]
+    said = "".join(Path(f"said{rank}").read_text() for rank in range(2))
+    assert "mctf: error: 077.png of " in said and "error: another process has ended" in said
+    assert by_two(given) == [0, 0], Path("said0").read_text()
     assert rows_of("out").equals(uninterrupted)
     assert manifest_of("out")["counts"] == manifest_of("whole")["counts"]
     assert "399 vectors in 80 shards" in Path("said0").read_text()

@@ -30,7 +30,7 @@ from tests.test_embedding import (
 )
 from tests.test_images import fails
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 __all__ = ["dino", "pairs", "photos"]  # fixtures
 
 
