@@ -70,6 +70,8 @@ LEFT_OUT = {
     "pip install": "installs what is installed",
     "jupyter lab": "tests/test_notebooks.py runs the notebooks",
     "--as-is": "needs the Hub, and tests/e2e/test_hub.py has one",
+    "--aot_inductor": "compiles for long, and tests/test_export.py does so",
+    ",aot": "compiles for minutes, and tests/test_benchmark.py does so for a smaller model",
     "torchrun ": "starts processes, and tests/test_embedding.py has them",
     "srun ": "is of a batch system",
     "s3://": "needs a store, and tests/test_embedding.py has a local one",

@@ -260,6 +260,8 @@ def started_space(folder: Path) -> Iterator[str]:
         env=environment,
         stdout=subprocess.PIPE,
         text=True,
+        # Who was started in the background ignores SIGINT, and what it starts would, too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         assert process.stdout is not None
