@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate, islice
 
 import torch
 from torch import Tensor
@@ -60,10 +60,12 @@ def _sampled(run: EmbeddingRun, sample: int) -> Iterator[tuple[Tensor, Tensor]]:
     units = run.folder.done()
     rows_each = run.folder.manifest()["counts"]["vectors"] / len(units)
     units = _evenly(units, max(sample // 10, math.ceil(sample / max(rows_each, 1))))
-    each = math.ceil(sample / len(units))
-    for unit in units:
-        ids, vectors = run.folder.rows(unit), run.folder.vectors(unit)
-        own = {ids[i]["id"]: vectors[i] for i in _evenly(range(len(ids)), each)}
+    ids = [[row["id"] for row in run.folder.rows(unit)] for unit in units]
+    starts = list(accumulate(map(len, ids), initial=0))
+    picked = _evenly(range(starts[-1]), sample)
+    for unit, names, start in zip(units, ids, starts[:-1], strict=True):
+        vectors, numbers = run.folder.vectors(unit), (i - start for i in picked)
+        own = {names[i]: vectors[i] for i in numbers if 0 <= i < len(names)}
         images = (image for image in run.source.read(unit) if image.id in own)
         while chunk := list(islice(images, run.batch_size)):
             made = [run.reader(run.reader.read(image.stored, image.id)) for image in chunk]

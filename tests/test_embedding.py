@@ -623,6 +623,9 @@ def test_a_setting_is_compared_with_another_one(
     again = manifest_of("out")["comparison"]
     assert again["images"] == 8 and again["cosine"] == pytest.approx(1, abs=1e-5)
     assert again["kept"] == 1
+    uneven = ["--shard-size", "20", "--compare", "r=0", "--sample", "16"]  # of 20 and of 3 images
+    main(words(f"{dino},r=16", photos, "uneven", *uneven))
+    assert manifest_of("uneven")["comparison"]["images"] == 16
 
 
 class Clock:
