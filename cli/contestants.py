@@ -13,7 +13,7 @@ from lightning_modules.processors import settle_size
 from mctf_hf.checks import check_weights
 from mctf_hf.configuration_mctf import as_pair, check_exists
 from mctf_hf.cost import counted, describe, multiply_accumulates
-from mctf_hf.export import compile_ahead, load
+from mctf_hf.export import FirstOutput, compile_ahead, load
 from mctf_hf.files import check_indexes
 from mctf_hf.hub import HUB_ID, load_image_processor
 from mctf_hf.presets import PRESETS, preset, preset_class
@@ -97,8 +97,6 @@ def make(words: str, image_size: int | None, dtype: torch.dtype, device: str) ->
             f"model {name!r} is not known{f', did you mean {near!r}?' if near else ''}: it is a "
             f"folder, an id on the Hub such as org/name, or a preset ({', '.join(PRESETS)})"
         )
-    if sliced:
-        model, cost = _sliced(words, model, config, attention, image_size)
     height, width = config.usual_size
     if height != width or config.num_channels != 3:
         raise ValueError(
@@ -107,7 +105,11 @@ def make(words: str, image_size: int | None, dtype: torch.dtype, device: str) ->
         )
     size = image_size or height
     interpolates = not config.any_size and (size, size) != as_pair(config.image_size)
+    if sliced:
+        model = _sliced(words, model, config, attention, size)
     model = Classifier(model.eval().to(device, dtype), interpolates, slice_size)
+    if sliced:
+        cost = counted(model, torch.empty(1, 3, size, size))
     if compiled:
         model.model = torch.compile(model.model, fullgraph=True, mode=_mode(compiled))
     if ahead:
@@ -160,22 +162,20 @@ def _from_checkpoint(
 
 
 def _sliced(
-    words: str, model: nn.Module, config: Any, attention: dict[str, Any], image_size: int | None
-) -> tuple[nn.Module, int]:
-    """The plain model that runs on as many tokens in each layer, and what it costs."""
-    own, reducer = type(model), build_reducer(config) if hasattr(config, "reduction") else None
+    words: str, model: nn.Module, config: Any, attention: dict[str, Any], size: int
+) -> nn.Module:
+    """The plain model that runs on as many tokens in each layer as one that fuses."""
+    own, reducer = type(model), build_reducer(config)
     plain = plain_class(own)
-    if reducer is None or plain is None or not hasattr(model, "num_read_tokens"):
+    if reducer is None or plain is None:
         raise ValueError(
             f"sliced of {words!r} has no effect: name what is fused, in a model that transformers "
             "has too"
         )
-    num_tokens = config.num_tokens(None if image_size is None else as_pair(image_size))
-    sliced = plain._from_config(plain_config(own, config), **attention).eval()
+    num_tokens = config.num_tokens((size, size))
+    sliced = plain._from_config(plain_config(own, config), **attention)
     slice_tokens(sliced, config.tokens_fused(num_tokens), reducer.stage, num_tokens)
-    size = config.usual_size if image_size is None else as_pair(image_size)
-    options = {} if size == as_pair(config.image_size) else {"interpolate_pos_encoding": True}
-    return sliced, counted(sliced, torch.empty(1, config.num_channels, *size), **options)
+    return sliced
 
 
 def _plain_cost(own: type[Any], config: Any, image_size: int | None) -> int:
@@ -207,17 +207,6 @@ class Classifier(nn.Module):
         return torch.cat(found) if len(found) > 1 else found[0]
 
 
-class FirstOutput(nn.Module):
-    """A model's first output, as a function of images alone."""
-
-    def __init__(self, model: nn.Module, options: dict[str, Any]):
-        super().__init__()
-        self.model, self.options = model, options
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.model(pixel_values, **self.options)[0]
-
-
 class CompiledAhead(nn.Module):
     """A model as a package of AOTInductor, which gives its first output as a tuple of one."""
 
@@ -226,7 +215,7 @@ class CompiledAhead(nn.Module):
         self.config = model.config
         with tempfile.TemporaryDirectory(prefix="mctf-") as folder:
             file = Path(folder, "model.pt2")
-            compile_ahead(FirstOutput(model, options).eval(), example, file, {})
+            compile_ahead(FirstOutput(model, **options), example, file, {})
             self.run = load(file)
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor]:

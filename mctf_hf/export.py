@@ -97,7 +97,7 @@ def to_onnx(
     # ONNX holds every attention map in any case: in eager attention each is computed but once.
     with draft(file) as whole, _quiet(), _attention(model, "eager"), torch.no_grad():
         program = torch.onnx.export(
-            _Function(model, **amount),
+            FirstOutput(model, **amount),
             (_example(model),),
             dynamo=True,
             input_names=["pixel_values"],
@@ -138,15 +138,8 @@ def to_torch_export(
     """
     amount = {"r": r, "keep_rate": keep_rate}
     file = _checked(model, file, ".pt2", amount)
-    with draft(file) as whole, _quiet(), torch.no_grad():
-        program = torch.export.export(
-            _Function(model, **amount),
-            (_example(model),),
-            dynamic_shapes={"pixel_values": {0: BATCH}},
-            strict=False,
-        )
-        for node in program.graph.nodes:
-            node.meta.pop("stack_trace", None)
+    with draft(file) as whole, _quiet():
+        program = _program(FirstOutput(model, **amount), _example(model))
         metadata = json.dumps(_metadata(model, image_processor, amount), indent=2)
         packed = io.BytesIO()  # on a full disk torch would end the process
         torch.export.save(program, packed, extra_files={"metadata.json": metadata})
@@ -177,8 +170,18 @@ def to_aot_inductor(
     file = _checked(model, file, ".pt2", amount)
     metadata = _metadata(model, image_processor, amount)
     with draft(file) as whole, _quiet():
-        compile_ahead(_Function(model, **amount), _example(model), whole, metadata)
+        compile_ahead(FirstOutput(model, **amount), _example(model), whole, metadata)
     return file
+
+
+@torch.no_grad()
+def _program(function: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
+    """A function of batches of any size, without traces of the stack, which name folders."""
+    shapes = ({0: BATCH},)
+    program = torch.export.export(function, (example,), dynamic_shapes=shapes, strict=False)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)
+    return program
 
 
 @torch.no_grad()
@@ -194,10 +197,7 @@ def compile_ahead(
     Raises:
         RuntimeError: if torch cannot export or compile it.
     """
-    shapes = ({0: BATCH},)
-    program = torch.export.export(function, (example,), dynamic_shapes=shapes, strict=False)
-    for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)
+    program = _program(function, example)
     options = {"freezing": True, "aot_inductor.metadata": metadata}
     with tempfile.TemporaryDirectory(prefix="mctf-") as folder:
         place = torch._inductor.aoti_compile_and_package(
@@ -256,14 +256,14 @@ def check_rounding(model: Model, batches: Iterable[Tensor]) -> Agreement:
     Args:
         batches: tensors of (b, channels, height, width).
     """
-    return _compare(model, _Function(copy.deepcopy(model).double()), batches)
+    return _compare(model, FirstOutput(copy.deepcopy(model).double()), batches)
 
 
 @torch.no_grad()
 def _compare(
     model: Model, other: Callable[[Tensor], Tensor], batches: Iterable[Tensor]
 ) -> Agreement:
-    function = _Function(model)
+    function = FirstOutput(model)
     batch_sizes, differences, same = [], [], []
     for pixel_values in batches:
         pixel_values = pixel_values.to(model.device, model.dtype)
@@ -293,17 +293,21 @@ def import_onnx() -> Any:
         return import_module("onnxruntime")
 
 
-class _Function(nn.Module):
-    """A model as a function of images alone, whose result is one tensor."""
+class FirstOutput(nn.Module):
+    """A model's first output, as a function of images alone.
 
-    def __init__(self, model: Model, **amount: Any):
+    Args:
+        options: of each call.
+    """
+
+    def __init__(self, model: Model, **options: Any):
         super().__init__()
         self.model = model
-        self.amount = amount
+        self.options = options
         self.training = model.training
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.model(pixel_values, **self.amount)[0]
+        return self.model(pixel_values, **self.options)[0]
 
 
 def _example(model: Model) -> Tensor:

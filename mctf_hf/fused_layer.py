@@ -195,8 +195,8 @@ class FusedLayer:
         bias = attention_mask if bias is None else bias
         attention = reduction = None
         applied_here = stage is not None or shown or read is not None
-        applied_here = applied_here or (attention_mask is None and self._is_faster(normed, step))
-        if applied_here or tokens.sizes is not None or tokens.positions is not None:
+        applied_here = applied_here or tokens.sizes is not None or tokens.positions is not None
+        if applied_here or (attention_mask is None and self._is_faster(normed, step)):
             # Where it only ranks tokens, or belongs to all of them, no gradient flows through it.
             with torch.set_grad_enabled(torch.is_grad_enabled() and stage is not Stage.RECOMPUTE):
                 attention = self._look_ahead(normed, bias, tokens, step, shown, stage)

@@ -76,6 +76,15 @@ def test_sliced_is_the_plain_model_on_as_many_tokens(
     )
 
 
+def test_an_encoder_of_any_size_is_sliced_as_the_images_are() -> None:
+    """Whose own size is another one than that of its positions."""
+    sliced = make("dinov2_s,r=8,sliced", 70, torch.float32, "cpu")
+    fused = make("dinov2_s,r=8", 70, torch.float32, "cpu")
+    assert type(sliced.model.model).__module__.startswith("transformers.")
+    assert sliced.multiply_accumulates == pytest.approx(fused.multiply_accumulates, rel=0.1)
+    assert sliced.model(torch.zeros(1, 3, 70, 70)).shape[0] == 1
+
+
 def test_long_names_of_models_are_read_in_the_table_and_in_the_picture(
     tiny_folder: Path,
     capsys: pytest.CaptureFixture,
@@ -211,6 +220,13 @@ def test_a_budget_counts_the_images_as_they_are(tiny_folder: Path) -> None:
         (["deit_t,r=-1"], "r=-1 is not allowed"),
         (["deit_t,r=auto:2"], "budget 2.0 is not allowed"),
         (["deit_t,slice=0"], "slice=0 of 'deit_t,slice=0' is not allowed: it is a count"),
+        (["deit_t,r=8,aot=3"], "aot=3 of 'deit_t,r=8,aot=3' is not allowed: it stands by itself"),
+        (
+            ["deit_t,compile,aot"],
+            "compile and aot of 'deit_t,compile,aot' are not allowed together",
+        ),
+        (["deit_t,sliced"], "sliced of 'deit_t,sliced' has no effect: name what is fused"),
+        (["lv_vit_s,r=8,sliced"], "sliced of 'lv_vit_s,r=8,sliced' has no effect"),
         (["deit_t", "--dtype", "int8"], "dtype='int8' is not allowed: it is one of float32,"),
         (["deit_t", "--rounds", "0"], "rounds=0 is not allowed: it is at least 1"),
         (

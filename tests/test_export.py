@@ -4,7 +4,6 @@ import json
 import logging
 import re
 import resource
-import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -160,7 +159,6 @@ def test_a_pt2_tells_what_it_holds_and_keeps_its_numbers() -> None:
     assert b"site-packages" not in Path("model.pt2").read_bytes()
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="AOTInductor compiles C++")
 def test_a_package_compiled_ahead_of_time(tiny_folder: Path, capsys: pytest.CaptureFixture) -> None:
     """Through the command: for batches of any size, with what it holds, and nothing beside it."""
     model = f"{tiny_folder},r=[0,0,0,0,9]"
