@@ -40,6 +40,7 @@ INSTEAD = {
     "openai/clip-vit-base-patch32": "clip",
     "ethz/food101": "data/digits",
     "uoft-cs/cifar10": "data/digits",
+    "my/deit-tiny-cifar10": "outputs/digits/model",
     "--model.num_labels 101": "--model.num_labels 10",
     "export outputs/digits/model ": "export flat ",
     "export deit_s,": "export flat,",
