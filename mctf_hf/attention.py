@@ -24,9 +24,9 @@ MAP_BYTES = 8 * 2**20
 BLOCK_BYTES = 4 * 2**20
 
 # Where a CPU attends faster by three plain operators than by the kernel that needs no map: maps of
-# all images up to these bytes, among at least so many tokens. Measured by benchmarks/attention.py;
-# in float32 both are equally fast. Without an entry, the kernel attends.
-FASTER_BY_MAP = {torch.bfloat16: (24 * 2**20, 48)}
+# all images up to these bytes, among at least so many tokens. Measured by benchmarks/attention.py.
+# Without an entry, the kernel attends.
+FASTER_BY_MAP = {torch.float32: (15 * 2**18, 16), torch.bfloat16: (24 * 2**20, 48)}
 
 
 @dataclass(eq=False)
@@ -136,7 +136,7 @@ def _precision(x: Tensor) -> torch.dtype:
 def is_faster_by_map(heads: int, num_queries: int, x: Tensor) -> bool:
     """Whether attention among (b, n, d) is faster if its map is made, and not kept for anything.
 
-    It is on CPUs in bfloat16, for maps that are not too large, where no graph is recorded or
+    It is on CPUs, for maps that are not too large (in float32, than a cache), where no graph is recorded or
     traced. See :data:`FASTER_BY_MAP`, which may be changed.
     """
     if not x.is_cpu or x.dtype not in FASTER_BY_MAP or is_recorded():

@@ -145,36 +145,32 @@ def bipartite_soft_matching(
     batch, num_alpha, num_beta = scores.shape
     num_tokens = num_prefix_tokens + num_alpha + num_beta
     forward, backward = (r // 2, r - r // 2) if bidirectional else (r, 0)
-    first = torch.arange(0, batch * num_tokens, num_tokens, device=scores.device)[:, None]
-    alpha, beta = (first + side.start for side in bipartition(num_prefix_tokens))
-
-    def rows(side: Tensor, index: Tensor) -> Tensor:
-        return torch.add(side, index, alpha=2)
+    rows = torch.arange(batch * num_tokens, device=scores.device)
+    tokens = rows.view(batch, num_tokens)
+    alpha, beta = (tokens[:, side] for side in bipartition(num_prefix_tokens))
 
     best, partner_of_alpha = scores.max(2)  # [b, n_alpha]
     order = best.argsort(1, descending=True)
-    leaving, alphas = order[:, :forward], rows(alpha, order)
+    leaving, alphas = order[:, :forward], alpha.gather(1, order)
     staying = alphas[:, forward:]
     if num_prefix_tokens:
         staying = staying.sort(1).values
-    merged = [alphas[:, :forward]]
-    partner = [rows(beta, partner_of_alpha.gather(1, leaving))]
+    merged = alphas[:, :forward]
+    partners = beta.gather(1, partner_of_alpha.gather(1, leaving))
+    betas = beta
     if backward:
         gone = leaving[:, :, None].expand(-1, -1, num_beta)
         best, partner_of_beta = scores.scatter_(1, gone, -torch.inf).max(1)  # [b, n_beta]
         order = best.argsort(1, descending=True)
-        betas = rows(beta, order)
-        merged.append(betas[:, :backward])
-        partner.append(rows(alpha, partner_of_beta.gather(1, order[:, :backward])))
-    else:
-        betas = rows(beta, torch.arange(num_beta, device=scores.device))
-    prefix = [first + i if i else first for i in range(num_prefix_tokens)]
-    kept = torch.cat([*prefix, staying, betas[:, backward:]], 1).flatten()
-    all_merged, all_partners = torch.cat(merged, 1).flatten(), torch.cat(partner, 1).flatten()
+        betas = beta.gather(1, order)
+        merged = torch.cat([merged, betas[:, :backward]], 1)
+        back = alpha.gather(1, partner_of_beta.gather(1, order[:, :backward]))
+        partners = torch.cat([partners, back], 1)
+    kept = torch.cat([tokens[:, :num_prefix_tokens], staying, betas[:, backward:]], 1).flatten()
+    merged, partners = merged.flatten(), partners.flatten()
 
-    new = kept.new_zeros(batch * num_tokens)
-    new.scatter_(0, kept, torch.arange(kept.shape[0], device=scores.device))
+    new = torch.zeros_like(rows).scatter_(0, kept, rows[: kept.shape[0]])
     for _ in range(1 + bidirectional):  # an alpha's partner may have joined another alpha
-        destination = new.index_select(0, all_partners)
-        new.scatter_(0, all_merged, destination)
-    return Reduction(batch, new, kept, all_merged, destination)
+        destination = new.index_select(0, partners)
+        new.scatter_(0, merged, destination)
+    return Reduction(batch, new, kept, merged, destination)

@@ -75,10 +75,11 @@ def record(layer: int = 3, n: int = 65, batch: int = 2, **settings: Any) -> Reco
 
 def test_a_fused_layer_calls_few_operators() -> None:
     plain = record(reduction="none").calls.total()
-    assert record().calls.total() - plain <= 72
-    assert record(reduction="tome").calls.total() - plain <= 42
-    assert record(reduction="evit").calls.total() - plain <= 50
-    assert record(reduction="token_mergence").calls.total() - plain <= 50
+    assert record().calls.total() - plain <= 62
+    assert record(one_step_ahead="present").calls.total() - plain <= 55
+    assert record(reduction="tome").calls.total() - plain <= 36
+    assert record(reduction="evit").calls.total() - plain <= 33
+    assert record(reduction="token_mergence").calls.total() - plain <= 45
 
 
 @pytest.mark.parametrize(
@@ -172,13 +173,14 @@ def test_batches_are_augmented_without_asking_for_their_values() -> None:
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("settings", [{"reduction": "tome"}, {"one_step_ahead": "present"}, {}])
-def test_bfloat16_attends_by_the_faster_way(
-    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+def test_a_fused_model_attends_by_the_faster_way(
+    settings: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In all layers of a model that fuses, those of many tokens; and nobody sees a difference."""
-    model = tiny_model(r=[0, 0, 8, 8], num_hidden_layers=4, **settings).bfloat16()
-    images = torch.randn(2, 3, 32, 32, dtype=torch.bfloat16)
+    model = tiny_model(r=[0, 0, 8, 8], num_hidden_layers=4, **settings).to(dtype)
+    images = torch.randn(2, 3, 32, 32, dtype=dtype)
     with Recorder() as own:
         logits = model(images).logits
     assert own.calls["softmax" if "softmax" in own.calls else "_softmax"] >= 3
@@ -196,6 +198,7 @@ def test_a_map_that_is_not_held_is_computed_once(monkeypatch: pytest.MonkeyPatch
     images = torch.randn(2, 3, 32, 32)
     expected = model(images, output_fusion=True)
     monkeypatch.setattr(attention, "MAP_BYTES", 0)
+    monkeypatch.setattr(attention, "FASTER_BY_MAP", {})
     monkeypatch.setattr(attention, "BLOCK_BYTES", 2 * 2 * 65 * 4 * 20)  # twenty rows
     with Recorder() as recorder:
         found = model(images, output_fusion=True)
