@@ -2,7 +2,8 @@
 
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,8 @@ def export(
             Hub, whose evenly spaced images are used; unset, random numbers.
         count: how many images to check it on, in batches of several sizes.
         batch_size: the largest of these sizes.
-        speed: measure the speed in batches of that size, beside the same weights with r=0.
+        speed: measure the speed, one image at a time and in batches of that size, beside the same
+            weights with r=0.
         rounds: timings of each, whose median counts.
     """
     file = check_output(output, ".onnx", ".pt2")
@@ -108,7 +110,8 @@ def export(
         console.print(_agreement(f"{file.name} in {RUNTIME[kind]}", images, found, rounding))
         _judge(file, found, rounding)
         if speed:
-            console.print(_speed(made, path, kind, pixel_values[:batch_size], rounds))
+            for table in _speed(made, path, kind, pixel_values[:batch_size], rounds):
+                console.print(table)
     console.print(f"{file}: {file.stat().st_size / 2**20:,.1f} MiB", highlight=False)
 
 
@@ -190,25 +193,26 @@ def _agreement(
 @torch.inference_mode()
 def _speed(
     model: MCTFViTForImageClassification, file: Path, kind: str, pixel_values: Tensor, rounds: int
-) -> Table:
-    """The file and its model, each beside the same with r=0."""
+) -> Iterator[Table]:
+    """The file and its model, each beside the same with r=0: of one image, and of all of them."""
     with tempfile.TemporaryDirectory(prefix="mctf-") as folder:
         base = WRITE[kind](model, Path(folder, f"base{file.suffix}"), r=0)
         fused_file, base_file = exporting.load(file), exporting.load(base)
-    runs = [
-        lambda: base_file(pixel_values),
-        lambda: fused_file(pixel_values),
-        lambda: model(pixel_values, r=0),
-        lambda: model(pixel_values),
-    ]
-    speeds = images_per_second(runs, len(pixel_values), rounds)
-    table = Table(
-        title=f"batches of {len(pixel_values)}; {machine_name()}, {torch.get_num_threads()} threads"
-    )
-    for heading in ("", "r=0, images/s", "fused, images/s", "ratio"):
-        table.add_column(heading, justify="right" if heading else "left")
-    for name, base_speed, speed in zip(
-        (RUNTIME[kind], "torch"), speeds[::2], speeds[1::2], strict=True
-    ):
-        table.add_row(name, f"{base_speed:,.1f}", f"{speed:,.1f}", f"{speed / base_speed:.2f}x")
-    return table
+    for batch in (pixel_values[:1], pixel_values):
+        runs = [
+            partial(base_file, batch),
+            partial(fused_file, batch),
+            partial(model, batch, r=0),
+            partial(model, batch),
+        ]
+        speeds = images_per_second(runs, len(batch), rounds)
+        table = Table(
+            title=f"batches of {len(batch)}; {machine_name()}, {torch.get_num_threads()} threads"
+        )
+        for heading in ("", "r=0, images/s", "fused, images/s", "ratio"):
+            table.add_column(heading, justify="right" if heading else "left")
+        for name, base_speed, speed in zip(
+            (RUNTIME[kind], "torch"), speeds[::2], speeds[1::2], strict=True
+        ):
+            table.add_row(name, f"{base_speed:,.1f}", f"{speed:,.1f}", f"{speed / base_speed:.2f}x")
+        yield table

@@ -136,8 +136,8 @@ def _precision(x: Tensor) -> torch.dtype:
 def is_faster_by_map(heads: int, num_queries: int, x: Tensor) -> bool:
     """Whether attention among (b, n, d) is faster if its map is made, and not kept for anything.
 
-    It is on CPUs, for maps that are not too large (in float32, than a cache), where no graph is recorded or
-    traced. See :data:`FASTER_BY_MAP`, which may be changed.
+    It is on CPUs, for maps that are not too large (in float32, than a cache), where no graph is
+    recorded or traced. See :data:`FASTER_BY_MAP`, which may be changed.
     """
     if not x.is_cpu or x.dtype not in FASTER_BY_MAP or is_recorded():
         return False
