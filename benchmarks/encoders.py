@@ -25,7 +25,8 @@ from mctf_hf import fuse_tokens, fusion_of
 from mctf_hf.candidates import Candidate, Setting, meet, ways_for
 from mctf_hf.cost import Description, describe
 from mctf_hf.files import read_object, write_text
-from mctf_hf.hub import TUNING, load_image_processor
+from mctf_hf.hub import load_image_processor
+from mctf_hf.model_folder import TUNING
 
 SHARED = Path(os.environ.get("MCTF_SHARED", Path(__file__).parents[2] / "shared"))
 CHECKPOINT = SHARED / "checkpoints" / "dinov2-small-saliency"

@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mctf_hf.candidates import Candidate, budget_of, meet, untuned
-from mctf_hf.hub import TUNING, TUNING_PICTURE, TUNING_TABLE, check_folder, save
+from mctf_hf.hub import check_folder, save
 from mctf_hf.judging import Judge, Verdict, judge
 from mctf_hf.model_card import public_name
+from mctf_hf.model_folder import TUNING, TUNING_PICTURE, TUNING_TABLE
 from mctf_hf.tuning import Tuned, tune
 
 from .models import load

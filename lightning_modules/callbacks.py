@@ -22,9 +22,10 @@ from lightning_modules.checkpoints import by_the_first, is_there
 from lightning_modules.locks import FolderLock
 from lightning_modules.run_settings import ema_decay
 from mctf_hf.files import draft, write_csv
-from mctf_hf.hub import TRAINING, check_folder, save
+from mctf_hf.hub import check_folder, save
 from mctf_hf.losses import told_limit
 from mctf_hf.model_card import public_name
+from mctf_hf.model_folder import TRAINING
 from mctf_hf.registry import build
 
 AUGMENTED = ("rand_augment", "random_erasing", "mixup", "cutmix", "repeated_augmentation")

@@ -12,7 +12,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from .configuration_mctf import EncoderConfigMixin, FusionConfigMixin
 from .cost import describe
-from .hub import TUNING_PICTURE
+from .model_folder import TUNING_PICTURE
 from .problems import QUALITIES, problem_type
 from .registry import output_of
 from .schedule import KeepRate, TokensFused

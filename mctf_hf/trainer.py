@@ -12,7 +12,6 @@ from transformers import Trainer
 
 from .checks import check_weights
 from .files import write_text
-from .hub import TRAINING
 from .losses import (
     TokenReductionConsistency,
     check_compiled,
@@ -20,6 +19,7 @@ from .losses import (
     teacher_limit,
     told_limit,
 )
+from .model_folder import TRAINING
 from .problems import SINGLE, problem_of, problem_type
 
 

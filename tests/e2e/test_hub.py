@@ -21,8 +21,9 @@ from cli.evaluation import plain_model
 from cli.main import main
 from mctf_hf import MCTFViTForImageClassification
 from mctf_hf.cost import describe, multiply_accumulates
-from mctf_hf.hub import RECORD, push, save
+from mctf_hf.hub import push, save
 from mctf_hf.model_card import make_card
+from mctf_hf.model_folder import RECORD
 from tests.conftest import DIGITS, tiny_model
 from tests.e2e.test_commands import fit_words, mctf
 from tests.local_hub import LocalHub
