@@ -23,10 +23,10 @@ from lightning_modules.locks import FolderLock
 from lightning_modules.run_settings import ema_decay
 from mctf_hf.files import draft, write_csv
 from mctf_hf.hub import check_folder, save
-from mctf_hf.losses import told_limit
 from mctf_hf.model_card import public_name
 from mctf_hf.model_folder import TRAINING
 from mctf_hf.registry import build
+from mctf_hf.teacher import r_max_of
 
 AUGMENTED = ("rand_augment", "random_erasing", "mixup", "cutmix", "repeated_augmentation")
 
@@ -130,7 +130,7 @@ def training_record(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[st
     record |= {
         "problem_type": pl_module.problem_type,
         "label_smoothing": pl_module.loss.label_smoothing,
-        "r_max": told_limit(pl_module.model.config, pl_module.r_max),
+        "r_max": r_max_of(pl_module.model.config, pl_module.r_max),
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,
         "processes": trainer.world_size,

@@ -24,16 +24,14 @@ from lightning_modules.schedule import cosine_with_cooldown, parameter_groups
 from mctf_hf.checks import check_scores
 from mctf_hf.classes import check_classes, give_names, has_names, names_of
 from mctf_hf.cost import describe, resolve_budget
-from mctf_hf.losses import (
-    Distillation,
-    TokenReductionConsistency,
+from mctf_hf.losses import Distillation, TokenReductionConsistency, label_loss
+from mctf_hf.problems import REGRESSION, SINGLE, ranked, scores
+from mctf_hf.teacher import (
     check_compiled,
-    label_loss,
     mix_seed,
     teacher_amount,
     teacher_limit,
 )
-from mctf_hf.problems import REGRESSION, SINGLE, ranked, scores
 
 FEW_CLASSES = 20  # each of which is told of by itself
 Batch = dict[str, Any]

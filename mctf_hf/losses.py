@@ -2,14 +2,12 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .modeling_mctf_vit import MCTFViTConfig
 from .problems import MULTI, REGRESSION, SINGLE
 
 
@@ -271,77 +269,3 @@ def label_probability(logits: Tensor, labels: Tensor, problem_type: str = SINGLE
     if labels.ndim == 1:
         return probability.gather(1, labels[:, None]).squeeze(1)
     return (probability * (labels > 0)).sum(1)
-
-
-def teacher_r(seed: int, step: int, r_max: int) -> int:
-    """The teacher's r in a step, the same in every process: uniform in {0, …, r_max - 1}."""
-    generator = torch.Generator().manual_seed(mix_seed(seed, step, 0))
-    return int(torch.randint(r_max, (), generator=generator))
-
-
-def teacher_amount(config: MCTFViTConfig, limit: int, seed: int, step: int) -> dict[str, Any]:
-    """How little the teacher reduces in a step, the same in every process.
-
-    Args:
-        limit: see :func:`teacher_limit`.
-
-    Returns:
-        Arguments of the model, by layer: ``r``, uniform in {0, …, limit - 1}, but nowhere more than
-        the student's; or ``keep_rate``, the student's raised by one share of what it lacks to 1,
-        uniform in (0, 1].
-    """
-    if not _by_rate(config):
-        drawn = teacher_r(seed, step, limit)
-        return {"r": [min(drawn, fused) for fused in config.tokens_fused(config.num_tokens())]}
-    generator = torch.Generator().manual_seed(mix_seed(seed, step, 0))
-    share = 1 - float(torch.rand((), generator=generator))
-    return {"keep_rate": [rate + (1 - rate) * share for rate in config.kept_by_layer()]}
-
-
-def _by_rate(config: MCTFViTConfig) -> bool:
-    return config.reducer_class is not None and config.reducer_class.amount == "keep_rate"
-
-
-def teacher_limit(config: MCTFViTConfig, r_max: int | None) -> int:
-    """The teacher's r stays below this: ``r_max``, or half of the most that a layer fuses.
-
-    For a method that goes by ``keep_rate`` it is 1 with a teacher, and 0 without.
-
-    Raises:
-        ValueError: if the teacher could fuse more than the student.
-    """
-    most = max(config.tokens_fused(config.num_tokens()))
-    if _by_rate(config):
-        if r_max not in (None, 0):
-            raise ValueError(
-                f"r_max={r_max!r} is not allowed with reduction={config.reduction!r}, whose "
-                "teacher keeps more by its keep_rate: it is 0 (no teacher), or unset"
-            )
-        return int(most > 0 and r_max is None)
-    if r_max is None:
-        return most // 2
-    if not 0 <= r_max <= most:
-        raise ValueError(
-            f"r_max={r_max!r} is not allowed: it is at least 0 (no teacher) and at most {most}, "
-            "what the student's layers fuse"
-        )
-    return r_max
-
-
-def check_compiled(config: MCTFViTConfig, setting: str, otherwise: str) -> None:
-    """Raise ValueError, with a way out, where the teacher needs a new program in each step."""
-    if _by_rate(config):
-        raise ValueError(
-            f"{setting} is not allowed with reduction={config.reduction!r}, whose teacher keeps "
-            f"another number of tokens in each step: leave it out, or {otherwise}"
-        )
-
-
-def told_limit(config: MCTFViTConfig, limit: int) -> int | None:
-    """The ``r_max`` that gives :func:`teacher_limit` this limit."""
-    return None if limit and _by_rate(config) else limit
-
-
-def mix_seed(*numbers: int) -> int:
-    """One seed out of several numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

@@ -12,15 +12,15 @@ from transformers import Trainer
 
 from .checks import check_weights
 from .files import write_text
-from .losses import (
-    TokenReductionConsistency,
-    check_compiled,
-    teacher_amount,
-    teacher_limit,
-    told_limit,
-)
+from .losses import TokenReductionConsistency
 from .model_folder import TRAINING
 from .problems import SINGLE, problem_of, problem_type
+from .teacher import (
+    check_compiled,
+    r_max_of,
+    teacher_amount,
+    teacher_limit,
+)
 
 
 class ConsistencyTrainer(Trainer):
@@ -136,7 +136,7 @@ class ConsistencyTrainer(Trainer):
         check_weights(self.accelerator.unwrap_model(self.model), "the model")
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
-            limit = told_limit(self.accelerator.unwrap_model(self.model).config, self.r_max)
+            limit = r_max_of(self.accelerator.unwrap_model(self.model).config, self.r_max)
             record: dict[str, Any] = {} if limit is None else {"r_max": limit}
             record |= {
                 "teacher_weight": self.consistency.teacher_weight,

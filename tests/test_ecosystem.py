@@ -21,7 +21,8 @@ from transformers import (
 
 from mctf_hf import MCTFViTForImageClassification, MCTFViTModel
 from mctf_hf.hub import save
-from mctf_hf.losses import TokenReductionConsistency, teacher_r
+from mctf_hf.losses import TokenReductionConsistency
+from mctf_hf.teacher import teacher_r
 from mctf_hf.trainer import ConsistencyTrainer
 from tests.conftest import DIGITS, REPOSITORY, environment_of_a_stranger, tiny_model
 from tests.test_loading import BLOCKED

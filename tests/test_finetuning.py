@@ -23,7 +23,7 @@ from lightning_modules.finetuning import parameter_groups
 from mctf_hf import MCTFViTForImageClassification
 from mctf_hf.classes import names_of
 from mctf_hf.cost import describe, multiply_accumulates
-from mctf_hf.losses import teacher_r
+from mctf_hf.teacher import teacher_r
 from tests.conftest import DIGITS, TINY, tiny_model
 
 

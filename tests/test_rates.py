@@ -22,8 +22,8 @@ from mctf_hf.conversion import load_pretrained
 from mctf_hf.cost import keep_rate_for_budget, multiply_accumulates
 from mctf_hf.export import _metadata, check, to_onnx, to_torch_export
 from mctf_hf.hub import save
-from mctf_hf.losses import teacher_amount, teacher_limit
 from mctf_hf.model_card import make_card
+from mctf_hf.teacher import teacher_amount, teacher_limit
 from mctf_hf.trainer import ConsistencyTrainer
 from mctf_hf.visualization import draw_groups
 from tests.conftest import DIGITS, TINY, tiny_model
