@@ -28,6 +28,11 @@ BLOCK_BYTES = 4 * 2**20
 # in float32 both are equally fast. Without an entry, the kernel attends.
 FASTER_BY_MAP = {torch.bfloat16: (24 * 2**20, 48)}
 
+# Where a bias of the keys goes as one more channel of queries and keys, so that kernels attend that
+# know no bias: types of numbers by type of device. See :func:`with_bias_as_channel`; an empty one
+# leaves the bias to the kernels that know it. Not measured.
+BIAS_AS_CHANNEL: dict[str, tuple[torch.dtype, ...]] = {"cuda": (torch.float16, torch.bfloat16)}
+
 
 @dataclass(eq=False)
 class ColumnMeans:
@@ -150,6 +155,52 @@ def is_faster_by_map(heads: int, num_queries: int, x: Tensor) -> bool:
 def is_recorded() -> bool:
     """Whether a graph is recorded, traced or compiled."""
     return torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def goes_as_channel(attention: Attention) -> bool:
+    """Whether the bias of the keys is to go as a channel, see :data:`BIAS_AS_CHANNEL`."""
+    query, bias = attention.query, attention.bias
+    if bias is None or bias.shape[2] > 1:
+        return False
+    return query.dtype in BIAS_AS_CHANNEL.get(query.device.type, ())
+
+
+def with_bias_as_channel(attention: Attention, value: Tensor) -> tuple[Attention, Tensor]:
+    """The same attention without bias, and values (b, h, n, d / h), of a few more channels each.
+
+    As ``[q, 1] [k, bias / scaling] = q k + bias / scaling``, it is what kernels such as
+    FlashAttention (arXiv 2205.14135) can do, which know no bias and want queries, keys and values
+    of one size, a multiple of 8. Channels are 0 otherwise, and those of the values are to be cut
+    off what comes out.
+
+    Args:
+        attention: whose bias is (b or 1, 1, 1, n).
+    """
+    query, key, bias, scaling = attention[:4]
+    assert bias is not None
+    further = 8 - query.shape[3] % 8
+    ones = F.pad(query.new_ones(1), (0, further - 1))
+    biases = F.pad((bias / scaling).to(key.dtype).mT, (0, further - 1))  # [b, 1, n, further]
+    query = torch.cat([query, ones.expand(*query.shape[:3], -1)], 3)
+    key = torch.cat([key, biases.expand(*key.shape[:3], -1)], 3)
+    return Attention(query, key, None, scaling), F.pad(value, (0, further))
+
+
+def apply_by_kernel(attention: Attention, value: Tensor, dropout: float = 0.0) -> Tensor:
+    """Attention applied to values by a kernel that holds no map: two of (b, h, n, d / h)."""
+    channels = value.shape[3]
+    widened = goes_as_channel(attention)
+    if widened:
+        attention, value = with_bias_as_channel(attention, value)
+    output = F.scaled_dot_product_attention(
+        attention.query,
+        attention.key,
+        value,
+        attn_mask=attention.bias,
+        dropout_p=dropout,
+        scale=attention.scaling,
+    )
+    return output[..., :channels] if widened else output
 
 
 class Rotation(NamedTuple):
@@ -303,14 +354,7 @@ class FusionAttention:
         if attention.map is None and attention.columns is not None:
             output = attention.applied_in_blocks(value)
         elif attention.map is None:
-            output = F.scaled_dot_product_attention(
-                attention.query,
-                attention.key,
-                value,
-                attn_mask=attention.bias,
-                dropout_p=dropout,
-                scale=attention.scaling,
-            )
+            output = apply_by_kernel(attention, value, dropout)
         else:
             attention_map = F.dropout(attention.map, dropout) if dropout else attention.map
             output = torch.bmm(attention_map.flatten(0, 1), value.flatten(0, 1))
