@@ -33,10 +33,15 @@ FASTER_BY_MAP = {torch.bfloat16: (24 * 2**20, 48)}
 # leaves the bias to the kernels that know it. Not measured.
 BIAS_AS_CHANNEL: dict[str, tuple[torch.dtype, ...]] = {"cuda": (torch.float16, torch.bfloat16)}
 
+# Where what tokens receive is computed without a map by :mod:`.kernels`, if Triton is installed:
+# types of numbers by type of device; an empty one leaves it to plain operators. Not measured. In
+# float32 these kernels would have no tensor cores.
+BY_TRITON: dict[str, tuple[torch.dtype, ...]] = {"cuda": (torch.float16, torch.bfloat16)}
+
 
 @dataclass(eq=False)
 class ColumnMeans:
-    """Where attention that is applied in blocks of its rows leaves the means of its columns.
+    """Where attention that is applied without a map leaves the means of its columns.
 
     Attributes:
         means: (b, n), see :meth:`Attention.received`; ``None`` before it was applied.
@@ -100,6 +105,10 @@ class Attention(NamedTuple):
             return self.map.mean((1, 2), dtype=_precision(self.map))
         if self.columns is not None and self.columns.means is not None:
             return self.columns.means
+        if self._is_for_kernels():
+            from .kernels import attention_received
+
+            return attention_received(*self[:4])
         sums = [block.sum((1, 2), dtype=_precision(self.key)) for block in self.blocks()]
         return self._column_means(sums)
 
@@ -111,15 +120,23 @@ class Attention(NamedTuple):
         for start in range(0, num_tokens, rows):
             yield self.rows(start, start + rows)
 
-    def applied_in_blocks(self, value: Tensor) -> Tensor:
+    def applied_with_columns(self, value: Tensor) -> Tensor:
         """Attention applied to values, (b, h, n, d / h), in one pass with what tokens receive."""
         assert self.columns is not None
+        if self._is_for_kernels():
+            from .kernels import attend
+
+            output, self.columns.means = attend(self.query, self.key, value, *self[2:4])
+            return output
         outputs, sums, flat = [], [], value.flatten(0, 1)
         for block in self.blocks():
             outputs.append(torch.bmm(block.flatten(0, 1), flat))
             sums.append(block.sum((1, 2), dtype=_precision(block)))
         self.columns.means = self._column_means(sums)
         return torch.cat(outputs, 1).view_as(value)
+
+    def _is_for_kernels(self) -> bool:
+        return (self.bias is None or self.bias.shape[2] == 1) and has_kernels(self.query)
 
     def _column_means(self, sums: Sequence[Tensor]) -> Tensor:
         return torch.stack(list(sums)).sum(0) / (self.key.shape[1] * self.key.shape[2])
@@ -150,6 +167,18 @@ def is_faster_by_map(heads: int, num_queries: int, x: Tensor) -> bool:
     most, fewest = FASTER_BY_MAP[x.dtype]
     size = batch * heads * num_queries * num_tokens * x.element_size()
     return size <= most and num_queries >= fewest
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Whether :mod:`.kernels` are used on such a device and type, see :data:`BY_TRITON`.
+
+    They have no gradient, so not where a graph is recorded or traced.
+    """
+    if x.dtype not in BY_TRITON.get(x.device.type, ()) or is_recorded():
+        return False
+    from .kernels import triton
+
+    return triton is not None
 
 
 def is_recorded() -> bool:
@@ -294,7 +323,12 @@ class FusionAttention:
         return attention._replace(map=attention.rows()) if hold_map else attention
 
     def holds_map(self, hidden_states: Tensor) -> bool:
-        """Whether the attention map among so many tokens, (b, n, d), is small enough to be held."""
+        """Whether the attention map among tokens, (b, n, d), is held to tell what these receive.
+
+        It is if it is small enough, and no kernel does without.
+        """
+        if not self.training and has_kernels(hidden_states):
+            return False
         entries = self._part(self.names.heads) * hidden_states.shape[1] ** 2
         return entries * hidden_states.element_size() <= MAP_BYTES
 
@@ -352,7 +386,7 @@ class FusionAttention:
         dropout = self._part(self.names.dropout) or 0.0
         dropout = dropout if self.training else 0.0
         if attention.map is None and attention.columns is not None:
-            output = attention.applied_in_blocks(value)
+            output = attention.applied_with_columns(value)
         elif attention.map is None:
             output = apply_by_kernel(attention, value, dropout)
         else:

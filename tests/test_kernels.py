@@ -1,5 +1,9 @@
 """Ways to attend that a GPU takes, on a CPU: equal to the one that a CPU takes."""
 
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -9,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mctf_hf import MCTFDINOv3ViTConfig, MCTFDINOv3ViTModel, attention
 from mctf_hf.attention import Attention, apply_by_kernel
-from tests.conftest import tiny_model
+from tests.conftest import REPOSITORY, tiny_model
 
 ROTARY: dict[str, Any] = {
     "image_size": 32,
@@ -89,3 +93,72 @@ def test_a_bias_of_rows_stays_a_bias(monkeypatch: Any) -> None:
     expected = apply_by_kernel(among, value)
     monkeypatch.setattr(attention, "BIAS_AS_CHANNEL", {"cpu": (torch.float32,)})
     assert torch.equal(apply_by_kernel(among, value), expected)
+
+
+@torch.no_grad()
+def test_without_triton_plain_operators_tell_what_tokens_receive(
+    images: Tensor, monkeypatch: Any
+) -> None:
+    model = made_model(rotary=False)
+    expected = model(images).logits
+    monkeypatch.setattr(attention, "BY_TRITON", {"cpu": (torch.float32,)})
+    monkeypatch.setattr("mctf_hf.kernels.triton", None)
+    assert torch.equal(model(images).logits, expected)
+
+
+INTERPRETED = """
+import torch
+from mctf_hf import attention, kernels
+from mctf_hf.attention import Attention, apply_by_kernel
+from tests.test_hot_path import Recorder
+from tests.test_kernels import made_model, output_and_gradients
+
+torch.manual_seed(0)
+for dtype, rounding in ((torch.float32, 1e-5), (torch.float16, 2e-3)):
+    for batch, heads, tokens, channels in ((2, 3, 65, 64), (1, 6, 197, 64), (2, 2, 70, 12)):
+        made = torch.randn(3, batch, tokens, heads, channels).transpose(2, 3).to(dtype)
+        sizes = torch.randint(1, 9, (batch, 1, 1, tokens)).log().to(dtype)
+        for bias in (None, sizes, sizes[:1]):
+            exact = Attention(
+                *made[:2].double(), None if bias is None else bias.double(), channels**-0.5
+            )
+            output, means = kernels.attend(*made, bias, channels**-0.5)
+            expected = apply_by_kernel(exact, made[2].double())
+            torch.testing.assert_close(output.double(), expected, atol=rounding, rtol=rounding)
+            torch.testing.assert_close(means.double(), exact.received(), atol=1e-7, rtol=1e-5)
+            alone = kernels.attention_received(*made[:2], bias, channels**-0.5)
+            assert torch.equal(alone, means)
+
+images = torch.randn(2, 3, 32, 32)
+for settings in ({}, {"one_step_ahead": "present"}, {"one_step_ahead": "precise"}):
+    for rotary in (False, True):
+        model = made_model(rotary, **settings)
+        attention.BY_TRITON = {}
+        with torch.no_grad():
+            expected = model(images, output_fusion=True)
+        gradients = output_and_gradients(model, images)
+        attention.BY_TRITON = {"cpu": (torch.float32,)}
+        with torch.no_grad(), Recorder() as recorder:
+            found = model(images, output_fusion=True)
+        assert not recorder.largest_map
+        torch.testing.assert_close(found[0], expected[0])
+        assert torch.equal(found.assignment, expected.assignment)
+        for one, other in zip(output_and_gradients(model, images), gradients, strict=True):
+            torch.testing.assert_close(one, other)  # none flows through kernels
+"""
+
+
+@pytest.mark.skipif(
+    find_spec("triton") is None,
+    reason="Triton is not installed: pip install --target FOLDER triton, PYTHONPATH=FOLDER pytest",
+)
+def test_kernels_equal_the_plain_way_in_tritons_interpreter() -> None:
+    """Not in bfloat16, whose products the interpreter takes of their bits."""
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
