@@ -128,7 +128,7 @@ if triton is not None:
             scores += biases[None, :] * 1.4426950408889634
         return tl.where(inside[None, :], scores, -float("inf"))
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["num_tokens"])  # which differs from layer to layer
     def _attend(
         query,
         query_b,
@@ -193,7 +193,7 @@ if triton is not None:
             pooled = pooled / total[:, None]
             tl.store(at, pooled.to(output.dtype.element_ty), mask=inside)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["num_tokens"])  # which differs from layer to layer
     def _receive(
         query,
         query_b,
