@@ -28,10 +28,20 @@ BLOCK_BYTES = 4 * 2**20
 # Without an entry, the kernel attends.
 FASTER_BY_MAP = {torch.float32: (15 * 2**18, 16), torch.bfloat16: (24 * 2**20, 48)}
 
+# Where a bias of the keys goes as one more channel of queries and keys, so that kernels attend that
+# know no bias: types of numbers by type of device. See :func:`with_bias_as_channel`; an empty one
+# leaves the bias to the kernels that know it. Not measured.
+BIAS_AS_CHANNEL: dict[str, tuple[torch.dtype, ...]] = {"cuda": (torch.float16, torch.bfloat16)}
+
+# Where what tokens receive is computed without a map by :mod:`.kernels`, if Triton is installed:
+# types of numbers by type of device; an empty one leaves it to plain operators. Not measured. In
+# float32 these kernels would have no tensor cores.
+BY_TRITON: dict[str, tuple[torch.dtype, ...]] = {"cuda": (torch.float16, torch.bfloat16)}
+
 
 @dataclass(eq=False)
 class ColumnMeans:
-    """Where attention that is applied in blocks of its rows leaves the means of its columns.
+    """Where attention that is applied without a map leaves the means of its columns.
 
     Attributes:
         means: (b, n), see :meth:`Attention.received`; ``None`` before it was applied.
@@ -95,6 +105,10 @@ class Attention(NamedTuple):
             return self.map.mean((1, 2), dtype=_precision(self.map))
         if self.columns is not None and self.columns.means is not None:
             return self.columns.means
+        if self._is_for_kernels():
+            from .kernels import attention_received
+
+            return attention_received(*self[:4])
         sums = [block.sum((1, 2), dtype=_precision(self.key)) for block in self.blocks()]
         return self._column_means(sums)
 
@@ -106,15 +120,23 @@ class Attention(NamedTuple):
         for start in range(0, num_tokens, rows):
             yield self.rows(start, start + rows)
 
-    def applied_in_blocks(self, value: Tensor) -> Tensor:
+    def applied_with_columns(self, value: Tensor) -> Tensor:
         """Attention applied to values, (b, h, n, d / h), in one pass with what tokens receive."""
         assert self.columns is not None
+        if self._is_for_kernels():
+            from .kernels import attend
+
+            output, self.columns.means = attend(self.query, self.key, value, *self[2:4])
+            return output
         outputs, sums, flat = [], [], value.flatten(0, 1)
         for block in self.blocks():
             outputs.append(torch.bmm(block.flatten(0, 1), flat))
             sums.append(block.sum((1, 2), dtype=_precision(block)))
         self.columns.means = self._column_means(sums)
         return torch.cat(outputs, 1).view_as(value)
+
+    def _is_for_kernels(self) -> bool:
+        return (self.bias is None or self.bias.shape[2] == 1) and has_kernels(self.query)
 
     def _column_means(self, sums: Sequence[Tensor]) -> Tensor:
         return torch.stack(list(sums)).sum(0) / (self.key.shape[1] * self.key.shape[2])
@@ -147,9 +169,67 @@ def is_faster_by_map(heads: int, num_queries: int, x: Tensor) -> bool:
     return size <= most and num_queries >= fewest
 
 
+def has_kernels(x: Tensor) -> bool:
+    """Whether :mod:`.kernels` are used on such a device and type, see :data:`BY_TRITON`.
+
+    They have no gradient, so not where a graph is recorded or traced.
+    """
+    if x.dtype not in BY_TRITON.get(x.device.type, ()) or is_recorded():
+        return False
+    from .kernels import triton
+
+    return triton is not None
+
+
 def is_recorded() -> bool:
     """Whether a graph is recorded, traced or compiled."""
     return torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def goes_as_channel(attention: Attention) -> bool:
+    """Whether the bias of the keys is to go as a channel, see :data:`BIAS_AS_CHANNEL`."""
+    query, bias = attention.query, attention.bias
+    if bias is None or bias.shape[2] > 1:
+        return False
+    return query.dtype in BIAS_AS_CHANNEL.get(query.device.type, ())
+
+
+def with_bias_as_channel(attention: Attention, value: Tensor) -> tuple[Attention, Tensor]:
+    """The same attention without bias, and values (b, h, n, d / h), of a few more channels each.
+
+    As ``[q, 1] [k, bias / scaling] = q k + bias / scaling``, it is what kernels such as
+    FlashAttention (arXiv 2205.14135) can do, which know no bias and want queries, keys and values
+    of one size, a multiple of 8. Channels are 0 otherwise, and those of the values are to be cut
+    off what comes out.
+
+    Args:
+        attention: whose bias is (b or 1, 1, 1, n).
+    """
+    query, key, bias, scaling = attention[:4]
+    assert bias is not None
+    further = 8 - query.shape[3] % 8
+    ones = F.pad(query.new_ones(1), (0, further - 1))
+    biases = F.pad((bias / scaling).to(key.dtype).mT, (0, further - 1))  # [b, 1, n, further]
+    query = torch.cat([query, ones.expand(*query.shape[:3], -1)], 3)
+    key = torch.cat([key, biases.expand(*key.shape[:3], -1)], 3)
+    return Attention(query, key, None, scaling), F.pad(value, (0, further))
+
+
+def apply_by_kernel(attention: Attention, value: Tensor, dropout: float = 0.0) -> Tensor:
+    """Attention applied to values by a kernel that holds no map: two of (b, h, n, d / h)."""
+    channels = value.shape[3]
+    widened = goes_as_channel(attention)
+    if widened:
+        attention, value = with_bias_as_channel(attention, value)
+    output = F.scaled_dot_product_attention(
+        attention.query,
+        attention.key,
+        value,
+        attn_mask=attention.bias,
+        dropout_p=dropout,
+        scale=attention.scaling,
+    )
+    return output[..., :channels] if widened else output
 
 
 class Rotation(NamedTuple):
@@ -243,7 +323,12 @@ class FusionAttention:
         return attention._replace(map=attention.rows()) if hold_map else attention
 
     def holds_map(self, hidden_states: Tensor) -> bool:
-        """Whether the attention map among so many tokens, (b, n, d), is small enough to be held."""
+        """Whether the attention map among tokens, (b, n, d), is held to tell what these receive.
+
+        It is if it is small enough, and no kernel does without.
+        """
+        if not self.training and has_kernels(hidden_states):
+            return False
         entries = self._part(self.names.heads) * hidden_states.shape[1] ** 2
         return entries * hidden_states.element_size() <= MAP_BYTES
 
@@ -301,16 +386,9 @@ class FusionAttention:
         dropout = self._part(self.names.dropout) or 0.0
         dropout = dropout if self.training else 0.0
         if attention.map is None and attention.columns is not None:
-            output = attention.applied_in_blocks(value)
+            output = attention.applied_with_columns(value)
         elif attention.map is None:
-            output = F.scaled_dot_product_attention(
-                attention.query,
-                attention.key,
-                value,
-                attn_mask=attention.bias,
-                dropout_p=dropout,
-                scale=attention.scaling,
-            )
+            output = apply_by_kernel(attention, value, dropout)
         else:
             attention_map = F.dropout(attention.map, dropout) if dropout else attention.map
             output = torch.bmm(attention_map.flatten(0, 1), value.flatten(0, 1))

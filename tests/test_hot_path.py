@@ -25,8 +25,8 @@ from mctf_hf import (
 from mctf_hf.fused_encoder import _step
 from mctf_hf.fused_layer import Tokens
 from mctf_hf.losses import TokenReductionConsistency
-from mctf_hf.presets import preset
-from mctf_hf.registry import build
+from mctf_hf.presets import PRESETS, preset
+from mctf_hf.registry import BACKBONES, build
 from tests.conftest import TINY, tiny_model
 
 SMALL = {name: value for name, value in TINY.items() if name != "patch_size"}
@@ -60,6 +60,21 @@ class Recorder(TorchDispatchMode):
             if name.startswith(("scatter", "index_add", "index_put")):
                 moved = max(a.numel() for a in args[1:] if isinstance(a, torch.Tensor))
                 self.scattered = max(self.scattered, moved)
+        return result
+
+
+class Devices(TorchDispatchMode):
+    """Devices of all that operators take and make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves((args, kwargs, result)):
+            if isinstance(tensor, torch.Tensor):
+                self.seen.add(tensor.device.type)
         return result
 
 
@@ -147,19 +162,42 @@ def test_memory_of_a_large_image_stays_bounded() -> None:
 def test_a_step_stays_on_its_device_and_waits_for_nothing(
     config: MCTFViTConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tensors of the meta device have no values to ask for, and go with those of no other."""
+    """Tensors of the meta device have no values to ask for, and go with those of no other.
+
+    None is made on a CPU either, to be copied. So a stream of a GPU, and a graph that is captured
+    there, holds all that a step does.
+    """
     for module in (matching, selection):  # autocast does not know the device
         monkeypatch.setattr(module, "full_precision", lambda x: nullcontext())
     model = build(config).to("meta").train()
     images = torch.empty(4, 3, 32, 32, device="meta")
     labels = torch.empty(4, dtype=torch.int64, device="meta")
-    passes = [model(images, output_fusion=True, **how) for how in ({}, {"r": 0})]
-    loss = TokenReductionConsistency()(
-        *(part for output in passes for part in (output.logits, output.class_token)), labels
-    )
-    loss.total.backward()
+    with Devices() as devices:
+        passes = [model(images, output_fusion=True, **how) for how in ({}, {"r": 0})]
+        loss = TokenReductionConsistency()(
+            *(part for output in passes for part in (output.logits, output.class_token)), labels
+        )
+        loss.total.backward()
+    assert devices.seen == {"meta"}
     assert {p.grad.device.type for p in model.parameters() if p.grad is not None} == {"meta"}
     assert passes[0].assignment.device.type == "meta" and passes[0].token_sizes.shape[1] < 65
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("asked", [{}, {"output_fusion": True}])
+def test_encoders_stay_on_their_device(
+    name: str, asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (matching, selection):
+        monkeypatch.setattr(module, "full_precision", lambda x: nullcontext())
+    found = (one for one in PRESETS if type(preset(one)).model_type == name)
+    config = preset(next(found), num_hidden_layers=3, image_size=112, r=0.1)
+    with torch.device("meta"):
+        model, images = BACKBONES[name].model(config).eval(), torch.empty(2, 3, 112, 112)
+    with Devices() as devices:
+        hidden_states = model(images, **asked).last_hidden_state
+    assert hidden_states.shape[0] == 2 and devices.seen == {"meta"}
 
 
 def test_batches_are_augmented_without_asking_for_their_values() -> None:
