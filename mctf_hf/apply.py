@@ -37,6 +37,7 @@ from .modeling_mctf_dinov3_vit import FusedRotaryEmbedding
 from .reducers import build_reducer
 from .registry import BACKBONES
 from .schedule import KeepRate, TokensFused
+from .torch_private import OneDevice
 
 FILE = "token_fusion.json"
 # What a user sets; the rest of TokenFusion is the encoder's.
@@ -72,7 +73,7 @@ _CALLS: ContextVar[dict[int, Call]] = ContextVar("calls")
 _RUNNING: ContextVar[frozenset[int]] = ContextVar("running", default=frozenset())
 
 
-class HostedLayers(FusedLayers):
+class HostedLayers(OneDevice, FusedLayers):
     """Layers in a model of transformers, which iterates over them to run them one by one.
 
     While it runs, it finds a single one that runs all; whoever else looks finds each.
@@ -91,12 +92,6 @@ class HostedLayers(FusedLayers):
 
     def extra_repr(self) -> str:
         return f"fusion: {self.settings.reduction}, {self.settings.own_amount()}"
-
-    def _replicate_for_data_parallel(self) -> Any:
-        raise ValueError(
-            "nn.DataParallel is not supported by models that fuse_tokens was called with: use "
-            "DistributedDataParallel, one process for each device"
-        )
 
     def active(self) -> Call:
         """How tokens are fused here and now."""

@@ -1,10 +1,46 @@
-"""The releases of transformers that models of this library run on, whatever else they import."""
+"""The releases of other libraries that models of this library run on, whatever else they import."""
 
+import inspect
+import pkgutil
+import platform
 import re
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 
 import transformers
 
 OLDEST = "5.10.1"
+
+
+def check_names(library: str, private: Mapping[str, Sequence[str]]) -> None:
+    """Check that what is overridden or called of another library, though private, is there.
+
+    An overridden method that nobody calls any more would be no error, and do nothing.
+
+    Args:
+        library: its name as it is installed, or Python.
+        private: names by the class or module that has them; ``__init__`` may make them.
+
+    Raises:
+        ImportError: for the first name that is missing.
+    """
+    for owner, names in private.items():
+        for name in names:
+            if not _has(owner, name):
+                release = platform.python_version() if library == "Python" else version(library)
+                raise ImportError(
+                    f"{library} {release} has no {owner}.{name}, which this library needs: install "
+                    f"another release of {library}"
+                )
+
+
+def _has(path: str, name: str) -> bool:
+    try:
+        owner = pkgutil.resolve_name(path)
+    except (ImportError, AttributeError):
+        return False
+    made = getattr(inspect.unwrap(owner.__init__), "__code__", None)
+    return hasattr(owner, name) or name in getattr(made, "co_names", ())
 
 
 def _numbers(version: str) -> list[int]:
@@ -17,3 +53,17 @@ if _numbers(transformers.__version__) < _numbers(OLDEST):
         f"this model needs transformers {OLDEST} or newer, and {transformers.__version__} is "
         "installed: pip install --upgrade transformers"
     )
+check_names(
+    "transformers",
+    {
+        "transformers.PreTrainedConfig": ("_attn_implementation", "_auto_class"),
+        "transformers.PreTrainedModel": (
+            "_auto_class",
+            "_from_config",
+            "_init_weights",
+            "_keys_to_ignore_on_load_unexpected",
+            "_load_pretrained_model",
+            "_no_split_modules",
+        ),
+    },
+)

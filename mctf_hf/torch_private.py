@@ -1,0 +1,40 @@
+"""What this library takes of torch that is private there."""
+
+from typing import Any
+
+import torch
+from torch.profiler import profile
+
+from .release import check_names
+
+check_names(
+    "torch",
+    {
+        "torch._C._autograd._KinetoEvent": ("name", "nbytes", "start_ns"),
+        "torch._C._autograd._ProfilerResult": ("events",),
+        "torch._inductor": ("aoti_compile_and_package", "aoti_load_package"),
+        "torch.autograd.profiler.profile": ("kineto_results",),
+        "torch.nn.Module": ("_replicate_for_data_parallel",),
+    },
+)
+
+
+compile_package = torch._inductor.aoti_compile_and_package
+load_package = torch._inductor.aoti_load_package
+
+
+class OneDevice:
+    """Mixin of a module that ``nn.DataParallel`` is not to copy."""
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise ValueError(
+            "nn.DataParallel is not supported by models that fuse_tokens was called with: use "
+            "DistributedDataParallel, one process for each device"
+        )
+
+
+def allocations(records: profile) -> list[int]:
+    """Bytes that were taken (above 0) and given back (below) on the CPU, in order."""
+    profiler: Any = records.profiler
+    events = sorted(profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    return [event.nbytes() for event in events if event.name() == "[memory]"]
