@@ -9,7 +9,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_modules import (
@@ -32,6 +32,7 @@ from mctf_hf.problems import REGRESSION
 from mctf_hf.registry import backbone_of
 
 from .help import BriefHelp
+from .lightning_private import OpenCLI
 from .main import FINETUNING
 from .options import command
 from .parsing import BriefErrors
@@ -70,14 +71,14 @@ class FinetuningParser(BriefErrors, BriefHelp, LightningArgumentParser):
     """Lightning's parser with errors of a line or two, and a help that fits a few screens."""
 
 
-class FinetuningCommandLine(LightningCLI):
+class FinetuningCommandLine(OpenCLI):
     """LightningCLI with checkpoints, loggers, a Hugging Face folder and predictions built in."""
 
-    def _prepare_subcommand_parser(
+    def make_subcommand_parser(
         self, klass: type, subcommand: str, **kwargs: Any
     ) -> LightningArgumentParser:
         kwargs["description"] = f"{FINETUNING[subcommand].capitalize()}."
-        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser = super().make_subcommand_parser(klass, subcommand, **kwargs)
         parser.add_help_all()
         parser.has_effect = partial(_has_effect, subcommand)
         return parser
@@ -126,11 +127,11 @@ class FinetuningCommandLine(LightningCLI):
             settings.ckpt_path = str(path) if begun else None
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        if self._get(self.config_init, "trainer").get("logger") in (None, True):
-            kwargs.setdefault("logger", make_loggers(**self._get(self.config, "log")))
+        if self.config_init[self.subcommand].trainer.logger in (None, True):
+            kwargs.setdefault("logger", make_loggers(**self.config[self.subcommand].log))
         return super().instantiate_trainer(**kwargs)
 
-    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> L.Trainer:
+    def make_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> L.Trainer:
         unused = [
             call
             for call in callbacks
@@ -144,7 +145,7 @@ class FinetuningCommandLine(LightningCLI):
         if self.model.problem_type == REGRESSION:
             callbacks = [self._by_loss(call) for call in callbacks]
         try:
-            return super()._instantiate_trainer(config, callbacks)
+            return super().make_trainer(config, callbacks)
         except TypeError as error:
             if "devices" not in str(error):
                 raise
@@ -156,11 +157,8 @@ class FinetuningCommandLine(LightningCLI):
         """What keeps the best by an accuracy that regression does not have, by the loss instead."""
         if not isinstance(call, BestCheckpoint) or call.monitor != MONITOR:
             return call
-        settings = self._get(self.config, "best").as_dict()
+        settings = self.config[self.subcommand].best.as_dict()
         return BestCheckpoint(**{**settings, "monitor": "val/loss", "mode": "min"})
-
-    def _parse_ckpt_path(self) -> None:
-        """Leave the settings alone: a checkpoint holds weights and progress, not what to run."""
 
 
 def _check_optimizer(settings: Any) -> None:

@@ -18,6 +18,7 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 from lightning_modules.checkpoint_files import check_file
 from lightning_modules.distillation import Guide
 from lightning_modules.evaluation import are_counted, told_fusion
+from lightning_modules.lightning_private import has_trainer
 from lightning_modules.metrics import accuracy_by_class, make_counts, make_metrics
 from lightning_modules.pretrained import load_or_make
 from lightning_modules.schedule import cosine_with_cooldown, parameter_groups
@@ -282,8 +283,9 @@ class MCTFFinetuner(L.LightningModule):
         Raises:
             ValueError: for ``compile``, whose whole programs do not fetch shards.
         """
-        loaded_alone = self._trainer is None  # by load_from_checkpoint
-        if loaded_alone or not isinstance(self.trainer.strategy, ModelParallelStrategy):
+        if not has_trainer(self):  # loaded by load_from_checkpoint
+            return
+        if not isinstance(self.trainer.strategy, ModelParallelStrategy):
             return
         if isinstance(self, FSDPModule):
             return

@@ -23,6 +23,7 @@ from datasets import Image as ImageFeature
 
 from mctf_hf.images import is_image_name
 
+from .datasets_private import fingerprint
 from .folders import Found, walk_images
 from .images import find_image_column
 from .opening import NamedDataset
@@ -309,7 +310,7 @@ class RowsSource(ImageSource):
         self.units_of(len(rows), unit_size)
 
     def _told(self) -> Iterable[str]:
-        return self.origin, self.image_column, str(self.num_images), self.rows._fingerprint
+        return self.origin, self.image_column, str(self.num_images), fingerprint(self.rows)
 
     def read(self, unit: int) -> Iterator[StoredImage]:
         first = unit * self.unit_size

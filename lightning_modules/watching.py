@@ -22,6 +22,7 @@ from rich.table import Table
 from torch import Tensor
 
 from lightning_modules.evaluation import add_up, sweep, told
+from lightning_modules.lightning_private import accumulates, logs
 from mctf_hf.configuration_mctf import as_pair
 from mctf_hf.cost import multiply_accumulates
 from mctf_hf.files import replace, write_text
@@ -85,8 +86,7 @@ class Watch(Callback):
         self._images += len(batch["labels"]) * trainer.world_size
         speed = self._images / (time.perf_counter() - self._since)
         pl_module.log("train/images_per_second", speed, batch_size=1)
-        done = not trainer.fit_loop._should_accumulate()  # with the step that may be logged
-        if done and trainer._logger_connector.should_update_logs:
+        if not accumulates(trainer) and logs(trainer):
             self._since = None
 
     def on_validation_start(self, *args: Any) -> None:
@@ -125,7 +125,7 @@ class ProgressLines(Callback):
         self._first_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        if self._due and not trainer.fit_loop._should_accumulate():
+        if self._due and not accumulates(trainer):
             self._write(trainer, f"epoch {trainer.current_epoch + 1}", "train/loss")
 
     @property

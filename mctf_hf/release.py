@@ -1,5 +1,6 @@
 """The releases of other libraries that models of this library run on, whatever else they import."""
 
+import dis
 import inspect
 import pkgutil
 import platform
@@ -39,8 +40,11 @@ def _has(path: str, name: str) -> bool:
         owner = pkgutil.resolve_name(path)
     except (ImportError, AttributeError):
         return False
-    made = getattr(inspect.unwrap(owner.__init__), "__code__", None)
-    return hasattr(owner, name) or name in getattr(made, "co_names", ())
+    if hasattr(owner, name):
+        return True
+    made = inspect.unwrap(owner.__init__)
+    steps = dis.get_instructions(made) if inspect.isfunction(made) else ()
+    return any(step.opname == "STORE_ATTR" and step.argval == name for step in steps)
 
 
 def _numbers(version: str) -> list[int]:
