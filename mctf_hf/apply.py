@@ -37,7 +37,6 @@ from .modeling_mctf_dinov3_vit import FusedRotaryEmbedding
 from .reducers import build_reducer
 from .registry import BACKBONES
 from .schedule import KeepRate, TokensFused
-from .torch_private import OneDevice
 
 FILE = "token_fusion.json"
 # What a user sets; the rest of TokenFusion is the encoder's.
@@ -73,7 +72,7 @@ _CALLS: ContextVar[dict[int, Call]] = ContextVar("calls")
 _RUNNING: ContextVar[frozenset[int]] = ContextVar("running", default=frozenset())
 
 
-class HostedLayers(OneDevice, FusedLayers):
+class HostedLayers(FusedLayers):
     """Layers in a model of transformers, which iterates over them to run them one by one.
 
     While it runs, it finds a single one that runs all; whoever else looks finds each.
@@ -92,6 +91,12 @@ class HostedLayers(OneDevice, FusedLayers):
 
     def extra_repr(self) -> str:
         return f"fusion: {self.settings.reduction}, {self.settings.own_amount()}"
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise ValueError(
+            "nn.DataParallel is not supported by models that fuse_tokens was called with: use "
+            "DistributedDataParallel, one process for each device"
+        )
 
     def active(self) -> Call:
         """How tokens are fused here and now."""

@@ -57,6 +57,7 @@ if _numbers(transformers.__version__) < _numbers(OLDEST):
         f"this model needs transformers {OLDEST} or newer, and {transformers.__version__} is "
         "installed: pip install --upgrade transformers"
     )
+check_names("torch", {"torch.nn.Module": ("_replicate_for_data_parallel",)})
 check_names(
     "transformers",
     {

@@ -14,23 +14,12 @@ check_names(
         "torch._C._autograd._ProfilerResult": ("events",),
         "torch._inductor": ("aoti_compile_and_package", "aoti_load_package"),
         "torch.autograd.profiler.profile": ("kineto_results",),
-        "torch.nn.Module": ("_replicate_for_data_parallel",),
     },
 )
 
 
 compile_package = torch._inductor.aoti_compile_and_package
 load_package = torch._inductor.aoti_load_package
-
-
-class OneDevice:
-    """Mixin of a module that ``nn.DataParallel`` is not to copy."""
-
-    def _replicate_for_data_parallel(self) -> Any:
-        raise ValueError(
-            "nn.DataParallel is not supported by models that fuse_tokens was called with: use "
-            "DistributedDataParallel, one process for each device"
-        )
 
 
 def allocations(records: profile) -> list[int]:
