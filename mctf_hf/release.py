@@ -10,7 +10,7 @@ from importlib.metadata import version
 
 import transformers
 
-OLDEST = "5.10.1"
+OLDEST = "5.10.2"
 
 
 def check_names(library: str, private: Mapping[str, Sequence[str]]) -> None:
@@ -48,7 +48,7 @@ def _has(path: str, name: str) -> bool:
 
 
 def _numbers(version: str) -> list[int]:
-    """5.10.1 of ``5.10.1rc1`` or ``5.10.1.dev0``."""
+    """5.10.2 of ``5.10.2rc1`` or ``5.10.2.dev0``."""
     return [int(number) for number in re.findall(r"\d+", version)[:3]]
 
 
