@@ -35,6 +35,7 @@ from mctf_hf.losses import (
     teacher_limit,
 )
 from mctf_hf.problems import REGRESSION, SINGLE, ranked, scores
+from mctf_hf.torch_private import compile_for_many
 
 FEW_CLASSES = 20  # each of which is told of by itself
 Batch = dict[str, Any]
@@ -352,11 +353,10 @@ class MCTFFinetuner(L.LightningModule):
             self._guide.to(self.device)
         chosen = self.hparams["compile"]
         if chosen:
-            # A program for the student, and one for each r of the teacher.
-            torch._dynamo.config.recompile_limit += 1 + self.r_max
             named = {} if chosen is True else chosen
             options = {"fullgraph": True, "dynamic": False, **named}
-            self._training_pass = torch.compile(self._pass, **options)
+            # A program for the student, and one for each r of the teacher.
+            self._training_pass = compile_for_many(self._pass, **options)
 
     def on_fit_end(self) -> None:
         self._guide = None
