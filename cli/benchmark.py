@@ -59,7 +59,11 @@ def main(args: Sequence[str]) -> None:
     settings, given = read(parser, args)
     if settings["accuracy"] is None:
         refuse(given, {"split", "max_images"}, "without --accuracy, which it is of")
-    benchmark(**settings)
+    threads = torch.get_num_threads()
+    try:
+        benchmark(**settings)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def benchmark(

@@ -154,6 +154,7 @@ class LastCheckpoint(Checkpoint):
         self._lock: FolderLock | None = None
         self._signal: int | None = None
         self._stop_after_step = False
+        self._handlers: dict[signal.Signals, Any] = {}  # before the trainer's and ours
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         files = SafeCheckpointIO(self.use_previous)
@@ -179,12 +180,16 @@ class LastCheckpoint(Checkpoint):
             compare(checkpoint[SETTINGS], settings_of(trainer, pl_module), trainer.ckpt_path)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._handlers = {one: signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)}
         path = self.path(trainer)
         if path is not None and not trainer.fast_dev_run:
             self._lock = FolderLock(path.parent, "last.folder" if self.folder else "best.dirpath")
             by_the_first(trainer, self._lock.acquire)
 
     def teardown(self, *args: Any, **kwargs: Any) -> None:
+        for signum, handler in self._handlers.items():
+            if signal.getsignal(signum) == self._remember:
+                signal.signal(signum, handler)
         if self._lock is not None:
             self._lock.release()
 
@@ -192,9 +197,9 @@ class LastCheckpoint(Checkpoint):
         self._saved_step = trainer.global_step
         self._signal = signal.SIGTERM if trainer.received_sigterm else None
         # In place of Lightning's handlers, which talk to other processes from within a signal, or
-        # give up the step; the trainer puts the former ones back when training ends.
+        # give up the step.
         if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGTERM, signal.SIGINT):
+            for signum in self._handlers:
                 signal.signal(signum, self._remember)
 
     def _remember(self, signum: int, frame: FrameType | None) -> None:

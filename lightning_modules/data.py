@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,7 @@ class HFImageDataModule(L.LightningDataModule):
         self._sets: dict[str, TorchDataset] = {}
         self._policy = None if rand_augment is None else RandAugment.parse(rand_augment)
         self._augmentation: BatchAugmentation | None = None
+        self._quiet = ExitStack()  # while a trainer runs
 
     def setup(self, stage: str) -> None:
         """Open what a stage needs.
@@ -403,10 +405,17 @@ class HFImageDataModule(L.LightningDataModule):
                 f"less than a batch for each of {self.trainer.world_size} processes"
             )
         # All our workers have shares of their own, and the loader counts whole batches.
+        self._quiet.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message="Your `IterableDataset` has `__len__` defined")
         return StreamLoader(
             images, steps=steps, epoch=lambda: self.trainer.current_epoch, **options
         )
+
+    def teardown(self, stage: str) -> None:
+        self._quiet.close()
+
+    def on_exception(self, exception: BaseException) -> None:
+        self._quiet.close()
 
     def _loader_options(self) -> dict[str, Any]:
         return {

@@ -2,7 +2,6 @@
 
 import math
 import os
-import warnings
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -324,8 +323,6 @@ class MCTFFinetuner(L.LightningModule):
             check_classes(config, names, "the model", "the dataset")
             if stage == "fit" or not has_names(config):
                 give_names(config, names)
-        if self.hparams["freeze"]:
-            warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
         if stage == "fit" and self.hparams["class_weights"] == "balanced":
             self.loss.class_weights = _balanced(data, self.problem_type, self.num_labels)
         if stage == "fit" and self.hparams["distill_from"] is not None:
@@ -341,6 +338,8 @@ class MCTFFinetuner(L.LightningModule):
             give_names(config, names)
 
     def on_train_start(self) -> None:
+        if self.hparams["freeze"]:
+            self.backbone.eval()
         if self._new_head and self.hparams["learning_rate"] == LEARNING_RATE:
             rank_zero_warn(
                 f"learning_rate={LEARNING_RATE} is for trained heads, and the new head begins with "
@@ -349,6 +348,8 @@ class MCTFFinetuner(L.LightningModule):
         self._new_head = False
 
     def on_fit_start(self) -> None:
+        if self.hparams["freeze"]:  # Lightning takes it for a mistake that it is not in training
+            self.backbone.train()
         if self._guide is not None:
             self._guide.to(self.device)
         chosen = self.hparams["compile"]
