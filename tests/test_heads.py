@@ -23,11 +23,11 @@ def test_the_head_alone_is_trained(tiny_folder: Path, tmp_path: Path) -> None:
     module = MCTFFinetuner(str(tiny_folder), r=6, freeze=True, learning_rate=0.1)
     before = {name: weight.clone() for name, weight in module.model.state_dict().items()}
     assert module.r_max == 0
-    filters = list(warnings.filters)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "Found .* in eval mode")
+        filters = list(warnings.filters)
         trainer(tmp_path, max_epochs=1).fit(module, digits())
-    assert warnings.filters == filters
+        assert warnings.filters == filters
     changed = {
         name
         for name, weight in module.model.state_dict().items()
