@@ -54,7 +54,7 @@ def main(args: Sequence[str]) -> None:
         help="NAME[,setting=value…]: a folder or Hub id, with settings of fusion (r=16, "
         "r=auto:0.6, reduction=tome, …).",
     )
-    ours = {"columns", "unit_size"}
+    ours: set[str | int] = {"columns", "unit_size"}
     parser.add_function_arguments(open_source, skip=ours)
     parser.add_function_arguments(embed, skip={"model", "source", "trainer"})
     parser.add_function_arguments(make_trainer, "trainer", skip={"callbacks"})

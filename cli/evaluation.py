@@ -1,6 +1,7 @@
 """What a model costs, how fast and how accurate it is, with its own and with other r."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,12 +30,13 @@ def open_labelled(
     max_images: int | None,
     model: Any,
     processor: Any,
-    **columns: str | None,
+    image_column: str | None = None,
+    label_column: str | None = None,
 ) -> LabelledImages:
     """A split of a dataset, or evenly spaced rows of it, as the model wants its images.
 
     Args:
-        columns: ``image_column`` and ``label_column``, see :func:`.find_columns`.
+        image_column, label_column: see :func:`.find_columns`.
 
     Raises:
         ValueError: for a split or columns that are missing, labels that are not the model's, or a
@@ -45,7 +47,8 @@ def open_labelled(
             f"accuracy on {data.dataset} is not allowed with {type(model).__name__}, which has no "
             "head for classes: finetune it with num_labels first"
         )
-    rows = data.rows(split, names_of(model.config), **columns)
+    known = names_of(model.config)
+    rows = data.rows(split, known, image_column=image_column, label_column=label_column)
     rows.settle_labels(problem_type(model.config), model.num_labels)
     if rows.label_names is not None:
         check_classes(model.config, rows.label_names, "the model", data.dataset)
@@ -77,7 +80,7 @@ def evaluate(
     if plain is None:
         runs = [lambda: model(pixel_values, r=0)]
     amounts = [as_counts(config, pixel_values, amount) for amount in settings.values()]
-    runs += [lambda amount=amount: model(pixel_values, **amount) for amount in amounts]
+    runs += [partial(model, pixel_values, **amount) for amount in amounts]
     speeds = images_per_second(runs, len(pixel_values), rounds=rounds)
     accuracies = [None] * len(runs) if images is None else _accuracies(model, images, settings)
 

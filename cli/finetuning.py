@@ -79,6 +79,7 @@ class FinetuningCommandLine(OpenCLI):
     ) -> LightningArgumentParser:
         kwargs["description"] = f"{FINETUNING[subcommand].capitalize()}."
         parser = super().make_subcommand_parser(klass, subcommand, **kwargs)
+        assert isinstance(parser, FinetuningParser)
         parser.add_help_all()
         parser.has_effect = partial(_has_effect, subcommand)
         return parser
@@ -113,7 +114,8 @@ class FinetuningCommandLine(OpenCLI):
         if self.subcommand != "fit" and settings.model.pretrained is not None:
             settings.model.config = None
             if settings.get("ckpt_path") is None:
-                settings.model.num_labels = _own_head(**settings.model)
+                _check_own_head(**settings.model)
+                settings.model.num_labels = None
         if self.subcommand == "fit":
             _check_optimizer(settings)
         if settings.get("ckpt_path") == "last":
@@ -177,7 +179,7 @@ def _check_optimizer(settings: Any) -> None:
         )
 
 
-def _own_head(pretrained: str, num_labels: int | None, **others: Any) -> None:
+def _check_own_head(pretrained: str, num_labels: int | None, **others: Any) -> None:
     """Raise ValueError if a model has not as many classes as are asked for."""
     own = backbone_of(pretrained).config.from_pretrained(pretrained).num_labels
     if num_labels not in (None, own):

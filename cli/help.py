@@ -69,6 +69,8 @@ class BriefHelp:
         whole_help: what tells all settings.
     """
 
+    usage: str | None
+    epilog: str | None
     has_effect: Callable[[str], bool] | None = None
     whole_help = ALL
 

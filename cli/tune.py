@@ -261,7 +261,8 @@ def _for_loss(max_loss: float, search: Callable[..., Tuned]) -> Tuned:
 
     Each search begins with the best of the one before.
     """
-    found, start = None, {}
+    found: Tuned | None = None
+    start: dict[str, Any] = {}
     for fraction in BUDGETS:
         try:
             tuned = search(fraction, **start)

@@ -112,7 +112,7 @@ class Viewed:
                 can't take.
         """
         pixels = self._pixels(image, name)
-        described = describe(self.model, tuple(pixels.shape[-2:]))
+        described = describe(self.model, (pixels.shape[-2], pixels.shape[-1]))
         settings = self._settings(method, saved, described)
         with applied(self.model, settings):
             layers = fused_by_layer(self.model, self.processor, pixels)

@@ -47,7 +47,8 @@ def is_there(trainer: L.Trainer, path: str) -> bool:
 
 def by_the_first(trainer: L.Trainer, work: Callable[[], T]) -> T:
     """What the first process gets from some work; all processes are to ask, an error is theirs."""
-    found, failed = None, None
+    found: Any = None
+    failed = None
     if trainer.is_global_zero:
         try:
             found = work()
@@ -238,7 +239,7 @@ class LastCheckpoint(Checkpoint):
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
         if isinstance(exception, SIGTERMException) and trainer.validating:
-            progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+            progress: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress
             progress.reset()  # validation as a whole is still to be run: begun, no batch finished
             progress.total.ready = progress.total.started = 1
             self._save(trainer)
@@ -272,12 +273,13 @@ class LastCheckpoint(Checkpoint):
 
 def _check_before_loading(trainer: L.Trainer, files: SafeCheckpointIO) -> None:
     """For a strategy that reads checkpoints by itself."""
-    load = trainer.strategy.load_checkpoint
+    strategy: Any = trainer.strategy
+    load = strategy.load_checkpoint
 
     def checked(path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return load(by_the_first(trainer, lambda: files.whole_one(path)), *args, **kwargs)
 
-    trainer.strategy.load_checkpoint = checked
+    strategy.load_checkpoint = checked
 
 
 def _keep_previous(path: Path) -> None:

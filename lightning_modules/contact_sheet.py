@@ -68,8 +68,8 @@ def augmented_rows(images: Tensor, labels: Tensor, seed: int = 0) -> Iterator[Ro
     picture = Image.fromarray(images[3].permute(1, 2, 0).numpy())
     for crop in ("padded", "resized"):
         cropped = FlipAndCrop((edge, edge), crop, flip=True)
-        made = [as_bytes(cropped(picture, np.random.default_rng([seed, i]))) for i in range(count)]
-        yield Row(f"{crop} crop, flip", torch.stack(made).float() / 255, [""] * count)
+        crops = [as_bytes(cropped(picture, np.random.default_rng([seed, i]))) for i in range(count)]
+        yield Row(f"{crop} crop, flip", torch.stack(crops).float() / 255, [""] * count)
 
     signs = np.resize([1.0, -1.0], len(MAGNITUDES))
     for name in OPERATIONS:

@@ -92,6 +92,8 @@ class UnitsData(L.LightningDataModule):
         pending: numbers of all units that have none.
     """
 
+    trainer: L.Trainer
+
     def __init__(self, run: EmbeddingRun):
         super().__init__()
         self.run = run

@@ -83,7 +83,8 @@ def as_counts(config: MCTFViTConfig, images: torch.Tensor, amount: Amount) -> Am
     """An ``r`` as what the layers fuse of images (b, c, height, width), at most what they can."""
     if not amount.get("r"):
         return amount
-    return {"r": list(config.tokens_fused(config.num_tokens(tuple(images.shape[-2:])), **amount))}
+    num_tokens = config.num_tokens((images.shape[-2], images.shape[-1]))
+    return {"r": list(config.tokens_fused(num_tokens, **amount))}
 
 
 def are_counted(labels: torch.Tensor) -> torch.Tensor:

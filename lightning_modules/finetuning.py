@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torchmetrics import MeanMetric, Metric, MetricCollection
@@ -294,6 +295,7 @@ class MCTFFinetuner(L.LightningModule):
                 f"compile={self.hparams['compile']!r} is not allowed with weights in shards: "
                 "use --trainer.strategy ddp, or leave it out"
             )
+        assert self.device_mesh is not None
         mesh = self.device_mesh["data_parallel"]
         for layer in self.model.base_model.fused_layers.children():
             fully_shard(layer, mesh=mesh)
@@ -400,7 +402,8 @@ class MCTFFinetuner(L.LightningModule):
         self._unchecked = means[0] + self._unchecked
         values = {f"train/{name}": mean for name, mean in zip(logged, means, strict=True)}
         self.log("train/loss", values.pop("train/loss"), prog_bar=True, batch_size=len(labels))
-        highest = max(group["lr"] for group in self.optimizers().param_groups)
+        optimizer: Any = self.optimizers()
+        highest = max(group["lr"] for group in optimizer.param_groups)
         values["train/lr"] = means.new_full((), highest)
         self.log_dict(values, batch_size=len(labels))
         self._log_skipped(batch, "train")
@@ -539,16 +542,18 @@ class MCTFFinetuner(L.LightningModule):
         for i, found in enumerate(ranked(logits, self.model.config, self.top_k)):
             told = {} if errors is None else {"error": errors[i]}
             if errors is not None and errors[i]:
-                found = [(None, None)]
+                rows.append({"file": files[i], "label": None, "score": None} | told)
+                continue
             rows += [{"file": files[i], "label": a, "score": score} | told for a, score in found]
         return rows
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         hparams, trainer = self.hparams, self.trainer
         steps = trainer.estimated_stepping_batches
         if not math.isfinite(steps):
             raise ValueError("the schedule needs an end: set trainer.max_epochs or max_steps")
         trainer.fit_loop.setup_data()
+        assert trainer.train_dataloader is not None
         accumulated = trainer.accumulate_grad_batches
         global_batch = trainer.train_dataloader.batch_size * trainer.world_size * accumulated
         rate = hparams["learning_rate"] * global_batch / hparams["reference_batch_size"]

@@ -550,7 +550,8 @@ def _samples(opened: Any) -> Iterator[tuple[str, dict[str, bytes]]]:
     Yields:
         That part, and the files by what follows the dot.
     """
-    key, parts = None, {}
+    key: str | None = None
+    parts: dict[str, bytes] = {}
     with tarfile.open(fileobj=opened, mode="r|*") as archive:
         for member in archive:
             folder, _, file = member.name.rpartition("/")

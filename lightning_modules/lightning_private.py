@@ -4,7 +4,6 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from mctf_hf.release import check_names
@@ -57,9 +56,9 @@ def epoch_goes_on(trainer: L.Trainer) -> bool:
     return not (epoch._is_training_done or epoch._should_check_val_fx(fetcher))
 
 
-def saves_shards(strategy: ModelParallelStrategy) -> bool:
-    """Whether each process saves its own part of a checkpoint."""
-    return bool(strategy._save_distributed_checkpoint)
+def saves_shards(strategy: Any) -> bool:
+    """Whether each process saves its own part of a checkpoint, with weights in shards."""
+    return strategy._save_distributed_checkpoint
 
 
 class BegunAverage(EMAWeightAveraging):

@@ -231,6 +231,9 @@ class StreamLoader(ResumableDataLoader):
         options: arguments of ``DataLoader`` and ``ResumableDataLoader``.
     """
 
+    dataset: StreamedImages
+    batch_size: int
+
     def __init__(
         self,
         images: StreamedImages,
@@ -251,7 +254,7 @@ class StreamLoader(ResumableDataLoader):
             raise TypeError("a stream does not tell its length")
         return self.steps
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         if self.steps is None:
             self.dataset.begin(self.epoch())
             yield from in_step(self._whole_batches(), self.dataset, self.goes_on)

@@ -68,7 +68,7 @@ class Watch(Callback):
         self._since: float | None = None
         self._images = 0
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         config = pl_module.model.config
         left = config.num_tokens() - np.cumsum(config.tokens_fused(config.num_tokens()))
         counts = {f"tokens/after_layer_{i}": float(n) for i, n in enumerate(left)}
@@ -204,7 +204,7 @@ class FusedTokensPicture(Callback):
     def on_validation_batch_end(
         self,
         trainer: L.Trainer,
-        pl_module: L.LightningModule,
+        pl_module: Any,
         outputs: Any,
         batch: Any,
         batch_idx: int,
@@ -228,7 +228,7 @@ class FusedTokensPicture(Callback):
                 _log_picture(logger, sheet, trainer.global_step)
 
 
-def _picture(pl_module: L.LightningModule, images: Tensor, output: Any) -> Image.Image:
+def _picture(pl_module: Any, images: Tensor, output: Any) -> Image.Image:
     """Images (b, channels, height, width) beside the tokens that they were fused into."""
     config = pl_module.model.config
     rows, columns = (
@@ -270,7 +270,7 @@ class Summary(Callback):
     def __init__(self, enabled: bool = True):
         self.enabled = enabled
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         loader = trainer.val_dataloaders
         if not self.enabled or trainer.fast_dev_run or trainer.interrupted or loader is None:
             return
@@ -280,9 +280,7 @@ class Summary(Callback):
             Console().print(_table(rows, quality(pl_module.model.config)))
             write_json(Path(log_dir, "summary.json"), rows)
 
-    def _measure(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, loader: Any
-    ) -> list[dict[str, Any]]:
+    def _measure(self, trainer: L.Trainer, pl_module: Any, loader: Any) -> list[dict[str, Any]]:
         model, device = pl_module.model, trainer.strategy.root_device
         settings = sweep(model.config)
         own = settings[0]
