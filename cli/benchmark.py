@@ -258,8 +258,8 @@ def _judged(contestants: Sequence[Contestant]) -> Quality:
     """
     by_name = {one.name: quality(one.model.model.config) for one in contestants}
     if len({judged.name for judged in by_name.values()}) > 1:
-        told = ", ".join(f"{judged.long_title} of {name}" for name, judged in by_name.items())
-        raise ValueError(f"accuracy is not allowed with models of different problems: {told}")
+        qualities = ", ".join(f"{judged.long_title} of {name}" for name, judged in by_name.items())
+        raise ValueError(f"accuracy is not allowed with models of different problems: {qualities}")
     return next(iter(by_name.values()))
 
 
@@ -323,7 +323,7 @@ def _table(rows: list[Row], names: Sequence[str], batch: int, environment: dict[
             f"{row['peak_memory_mib']:,.1f}",
             f"{row['ratio']:.2f}x",
             f"{row['efficiency']:.2f}",
-            *([] if row["accuracy"] is None else [judged.told(row["accuracy"])]),
+            *([] if row["accuracy"] is None else [judged.text(row["accuracy"])]),
         )
     return table
 

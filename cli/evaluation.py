@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_modules.evaluation import Amount, add_up, as_counts, sweep, told
+from lightning_modules.evaluation import Amount, add_up, amount_text, as_counts, sweep
 from lightning_modules.images import LabelledImages, Process
 from lightning_modules.opening import NamedDataset
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
@@ -18,7 +18,7 @@ from mctf_hf.classes import check_classes, names_of
 from mctf_hf.cost import describe
 from mctf_hf.model_card import Evaluation, Measurement
 from mctf_hf.problems import problem_type, quality
-from mctf_hf.registry import NOTHING, plain_class, plain_config
+from mctf_hf.registry import NO_FUSION, plain_class, plain_config
 
 from .files import evenly_spaced
 from .measuring import images_per_second, machine_name
@@ -84,7 +84,7 @@ def evaluate(
     speeds = images_per_second(runs, len(pixel_values), rounds=rounds)
     accuracies = [None] * len(runs) if images is None else _accuracies(model, images, settings)
 
-    named = {"no fusion" if plain is None else "no fusion (plain model)": NOTHING, **settings}
+    named = {"no fusion" if plain is None else "no fusion (plain model)": NO_FUSION, **settings}
     costs = [described.of(config, **amount) for amount in named.values()]
     if plain is not None:
         costs[0] = described.whole
@@ -130,7 +130,10 @@ def plain_model(model: Any) -> Any:
 def _named_sweep(config: MCTFViTConfig) -> dict[str, Amount]:
     """Settings by name: the own one, and those that meet a few budgets."""
     own, *others = sweep(config)
-    return {f"**{told(own)}, as configured**": own, **{told(amount): amount for amount in others}}
+    return {
+        f"**{amount_text(own)}, as configured**": own,
+        **{amount_text(amount): amount for amount in others},
+    }
 
 
 def _pixel_values(config: MCTFViTConfig, images: LabelledImages | None, batch_size: int) -> Tensor:
@@ -148,5 +151,5 @@ def _accuracies(
 ) -> list[float]:
     """Mean over images of their :class:`.Quality` without fusion, and by setting."""
     batches = DataLoader(images, batch_size=64, num_workers=2)
-    sums, total = add_up(model, batches, [NOTHING, *settings.values()])
+    sums, total = add_up(model, batches, [NO_FUSION, *settings.values()])
     return (sums / total).tolist()

@@ -224,7 +224,7 @@ def finetuning(args: Sequence[str] | None = None, imports: Sequence[str] = ()) -
 def _how_to_go_on(stopped: Stopped, words: Sequence[str]) -> str:
     """What to say of a run that was told to stop: the command that goes on from there."""
     if stopped.checkpoint is None:
-        return f"{stopped.told}: no state was saved, for no checkpoints are kept"
+        return f"{stopped.reason}: no state was saved, for no checkpoints are kept"
     kept, rest = [], iter(words)
     for word in rest:
         if word == "--ckpt_path":
@@ -232,7 +232,7 @@ def _how_to_go_on(stopped: Stopped, words: Sequence[str]) -> str:
         elif not word.startswith("--ckpt_path="):
             kept.append(word)
     go_on = command(*kept, "--ckpt_path", stopped.checkpoint)
-    return f"{stopped.told}, its state is saved. Go on from there with\n{go_on}"
+    return f"{stopped.reason}, its state is saved. Go on from there with\n{go_on}"
 
 
 def _check_effect(words: Sequence[str]) -> None:
@@ -241,10 +241,10 @@ def _check_effect(words: Sequence[str]) -> None:
     for word in words:
         option = word.partition("=")[0]
         if command is not None and option.startswith("--") and not _has_effect(command, option):
-            told = f"settings of data there are {', '.join(USED.get(command, ()))}"
+            settings = f"settings of data there are {', '.join(USED.get(command, ()))}"
             raise ValueError(
                 f"{option} is not allowed with `mctf {command}`, where it has no effect"
-                + (f": {told}" if option.startswith("--data.") and command in USED else "")
+                + (f": {settings}" if option.startswith("--data.") and command in USED else "")
             )
 
 

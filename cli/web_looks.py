@@ -136,10 +136,10 @@ class Viewed:
         return meet(self.model, Candidate.untuned(method), budget, described).settings
 
     def _words(self, settings: Mapping[str, Any]) -> str:
-        name, told = parse(self.words)
+        name, chosen = parse(self.words)
         config = self.model.config
-        told |= {key: new for key, new in settings.items() if new != getattr(config, key)}
-        return ",".join([name, *(f"{key}={_written(value)}" for key, value in told.items())])
+        chosen |= {key: new for key, new in settings.items() if new != getattr(config, key)}
+        return ",".join([name, *(f"{key}={_written(value)}" for key, value in chosen.items())])
 
     def _pixels(self, image: Image.Image, name: str) -> Tensor:
         return self.reader(self.reader.admit(image, name))[None].to(self.device)

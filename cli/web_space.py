@@ -117,5 +117,5 @@ def _readme(models: Sequence[str]) -> str:
     names = [parse(words)[0] for words in models]
     if of_hub := [name for name in names if not Path(name).is_dir()]:
         header["models"] = of_hub
-    told = yaml.safe_dump(header, sort_keys=False, allow_unicode=True)
-    return f"---\n{told}---\n\n{ABOUT}"
+    front_matter = yaml.safe_dump(header, sort_keys=False, allow_unicode=True)
+    return f"---\n{front_matter}---\n\n{ABOUT}"

@@ -42,8 +42,8 @@ def check_aliases(text: str) -> None:
             anchors[anchor] = size
         parent, total = open_nodes[-1]
         if size is None or total + size > VALUES:
-            told = "themselves" if size is None else f"more than {VALUES:,} values"
-            raise ValueError(f"the YAML is refused: its aliases (*) stand for {told}")
+            amount = "themselves" if size is None else f"more than {VALUES:,} values"
+            raise ValueError(f"the YAML is refused: its aliases (*) stand for {amount}")
         open_nodes[-1] = parent, total + size
 
 

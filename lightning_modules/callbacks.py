@@ -214,8 +214,8 @@ class PredictionFile(BasePredictionWriter):
             self._write(rows)
             skipped = sum(bool(row.get("error")) for row in rows)
             images = len({row["file"] for row in rows}) - skipped
-            told = f", and {skipped} that can't be read" if skipped else ""
-            rank_zero_info(f"Predictions of {images:,} images{told}: {self.path}")
+            unread = f", and {skipped} that can't be read" if skipped else ""
+            rank_zero_info(f"Predictions of {images:,} images{unread}: {self.path}")
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)

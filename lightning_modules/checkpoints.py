@@ -117,10 +117,10 @@ class Stopped(SIGTERMException):
 
     def __init__(self, signum: int, step: int, checkpoint: Path | None):
         self.signum, self.step, self.checkpoint = signum, step, checkpoint
-        super().__init__(f"{self.told}: go on from there with --ckpt_path {checkpoint}")
+        super().__init__(f"{self.reason}: go on from there with --ckpt_path {checkpoint}")
 
     @property
-    def told(self) -> str:
+    def reason(self) -> str:
         return f"told to stop ({signal.Signals(self.signum).name}) at step {self.step}"
 
 

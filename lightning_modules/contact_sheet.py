@@ -96,7 +96,7 @@ def augmented_rows(images: Tensor, labels: Tensor, seed: int = 0) -> Iterator[Ro
     for name, mixing in (("mixup 0.8", Mixing(mixup=0.8)), ("cutmix 1.0", Mixing(cutmix=1.0))):
         draw = int(generator.integers(DRAWS)) / DRAWS
         mixed, shares = mixing(normalized, labels, draw, len(labels))
-        yield Row(name, _visible(mixed), [_told(row) for row in shares.tolist()])
+        yield Row(name, _visible(mixed), [_shares_text(row) for row in shares.tolist()])
 
 
 def _visible(images: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ def _visible(images: Tensor) -> Tensor:
     return (images * std + mean).clamp(0, 1)
 
 
-def _told(shares: Sequence[float]) -> str:
+def _shares_text(shares: Sequence[float]) -> str:
     return " ".join(f"{label}:{share:.2f}" for label, share in enumerate(shares) if share > 0)
 
 

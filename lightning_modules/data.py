@@ -33,7 +33,7 @@ from .opening import NamedDataset
 from .processors import output_size
 from .rand_augment import RandAugment
 from .sampling import ResumableDataLoader, ResumableSampler, stop_with_parent_only
-from .shares import EvaluationLoader, OwnShare
+from .shares import EvaluationLoader, UnpaddedSampler
 from .streaming import Share, StreamedImages, StreamLoader
 
 
@@ -209,7 +209,7 @@ class HFImageDataModule(L.LightningDataModule):
         for name in names:
             images = self._sets[name]
             assert not isinstance(images, ImageFolder)
-            rank_zero_info(f"{name}: {images.told()}")
+            rank_zero_info(f"{name}: {images.summary()}")
 
     @property
     def num_train_images(self) -> int | None:
@@ -348,10 +348,10 @@ class HFImageDataModule(L.LightningDataModule):
             )
         found = find_images(folder)
         if not found.images:
-            left_out = f": left out are {found.told()}" if found.left_out else ""
+            left_out = f": left out are {found.summary()}" if found.left_out else ""
             raise ValueError(f"predict_folder={self.predict_folder!r} holds no images{left_out}")
         if found.left_out:
-            rank_zero_warn(f"{folder}: files are left out: {found.told()}")
+            rank_zero_warn(f"{folder}: files are left out: {found.summary()}")
         if self.on_bad_image == "error":
             _check_heads(found.images)
         rank_zero_info(f"predict: {len(found.images):,} images")
@@ -449,7 +449,7 @@ class HFImageDataModule(L.LightningDataModule):
             return StreamLoader(images, goes_on=any_process, **options)
         options["batch_size"] = self.eval_batch_size
         if isinstance(images, LabelledImages):
-            share = OwnShare(images, trainer.world_size, trainer.global_rank, shuffle=False)
+            share = UnpaddedSampler(images, trainer.world_size, trainer.global_rank, shuffle=False)
             return EvaluationLoader(images, sampler=share, **options)
         return DataLoader(images, **options)
 

@@ -17,7 +17,7 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 
 from lightning_modules.checkpoint_files import check_file
 from lightning_modules.distillation import Guide
-from lightning_modules.evaluation import are_counted, told_fusion
+from lightning_modules.evaluation import are_counted, fusion_text
 from lightning_modules.lightning_private import has_trainer
 from lightning_modules.metrics import accuracy_by_class, make_counts, make_metrics
 from lightning_modules.pretrained import load_or_make
@@ -314,7 +314,7 @@ class MCTFFinetuner(L.LightningModule):
         for name in ("limit_train_batches", "accumulate_grad_batches"):
             if stage == "fit" and not getattr(self.trainer, name):
                 raise ValueError(f"trainer.{name}=0 is not allowed: nothing would be trained")
-        rank_zero_info(f"fusion: {told_fusion(config, describe(config))}")
+        rank_zero_info(f"fusion: {fusion_text(config, describe(config))}")
         if stage == "fit":
             weights = [(weight.numel(), weight.requires_grad) for weight in self.model.parameters()]
             trained = sum(count for count, learns in weights if learns)
@@ -393,8 +393,8 @@ class MCTFFinetuner(L.LightningModule):
             )._asdict()
             logged = {"loss": loss_parts.pop("total"), **loss_parts}
             for name, value in drawn.items():
-                told = max(value) if name == "r" else min(value)
-                logged[f"teacher_{name}"] = images.new_full((), told)
+                amount = max(value) if name == "r" else min(value)
+                logged[f"teacher_{name}"] = images.new_full((), amount)
         total = logged["loss"]
         means = self._mean_over_processes(
             torch.stack([v.detach().float() for v in logged.values()])
@@ -496,10 +496,10 @@ class MCTFFinetuner(L.LightningModule):
         counted = are_counted(labels)
         found, wanted = scores(logits, self.model.config)[counted], labels[counted]
         if len(wanted):
-            told = wanted.view_as(found) if self.problem_type == REGRESSION else wanted.long()
-            metrics.update(found, told)
+            targets = wanted.view_as(found) if self.problem_type == REGRESSION else wanted.long()
+            metrics.update(found, targets)
             if counts is not None:
-                counts.update(found, told)
+                counts.update(found, targets)
             mean_loss.update(
                 label_loss(logits[counted], wanted, self.problem_type, reduction="none")
             )
@@ -540,11 +540,11 @@ class MCTFFinetuner(L.LightningModule):
         files, errors = batch["files"], batch.get("errors")
         rows: list[dict[str, Any]] = []
         for i, found in enumerate(ranked(logits, self.model.config, self.top_k)):
-            told = {} if errors is None else {"error": errors[i]}
+            reason = {} if errors is None else {"error": errors[i]}
             if errors is not None and errors[i]:
-                rows.append({"file": files[i], "label": None, "score": None} | told)
+                rows.append({"file": files[i], "label": None, "score": None} | reason)
                 continue
-            rows += [{"file": files[i], "label": a, "score": score} | told for a, score in found]
+            rows += [{"file": files[i], "label": a, "score": score} | reason for a, score in found]
         return rows
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, DistributedSampler, default_collate
 Batch = dict[str, Any]
 
 
-class OwnShare(DistributedSampler):
+class UnpaddedSampler(DistributedSampler):
     """Every ``num_replicas``-th item from ``rank`` on: none twice, and none left out."""
 
     dataset: Any
@@ -25,13 +25,13 @@ class OwnShare(DistributedSampler):
 
 
 class EvaluationLoader(DataLoader):
-    """Batches of labelled images, as many as the first process has of its :class:`OwnShare`."""
+    """As many batches of labelled images as the first process has by :class:`UnpaddedSampler`."""
 
     dataset: Any
     batch_size: int
 
     def __len__(self) -> int:
-        processes = self.sampler.num_replicas if isinstance(self.sampler, OwnShare) else 1
+        processes = self.sampler.num_replicas if isinstance(self.sampler, UnpaddedSampler) else 1
         longest = -(-len(self.dataset) // processes)
         return -(-longest // self.batch_size) if processes > 1 else super().__len__()
 

@@ -130,7 +130,7 @@ class StreamedImages(TorchIterableDataset):
         # the stream, and how many batches of all workers nobody needs.
         self._epoch = torch.zeros(3, dtype=torch.int64).share_memory_()
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """How much it is, in words."""
         return f"a stream of images in {self.num_shards} shards"
 

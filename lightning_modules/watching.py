@@ -21,14 +21,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from lightning_modules.evaluation import add_up, sweep, told
+from lightning_modules.evaluation import add_up, amount_text, sweep
 from lightning_modules.lightning_private import accumulates, logs
 from mctf_hf.configuration_mctf import as_pair
 from mctf_hf.cost import multiply_accumulates
 from mctf_hf.files import replace, write_text
 from mctf_hf.images import to_image
 from mctf_hf.problems import Quality, quality
-from mctf_hf.registry import NOTHING
+from mctf_hf.registry import NO_FUSION
 from mctf_hf.visualization import FusedTokens, contact_sheet, enlarge
 
 
@@ -169,18 +169,18 @@ class ProgressLines(Callback):
         self._told = time.perf_counter()
         found, step = trainer.callback_metrics, trainer.global_step
         last, epochs = trainer.estimated_stepping_batches, trainer.max_epochs
-        told = [
+        parts = [
             f"{epoch} of {epochs}" if epochs is not None and epochs > 0 else epoch,
             f"step {step} of {last}",
             *(f"{name} {float(found[name]):.4g}" for name in names if name in found),
         ]
         if (speed := found.get("train/images_per_second")) is not None:
-            told.append(f"{float(speed):,.0f} images/s")
+            parts.append(f"{float(speed):,.0f} images/s")
         done = step - self._first_step
         if done and last > step:
             left = (last - step) / done * (self._told - self._begun)
-            told.append(f"{timedelta(seconds=round(left))} left")
-        print(", ".join(told), flush=True)
+            parts.append(f"{timedelta(seconds=round(left))} left")
+        print(", ".join(parts), flush=True)
 
 
 class FusedTokensPicture(Callback):
@@ -284,8 +284,8 @@ class Summary(Callback):
         model, device = pl_module.model, trainer.strategy.root_device
         settings = sweep(model.config)
         own = settings[0]
-        if NOTHING not in settings:
-            settings = [NOTHING, *settings]
+        if NO_FUSION not in settings:
+            settings = [NO_FUSION, *settings]
         (most,) = trainer.num_val_batches  # infinite for a stream
         batches = loader if math.isinf(most) else islice(loader, int(most))
         sums, total = add_up(model.to(device).eval(), batches, settings)
@@ -315,10 +315,10 @@ def _table(rows: list[dict[str, Any]], judged: Quality) -> Table:
     for heading in ("setting", judged.name.replace("_", " "), "GMACs", "saved"):
         table.add_column(heading, justify="left" if heading == "setting" else "right")
     for row in rows:
-        setting = told({name: row[name] for name in ("r", "keep_rate") if name in row})
+        setting = amount_text({name: row[name] for name in ("r", "keep_rate") if name in row})
         table.add_row(
             f"{setting}, as configured" if row["own"] else setting,
-            judged.told(row[f"val_{judged.name}"], digits=1),
+            judged.text(row[f"val_{judged.name}"], digits=1),
             f"{row['gmacs']:.4f}",
             f"{100 * (1 - row['gmacs'] / rows[0]['gmacs']):.0f}%",
         )
