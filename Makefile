@@ -31,7 +31,7 @@ endif
 test: lint chromium  ## lint and the whole test suite, in two processes or as many as WORKERS says
 	$(RUN)/pytest --numprocesses $(WORKERS) --dist worksteal $(if $(filter no,$(BROWSER)),-m "not browser")
 
-compatibility: $(READY)  ## what depends on them, with the oldest and newest transformers, torch, Lightning
+compatibility: $(READY)  ## what depends on them, with the oldest and newest transformers, torch, Lightning, datasets
 	$(RUN)/nox --session compatibility
 
 audit: $(READY)  ## known weaknesses of the packages in constraints.txt

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import nox
 
-# What transformers, torch and Lightning can break: loading, the model, training, the Hub.
+# What these libraries can break: loading, the model, data, training, the Hub.
 TESTS = (
     "tests/test_configuration.py",
+    "tests/test_data.py",
     "tests/test_encoders.py",
     "tests/test_ecosystem.py",
     "tests/test_export.py",
@@ -17,16 +18,23 @@ TESTS = (
     "tests/test_losses.py",
     "tests/test_modeling_mctf_vit.py",
     "tests/test_own_reducers.py",
+    "tests/test_private_names.py",
     "tests/test_rates.py",
+    "tests/test_recipe.py",
     "tests/test_reducers.py",
+    "tests/test_resuming.py",
+    "tests/test_runs.py",
+    "tests/test_streaming.py",
     "tests/test_visualization.py",
+    "tests/test_watching.py",
     "tests/e2e/test_hub.py",
 )
 
 
-OLDEST = ("torch==2.7.*", "transformers==5.10.*", "lightning==2.6.0")
-NEWEST = ("torch", "transformers", "lightning")
-LOOSE = ("torch", "transformers", "lightning", "huggingface_hub", "tokenizers")  # go with them
+OLDEST = ("torch==2.7.*", "transformers==5.10.2", "lightning==2.6.0", "datasets==4.0.0")
+NEWEST = ("torch", "transformers", "lightning", "datasets")
+# What goes with them.
+LOOSE = (*NEWEST, "huggingface_hub", "tokenizers", "dill", "fsspec", "multiprocess")
 
 
 @nox.session

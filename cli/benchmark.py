@@ -59,7 +59,11 @@ def main(args: Sequence[str]) -> None:
     settings, given = read(parser, args)
     if settings["accuracy"] is None:
         refuse(given, {"split", "max_images"}, "without --accuracy, which it is of")
-    benchmark(**settings)
+    threads = torch.get_num_threads()
+    try:
+        benchmark(**settings)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def benchmark(
@@ -254,8 +258,8 @@ def _judged(contestants: Sequence[Contestant]) -> Quality:
     """
     by_name = {one.name: quality(one.model.model.config) for one in contestants}
     if len({judged.name for judged in by_name.values()}) > 1:
-        told = ", ".join(f"{judged.long_title} of {name}" for name, judged in by_name.items())
-        raise ValueError(f"accuracy is not allowed with models of different problems: {told}")
+        qualities = ", ".join(f"{judged.long_title} of {name}" for name, judged in by_name.items())
+        raise ValueError(f"accuracy is not allowed with models of different problems: {qualities}")
     return next(iter(by_name.values()))
 
 
@@ -319,7 +323,7 @@ def _table(rows: list[Row], names: Sequence[str], batch: int, environment: dict[
             f"{row['peak_memory_mib']:,.1f}",
             f"{row['ratio']:.2f}x",
             f"{row['efficiency']:.2f}",
-            *([] if row["accuracy"] is None else [judged.told(row["accuracy"])]),
+            *([] if row["accuracy"] is None else [judged.text(row["accuracy"])]),
         )
     return table
 

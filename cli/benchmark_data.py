@@ -124,5 +124,5 @@ class _StopAfter(L.Callback):
     def __init__(self, batches: int):
         self.batches = batches
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: _Stopwatch, *args: Any) -> None:
-        trainer.should_stop = module.seen >= self.batches
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
+        trainer.should_stop = pl_module.seen >= self.batches

@@ -48,7 +48,7 @@ class Contestant:
     """
 
     name: str
-    model: nn.Module
+    model: "Classifier"
     multiply_accumulates: int
     image_size: int
     folder: str | None = None
@@ -107,15 +107,15 @@ def make(words: str, image_size: int | None, dtype: torch.dtype, device: str) ->
     interpolates = not config.any_size and (size, size) != as_pair(config.image_size)
     if sliced:
         model = _sliced(words, model, config, attention, size)
-    model = Classifier(model.eval().to(device, dtype), interpolates, slice_size)
+    classifier = Classifier(model.eval().to(device, dtype), interpolates, slice_size)
     if sliced:
-        cost = counted(model, torch.empty(1, 3, size, size))
+        cost = counted(classifier, torch.empty(1, 3, size, size))
     if compiled:
-        model.model = torch.compile(model.model, fullgraph=True, mode=_mode(compiled))
+        classifier.model = torch.compile(classifier.model, fullgraph=True, mode=_mode(compiled))
     if ahead:
-        model.compile_ahead(torch.zeros(2, 3, size, size, device=device, dtype=dtype))
+        classifier.compile_ahead(torch.zeros(2, 3, size, size, device=device, dtype=dtype))
     folder = None if name in PRESETS else name
-    return Contestant(words, model, cost, size, folder, missing)
+    return Contestant(words, classifier, cost, size, folder, missing)
 
 
 def _from_preset(
@@ -128,10 +128,11 @@ def _from_preset(
     config.check_effect(chosen)
     own = preset_class(name)
     special = getattr(config, "distillation_token", False)
-    if settings or plain_class(own) is None or special:
+    plain_of = plain_class(own)
+    if settings or plain_of is None or special:
         model = own._from_config(config, **attention)
         return model, config, multiply_accumulates(model, image_size=image_size)
-    plain = plain_class(own)._from_config(plain_config(own, config), **attention)
+    plain = plain_of._from_config(plain_config(own, config), **attention)
     return plain, config, _plain_cost(own, config, image_size)
 
 
@@ -193,7 +194,7 @@ class Classifier(nn.Module):
 
     def __init__(self, model: nn.Module, interpolate: bool, slice_size: int | None):
         super().__init__()
-        self.model = model
+        self.model: Any = model  # one of transformers, or what compiling makes of it
         self.options = {"interpolate_pos_encoding": True} if interpolate else {}
         self.slice_size = slice_size
 

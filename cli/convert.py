@@ -9,7 +9,7 @@ import numpy as np
 from transformers import ViTImageProcessorPil
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from lightning_modules.evaluation import told_fusion
+from lightning_modules.evaluation import fusion_text
 from lightning_modules.processors import settle_size
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
 from mctf_hf.checkpoints import SUFFIXES, read_checkpoint
@@ -235,7 +235,7 @@ def _summary(model: Any, processor: str) -> Lines:
         + (f"{config.num_labels} labels" if read == "logits" else read),
         "images": f"{_by((config.num_channels, height, width))}, patches of "
         f"{_by(as_pair(config.patch_size))}",
-        "fusion": told_fusion(config, described),
+        "fusion": fusion_text(config, described),
         **({} if short is None else {"warning": short}),
         "image processor": processor,
     }

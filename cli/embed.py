@@ -54,7 +54,7 @@ def main(args: Sequence[str]) -> None:
         help="NAME[,setting=value…]: a folder or Hub id, with settings of fusion (r=16, "
         "r=auto:0.6, reduction=tome, …).",
     )
-    ours = {"columns", "unit_size"}
+    ours: set[str | int] = {"columns", "unit_size"}
     parser.add_function_arguments(open_source, skip=ours)
     parser.add_function_arguments(embed, skip={"model", "source", "trainer"})
     parser.add_function_arguments(make_trainer, "trainer", skip={"callbacks"})
@@ -176,18 +176,18 @@ def embed(
     earlier, device = run.folder.check(run.settings), torch.device("cpu")
     if earlier is not None and earlier["status"] == "finished":
         print(f"{output} was finished before: nothing is left to do")
-        print(_told(earlier, output))
+        print(_result_text(earlier, output))
     elif engine == "ray":
         from lightning_modules.on_ray import embed_by_ray
 
-        print(_told(embed_by_ray(run, actors, ray_address, console), output))
+        print(_result_text(embed_by_ray(run, actors, ray_address, console), output))
     else:
         _warn_of_other_versions(earlier, run.record)
         made = _by_lightning(run, options, console)
         if not made.is_first:
             return
         device = made.device
-        print(_told(made.manifest, output), _told_pace(made.pace), sep="\n")
+        print(_result_text(made.manifest, output), _pace_text(made.pace), sep="\n")
     if other is not None:
         beside = Embedder(load_encoder(other)[0], run.embedder.vector).eval().to(device)
         found = compare_settings(run, beside, sample)
@@ -307,16 +307,16 @@ def _warn_of_other_versions(earlier: dict[str, Any] | None, record: Mapping[str,
         print(f"The shards that are there are by {', '.join(other)}: others may differ by rounding")
 
 
-def _told(manifest: Mapping[str, Any], output: str) -> str:
+def _result_text(manifest: Mapping[str, Any], output: str) -> str:
     """What has become of a run."""
     counts = manifest["counts"]
-    told = f"{counts['vectors']:,} vectors in {counts['shards']:,} shards: {output}"
+    text = f"{counts['vectors']:,} vectors in {counts['shards']:,} shards: {output}"
     if counts["unreadable"]:
-        told += f"\n{counts['unreadable']:,} images can't be read: {output}/{UNREADABLE}"
-    return told
+        text += f"\n{counts['unreadable']:,} images can't be read: {output}/{UNREADABLE}"
+    return text
 
 
-def _told_pace(pace: Pace) -> str:
+def _pace_text(pace: Pace) -> str:
     if not pace.speed:
         return "too few batches to tell the speed"
     waited = 100 * (pace.share_waited or 0)

@@ -1,6 +1,7 @@
 """What a model costs, how fast and how accurate it is, with its own and with other r."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import transformers
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_modules.evaluation import Amount, add_up, as_counts, sweep, told
+from lightning_modules.evaluation import Amount, add_up, amount_text, as_counts, sweep
 from lightning_modules.images import LabelledImages, Process
 from lightning_modules.opening import NamedDataset
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
@@ -17,7 +18,7 @@ from mctf_hf.classes import check_classes, names_of
 from mctf_hf.cost import describe
 from mctf_hf.model_card import Evaluation, Measurement
 from mctf_hf.problems import problem_type, quality
-from mctf_hf.registry import NOTHING, plain_class, plain_config
+from mctf_hf.registry import NO_FUSION, plain_class, plain_config
 
 from .files import evenly_spaced
 from .measuring import images_per_second, machine_name
@@ -29,12 +30,13 @@ def open_labelled(
     max_images: int | None,
     model: Any,
     processor: Any,
-    **columns: str | None,
+    image_column: str | None = None,
+    label_column: str | None = None,
 ) -> LabelledImages:
     """A split of a dataset, or evenly spaced rows of it, as the model wants its images.
 
     Args:
-        columns: ``image_column`` and ``label_column``, see :func:`.find_columns`.
+        image_column, label_column: see :func:`.find_columns`.
 
     Raises:
         ValueError: for a split or columns that are missing, labels that are not the model's, or a
@@ -45,7 +47,8 @@ def open_labelled(
             f"accuracy on {data.dataset} is not allowed with {type(model).__name__}, which has no "
             "head for classes: finetune it with num_labels first"
         )
-    rows = data.rows(split, names_of(model.config), **columns)
+    known = names_of(model.config)
+    rows = data.rows(split, known, image_column=image_column, label_column=label_column)
     rows.settle_labels(problem_type(model.config), model.num_labels)
     if rows.label_names is not None:
         check_classes(model.config, rows.label_names, "the model", data.dataset)
@@ -77,11 +80,11 @@ def evaluate(
     if plain is None:
         runs = [lambda: model(pixel_values, r=0)]
     amounts = [as_counts(config, pixel_values, amount) for amount in settings.values()]
-    runs += [lambda amount=amount: model(pixel_values, **amount) for amount in amounts]
+    runs += [partial(model, pixel_values, **amount) for amount in amounts]
     speeds = images_per_second(runs, len(pixel_values), rounds=rounds)
     accuracies = [None] * len(runs) if images is None else _accuracies(model, images, settings)
 
-    named = {"no fusion" if plain is None else "no fusion (plain model)": NOTHING, **settings}
+    named = {"no fusion" if plain is None else "no fusion (plain model)": NO_FUSION, **settings}
     costs = [described.of(config, **amount) for amount in named.values()]
     if plain is not None:
         costs[0] = described.whole
@@ -127,7 +130,10 @@ def plain_model(model: Any) -> Any:
 def _named_sweep(config: MCTFViTConfig) -> dict[str, Amount]:
     """Settings by name: the own one, and those that meet a few budgets."""
     own, *others = sweep(config)
-    return {f"**{told(own)}, as configured**": own, **{told(amount): amount for amount in others}}
+    return {
+        f"**{amount_text(own)}, as configured**": own,
+        **{amount_text(amount): amount for amount in others},
+    }
 
 
 def _pixel_values(config: MCTFViTConfig, images: LabelledImages | None, batch_size: int) -> Tensor:
@@ -145,5 +151,5 @@ def _accuracies(
 ) -> list[float]:
     """Mean over images of their :class:`.Quality` without fusion, and by setting."""
     batches = DataLoader(images, batch_size=64, num_workers=2)
-    sums, total = add_up(model, batches, [NOTHING, *settings.values()])
+    sums, total = add_up(model, batches, [NO_FUSION, *settings.values()])
     return (sums / total).tolist()

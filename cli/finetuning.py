@@ -9,7 +9,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_modules import (
@@ -32,6 +32,7 @@ from mctf_hf.problems import REGRESSION
 from mctf_hf.registry import backbone_of
 
 from .help import BriefHelp
+from .lightning_private import OpenCLI
 from .main import FINETUNING
 from .options import command
 from .parsing import BriefErrors
@@ -70,14 +71,15 @@ class FinetuningParser(BriefErrors, BriefHelp, LightningArgumentParser):
     """Lightning's parser with errors of a line or two, and a help that fits a few screens."""
 
 
-class FinetuningCommandLine(LightningCLI):
+class FinetuningCommandLine(OpenCLI):
     """LightningCLI with checkpoints, loggers, a Hugging Face folder and predictions built in."""
 
-    def _prepare_subcommand_parser(
+    def make_subcommand_parser(
         self, klass: type, subcommand: str, **kwargs: Any
     ) -> LightningArgumentParser:
         kwargs["description"] = f"{FINETUNING[subcommand].capitalize()}."
-        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser = super().make_subcommand_parser(klass, subcommand, **kwargs)
+        assert isinstance(parser, FinetuningParser)
         parser.add_help_all()
         parser.has_effect = partial(_has_effect, subcommand)
         return parser
@@ -112,7 +114,8 @@ class FinetuningCommandLine(LightningCLI):
         if self.subcommand != "fit" and settings.model.pretrained is not None:
             settings.model.config = None
             if settings.get("ckpt_path") is None:
-                settings.model.num_labels = _own_head(**settings.model)
+                _check_own_head(**settings.model)
+                settings.model.num_labels = None
         if self.subcommand == "fit":
             _check_optimizer(settings)
         if settings.get("ckpt_path") == "last":
@@ -126,11 +129,11 @@ class FinetuningCommandLine(LightningCLI):
             settings.ckpt_path = str(path) if begun else None
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        if self._get(self.config_init, "trainer").get("logger") in (None, True):
-            kwargs.setdefault("logger", make_loggers(**self._get(self.config, "log")))
+        if self.config_init[self.subcommand].trainer.logger in (None, True):
+            kwargs.setdefault("logger", make_loggers(**self.config[self.subcommand].log))
         return super().instantiate_trainer(**kwargs)
 
-    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> L.Trainer:
+    def make_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> L.Trainer:
         unused = [
             call
             for call in callbacks
@@ -144,7 +147,7 @@ class FinetuningCommandLine(LightningCLI):
         if self.model.problem_type == REGRESSION:
             callbacks = [self._by_loss(call) for call in callbacks]
         try:
-            return super()._instantiate_trainer(config, callbacks)
+            return super().make_trainer(config, callbacks)
         except TypeError as error:
             if "devices" not in str(error):
                 raise
@@ -156,11 +159,8 @@ class FinetuningCommandLine(LightningCLI):
         """What keeps the best by an accuracy that regression does not have, by the loss instead."""
         if not isinstance(call, BestCheckpoint) or call.monitor != MONITOR:
             return call
-        settings = self._get(self.config, "best").as_dict()
+        settings = self.config[self.subcommand].best.as_dict()
         return BestCheckpoint(**{**settings, "monitor": "val/loss", "mode": "min"})
-
-    def _parse_ckpt_path(self) -> None:
-        """Leave the settings alone: a checkpoint holds weights and progress, not what to run."""
 
 
 def _check_optimizer(settings: Any) -> None:
@@ -179,7 +179,7 @@ def _check_optimizer(settings: Any) -> None:
         )
 
 
-def _own_head(pretrained: str, num_labels: int | None, **others: Any) -> None:
+def _check_own_head(pretrained: str, num_labels: int | None, **others: Any) -> None:
     """Raise ValueError if a model has not as many classes as are asked for."""
     own = backbone_of(pretrained).config.from_pretrained(pretrained).num_labels
     if num_labels not in (None, own):
@@ -224,7 +224,7 @@ def finetuning(args: Sequence[str] | None = None, imports: Sequence[str] = ()) -
 def _how_to_go_on(stopped: Stopped, words: Sequence[str]) -> str:
     """What to say of a run that was told to stop: the command that goes on from there."""
     if stopped.checkpoint is None:
-        return f"{stopped.told}: no state was saved, for no checkpoints are kept"
+        return f"{stopped.reason}: no state was saved, for no checkpoints are kept"
     kept, rest = [], iter(words)
     for word in rest:
         if word == "--ckpt_path":
@@ -232,7 +232,7 @@ def _how_to_go_on(stopped: Stopped, words: Sequence[str]) -> str:
         elif not word.startswith("--ckpt_path="):
             kept.append(word)
     go_on = command(*kept, "--ckpt_path", stopped.checkpoint)
-    return f"{stopped.told}, its state is saved. Go on from there with\n{go_on}"
+    return f"{stopped.reason}, its state is saved. Go on from there with\n{go_on}"
 
 
 def _check_effect(words: Sequence[str]) -> None:
@@ -241,10 +241,10 @@ def _check_effect(words: Sequence[str]) -> None:
     for word in words:
         option = word.partition("=")[0]
         if command is not None and option.startswith("--") and not _has_effect(command, option):
-            told = f"settings of data there are {', '.join(USED.get(command, ()))}"
+            settings = f"settings of data there are {', '.join(USED.get(command, ()))}"
             raise ValueError(
                 f"{option} is not allowed with `mctf {command}`, where it has no effect"
-                + (f": {told}" if option.startswith("--data.") and command in USED else "")
+                + (f": {settings}" if option.startswith("--data.") and command in USED else "")
             )
 
 

@@ -5,6 +5,8 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+from .argparse_private import actions_chosen
+
 ALL = "--help_all"
 # What is asked for most, in order; a subcommand tells what has an effect in it.
 FIRST = (
@@ -67,6 +69,8 @@ class BriefHelp:
         whole_help: what tells all settings.
     """
 
+    usage: str | None
+    epilog: str | None
     has_effect: Callable[[str], bool] | None = None
     whole_help = ALL
 
@@ -79,38 +83,26 @@ class BriefHelp:
         if not brief or self.has_effect is None:
             return whole(*args)
         command = self.prog.replace(" [options]", "")
-        reduced = {
-            "_actions": [action for action in self._actions if self._is_first(action)],
-            "_action_groups": self._first_groups(),
-            "usage": f"{command} [--config FILE] [--SETTING VALUE …]",
-            "epilog": f"The settings that are used most; `{command} {ALL}` tells all of them.",
-        }
-        kept = {name: vars(self)[name] for name in reduced}
-        vars(self).update(reduced)
+        kept = self.usage, self.epilog
+        self.usage = f"{command} [--config FILE] [--SETTING VALUE …]"
+        self.epilog = f"The settings that are used most; `{command} {ALL}` tells all of them."
         try:
-            return whole(*args)
+            with actions_chosen(self, self._first, _rank):
+                return whole(*args)
         finally:
-            vars(self).update(kept)
+            self.usage, self.epilog = kept
 
     def _is_first(self: Any, action: argparse.Action) -> bool:
         if isinstance(action, HelpAll):
             return True
         return action.dest in FIRST and all(map(self.has_effect, action.option_strings))
 
-    def _first_groups(self: Any) -> list[Any]:
-        """Groups of what is asked for most, in its order, with :data:`WORDS`."""
-        found = []
-        for group in self._action_groups:
-            reduced = copy.copy(group)
-            reduced._group_actions = []
-            for action in filter(self._is_first, group._group_actions):
-                shown = copy.copy(action)
-                shown.help = WORDS.get(action.dest, action.help)
-                reduced._group_actions.append(shown)
-            reduced._group_actions.sort(key=_rank)
-            if reduced._group_actions:
-                found.append(reduced)
-        return sorted(found, key=lambda group: _rank(group._group_actions[0]))
+    def _first(self: Any, actions: list[argparse.Action]) -> list[argparse.Action]:
+        """What is asked for most of some actions, in its order, with :data:`WORDS`."""
+        found = [copy.copy(action) for action in actions if self._is_first(action)]
+        for action in found:
+            action.help = WORDS.get(action.dest, action.help)
+        return sorted(found, key=_rank)
 
 
 def _rank(action: argparse.Action) -> int:

@@ -79,7 +79,7 @@ def main(args: Sequence[str] | None = None) -> None:
             sys.exit(1)
         if os.environ.get("MCTF_DEBUG"):
             raise
-        print(_told(error, words), file=sys.stderr)
+        print(_error_text(error, words), file=sys.stderr)
         sys.exit(1)
 
 
@@ -188,7 +188,7 @@ def _nobody_reads() -> bool:
     return False
 
 
-def _told(error: BaseException, words: Sequence[str]) -> str:
+def _error_text(error: BaseException, words: Sequence[str]) -> str:
     """What a command says of an error: its message, and of one that nobody foresaw all there is."""
     message = _message(error)
     if _is_expected(error) and message:

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from mctf_hf.torch_private import allocations
+
 Run = Callable[[], object]
 
 
@@ -64,11 +66,9 @@ def peak_bytes(run: Run, *, device: str = "cpu") -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as records:
         run()
     live = peak = 0
-    events = records.profiler.kineto_results.events()
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
+    for taken in allocations(records):
+        live += taken
+        peak = max(peak, live)
     return peak
 
 

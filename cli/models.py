@@ -90,14 +90,14 @@ def resolve(
     }
     if not budgets:
         return settings
-    config = copy.deepcopy(config)
-    config.r = 0
+    without: Any = copy.deepcopy(config)
+    without.r = 0
     for key, value in settings.items():
         if key not in budgets:
-            setattr(config, key, value)
-    config.validate()
+            setattr(without, key, value)
+    without.validate()
     resolved = {
-        key: resolve_budget(config, key, value, image_size=image_size)
+        key: resolve_budget(without, key, value, image_size=image_size)
         for key, value in budgets.items()
     }
     return settings | resolved

@@ -104,12 +104,12 @@ def _pictures(
     found: Sequence[Neighbour], manifest: dict[str, Any]
 ) -> list[tuple[str, Image.Image]]:
     """Captions and images of neighbours, which are looked up where they were embedded from."""
-    told, settings = manifest["source"], manifest["settings"]
-    source = open_source(**told, unit_size=settings["shard_size"])
+    opened, settings = manifest["source"], manifest["settings"]
+    source = open_source(**opened, unit_size=settings["shard_size"])
     if source.digest() != settings["collection"]:
         raise ValueError(
-            f"{told['images']} is not what was embedded: files have changed since, and rows would "
-            "name others. --output null leaves the picture out"
+            f"{opened['images']} is not what was embedded: files have changed since, and rows "
+            "would name others. --output null leaves the picture out"
         )
     images = {}
     for unit in {one.unit for one in found}:

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import jsonargparse
 
+from .argparse_private import option_strings
 from .main import MISUSED, nearest
 from .yaml_texts import check_words, guard
 
@@ -29,9 +30,8 @@ class BriefErrors:
         if not self.exit_on_error or os.environ.get("MCTF_DEBUG"):
             raise argparse.ArgumentError(None, message) from ex
         parser = getattr(ex, "subcommand_parser", None) or self
-        known = [option for action in parser._actions for option in action.option_strings]
         command = parser.prog.replace(" [options]", "")
-        print(f"{command}: error: {brief(message, known)}", file=sys.stderr)
+        print(f"{command}: error: {brief(message, option_strings(parser))}", file=sys.stderr)
         print(f"({command} {getattr(parser, 'whole_help', '--help')} tells all)", file=sys.stderr)
         sys.exit(MISUSED)
 

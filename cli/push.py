@@ -166,7 +166,7 @@ def push_model(
             license=license,
             evaluation=evaluation,
             base_model=base_model or _origin(source, training, repo_id),
-            datasets=[found] if (found := _hub_id(training.get("dataset"))) else None,
+            datasets=[trained_on] if (trained_on := _hub_id(training.get("dataset"))) else None,
             training=training,
             tuning=tuning,
             picture=None if picture is None else PICTURE,

@@ -46,4 +46,5 @@ def slice_tokens(model: nn.Module, counts: Sequence[int], stage: Stage, num_toke
     for layer, count in zip(encoder.layers, counts, strict=True):
         num_tokens -= count
         exchange_class(layer, fused_class(SlicedLayer, type(layer), names=encoder.family.names))
-        layer.left, layer.stage = num_tokens, stage
+        sliced: Any = layer
+        sliced.left, sliced.stage = num_tokens, stage

@@ -142,10 +142,10 @@ def tune_model(
     start = Candidate.of(loaded.config, searching.described.num_tokens)
 
     def search(fraction: float, start: Candidate | None = start) -> Tuned:
-        with _Bar(console, f"{fraction:.3f} of the cost", trials) as told:
+        with _Bar(console, f"{fraction:.3f} of the cost", trials) as progress:
             return tune(
                 searching, ranking, fraction, ways, trials=trials, storage=storage, seed=seed,
-                start=start, told=told,
+                start=start, progress=progress,
             )  # fmt: skip
 
     if budget is not None:
@@ -204,14 +204,14 @@ class _Bar:
         self.bar.start()
         task = self.bar.add_task(self.what, total=self.trials)
 
-        def told(done: int, best: float) -> None:
+        def progress(done: int, best: float) -> None:
             self.bar.update(task, completed=done, description=f"{self.what}, loss {best:.5f}")
             if not self.console.is_terminal and (done % 25 == 0 or done == self.trials):
                 print(
                     f"{self.what}: {done} of {self.trials} tried, least loss {best:.5f}", flush=True
                 )
 
-        return told
+        return progress
 
     def __exit__(self, *args: Any) -> None:
         self.bar.stop()
@@ -262,7 +262,8 @@ def _for_loss(max_loss: float, search: Callable[..., Tuned]) -> Tuned:
 
     Each search begins with the best of the one before.
     """
-    found, start = None, {}
+    found: Tuned | None = None
+    start: dict[str, Any] = {}
     for fraction in BUDGETS:
         try:
             tuned = search(fraction, **start)

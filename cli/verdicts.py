@@ -3,6 +3,7 @@
 import io
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,11 +91,11 @@ def measure_speed(
         with applied(judging.model, settings):
             return judging.model(pixel_values)
 
-    nothing = {"reduction": "none"}
+    nothing: dict[str, Any] = {"reduction": "none"}
     every = [{**nothing, "skip_unread": False}]
     every += [nothing if v.setting is None else v.setting.settings for v in verdicts]
     speeds = images_per_second(
-        [lambda settings=settings: run(settings) for settings in every], batch_size, rounds=rounds
+        [partial(run, settings) for settings in every], batch_size, rounds=rounds
     )
     for verdict, speed in zip(verdicts, speeds[1:], strict=True):
         verdict.ratio = speed / speeds[0]

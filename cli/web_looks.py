@@ -112,7 +112,7 @@ class Viewed:
                 can't take.
         """
         pixels = self._pixels(image, name)
-        described = describe(self.model, tuple(pixels.shape[-2:]))
+        described = describe(self.model, (pixels.shape[-2], pixels.shape[-1]))
         settings = self._settings(method, saved, described)
         with applied(self.model, settings):
             layers = fused_by_layer(self.model, self.processor, pixels)
@@ -136,10 +136,10 @@ class Viewed:
         return meet(self.model, Candidate.untuned(method), budget, described).settings
 
     def _words(self, settings: Mapping[str, Any]) -> str:
-        name, told = parse(self.words)
+        name, chosen = parse(self.words)
         config = self.model.config
-        told |= {key: new for key, new in settings.items() if new != getattr(config, key)}
-        return ",".join([name, *(f"{key}={_written(value)}" for key, value in told.items())])
+        chosen |= {key: new for key, new in settings.items() if new != getattr(config, key)}
+        return ",".join([name, *(f"{key}={_written(value)}" for key, value in chosen.items())])
 
     def _pixels(self, image: Image.Image, name: str) -> Tensor:
         return self.reader(self.reader.admit(image, name))[None].to(self.device)

@@ -143,8 +143,8 @@ def build(models: Sequence[str], images: str | None = None, device: str = "cpu")
             if file is None:
                 return [gr.skip()] * 5
             look = _look(viewed[words], file, method, saved)
-            told = (layers_chart(look.tokens), *_tables(viewed[words], look, examples))
-            return look, look.layers[layer].picture(), *told
+            tables = (layers_chart(look.tokens), *_tables(viewed[words], look, examples))
+            return look, look.layers[layer].picture(), *tables
 
         update: dict[str, Any] = {
             "fn": show,

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -64,7 +65,7 @@ def write_space(folder: str, models: Sequence[str], images: str | None = None) -
         draft = Path(place, space.name)
         draft.mkdir()
         _write_models(draft, models)
-        app = {"models": _names_there(models), "images": None}
+        app: dict[str, Any] = {"models": _names_there(models), "images": None}
         if images is not None:
             app["images"] = EXAMPLES
             _write_examples(draft / EXAMPLES, images)
@@ -102,7 +103,7 @@ def _write_examples(folder: Path, images: str) -> None:
 
 
 def _readme(models: Sequence[str]) -> str:
-    header = {
+    header: dict[str, Any] = {
         "title": "Token fusion",
         "emoji": "🧩",
         "colorFrom": "yellow",
@@ -116,5 +117,5 @@ def _readme(models: Sequence[str]) -> str:
     names = [parse(words)[0] for words in models]
     if of_hub := [name for name in names if not Path(name).is_dir()]:
         header["models"] = of_hub
-    told = yaml.safe_dump(header, sort_keys=False, allow_unicode=True)
-    return f"---\n{told}---\n\n{ABOUT}"
+    front_matter = yaml.safe_dump(header, sort_keys=False, allow_unicode=True)
+    return f"---\n{front_matter}---\n\n{ABOUT}"

@@ -21,6 +21,8 @@ def check_aliases(text: str) -> None:
         return
     anchors: dict[str, int | None] = {}  # how many values each stands for, None while it is open
     open_nodes: list[tuple[str | None, int]] = [(None, 0)]
+    anchor: str | None
+    size: int | None
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         if isinstance(event, yaml.CollectionStartEvent):
             open_nodes.append((event.anchor, 0))
@@ -28,8 +30,8 @@ def check_aliases(text: str) -> None:
                 anchors[event.anchor] = None
             continue
         if isinstance(event, yaml.CollectionEndEvent):
-            anchor, size = open_nodes.pop()
-            size += 1
+            anchor, inside = open_nodes.pop()
+            size = inside + 1
         elif isinstance(event, yaml.ScalarEvent):
             anchor, size = event.anchor, 1
         elif isinstance(event, yaml.AliasEvent):
@@ -40,8 +42,8 @@ def check_aliases(text: str) -> None:
             anchors[anchor] = size
         parent, total = open_nodes[-1]
         if size is None or total + size > VALUES:
-            told = "themselves" if size is None else f"more than {VALUES:,} values"
-            raise ValueError(f"the YAML is refused: its aliases (*) stand for {told}")
+            amount = "themselves" if size is None else f"more than {VALUES:,} values"
+            raise ValueError(f"the YAML is refused: its aliases (*) stand for {amount}")
         open_nodes[-1] = parent, total + size
 
 

@@ -63,5 +63,10 @@ def _random_box(
             left = int(generator.integers(width - w + 1))
             top = int(generator.integers(height - h + 1))
             return left, top, left + w, top + h
-    w, h = min(width, height * 4 / 3), min(height, width * 4 / 3)
-    return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
+    widest, highest = min(width, height * 4 / 3), min(height, width * 4 / 3)
+    return (
+        (width - widest) / 2,
+        (height - highest) / 2,
+        (width + widest) / 2,
+        (height + highest) / 2,
+    )

@@ -50,6 +50,7 @@ class HuggingFaceFolder(Callback):
             by_the_first(trainer, self._take_folder)  # now, not after hours of training
 
     def _take_folder(self) -> None:
+        assert self.folder is not None
         folder = check_folder(self.folder)
         if folder.exists() and not os.access(folder, os.W_OK):
             raise PermissionError(
@@ -70,7 +71,7 @@ class HuggingFaceFolder(Callback):
             options = StateDictOptions(full_state_dict=True)
             self._gathered = get_model_state_dict(pl_module, options=options)
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.fast_dev_run or trainer.interrupted:
             return
         log_dir = trainer.log_dir or trainer.default_root_dir  # all processes agree on it
@@ -118,7 +119,7 @@ def _loaded_by_the_first(trainer: L.Trainer, path: str) -> dict[str, Any]:
     return by_the_first(trainer, lambda: read(path)["state_dict"])
 
 
-def training_record(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+def training_record(trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:
     """The settings of a training that somebody needs to repeat it, by name.
 
     Local folders go by their last name alone: the record is there to be published.
@@ -175,7 +176,7 @@ class PredictionFile(BasePredictionWriter):
         self.path = Path(path)
         self.top_k = top_k
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         pl_module.top_k = self.top_k
         if stage == "predict":  # before the work, not after it
             by_the_first(trainer, self._check_path)
@@ -214,8 +215,8 @@ class PredictionFile(BasePredictionWriter):
             self._write(rows)
             skipped = sum(bool(row.get("error")) for row in rows)
             images = len({row["file"] for row in rows}) - skipped
-            told = f", and {skipped} that can't be read" if skipped else ""
-            rank_zero_info(f"Predictions of {images:,} images{told}: {self.path}")
+            unread = f", and {skipped} that can't be read" if skipped else ""
+            rank_zero_info(f"Predictions of {images:,} images{unread}: {self.path}")
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,13 +12,20 @@ from typing import Any, NoReturn, TypeVar
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Checkpoint, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_modules.checkpoint_files import LAST, PREVIOUS, SafeCheckpointIO
+from lightning_modules.lightning_private import (
+    BegunAverage,
+    accumulates,
+    epoch_goes_on,
+    metrics_so_far,
+    saves_shards,
+)
 from lightning_modules.locks import FolderLock
 from lightning_modules.run_settings import compare, settings_of
 from mctf_hf.files import replace
@@ -40,7 +47,8 @@ def is_there(trainer: L.Trainer, path: str) -> bool:
 
 def by_the_first(trainer: L.Trainer, work: Callable[[], T]) -> T:
     """What the first process gets from some work; all processes are to ask, an error is theirs."""
-    found, failed = None, None
+    found: Any = None
+    failed = None
     if trainer.is_global_zero:
         try:
             found = work()
@@ -79,8 +87,9 @@ class BestCheckpoint(ModelCheckpoint):
         super().on_train_batch_end(trainer, *args, **kwargs)
 
     def _check_monitor(self, trainer: L.Trainer) -> None:
-        known = [name for name in self._monitor_candidates(trainer) if name.count("/") < 2]
-        if self.monitor not in (None, *self._monitor_candidates(trainer)):
+        found = metrics_so_far(self, trainer)
+        known = [name for name in found if name.count("/") < 2]
+        if self.monitor not in (None, *found):
             raise ValueError(
                 f"best.monitor={self.monitor!r} is not allowed: there is no such metric, only "
                 f"{', '.join(sorted(known))}"
@@ -108,10 +117,10 @@ class Stopped(SIGTERMException):
 
     def __init__(self, signum: int, step: int, checkpoint: Path | None):
         self.signum, self.step, self.checkpoint = signum, step, checkpoint
-        super().__init__(f"{self.told}: go on from there with --ckpt_path {checkpoint}")
+        super().__init__(f"{self.reason}: go on from there with --ckpt_path {checkpoint}")
 
     @property
-    def told(self) -> str:
+    def reason(self) -> str:
         return f"told to stop ({signal.Signals(self.signum).name}) at step {self.step}"
 
 
@@ -146,11 +155,12 @@ class LastCheckpoint(Checkpoint):
         self._lock: FolderLock | None = None
         self._signal: int | None = None
         self._stop_after_step = False
+        self._handlers: dict[signal.Signals, Any] = {}  # before the trainer's and ours
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         files = SafeCheckpointIO(self.use_previous)
         if in_shards(trainer):
-            if trainer.strategy._save_distributed_checkpoint:
+            if saves_shards(trainer.strategy):
                 raise ValueError(
                     "trainer.strategy: save_distributed_checkpoint=True is not allowed: a "
                     "checkpoint is a single file, set it to false"
@@ -171,12 +181,16 @@ class LastCheckpoint(Checkpoint):
             compare(checkpoint[SETTINGS], settings_of(trainer, pl_module), trainer.ckpt_path)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._handlers = {one: signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)}
         path = self.path(trainer)
         if path is not None and not trainer.fast_dev_run:
             self._lock = FolderLock(path.parent, "last.folder" if self.folder else "best.dirpath")
             by_the_first(trainer, self._lock.acquire)
 
     def teardown(self, *args: Any, **kwargs: Any) -> None:
+        for signum, handler in self._handlers.items():
+            if signal.getsignal(signum) == self._remember:
+                signal.signal(signum, handler)
         if self._lock is not None:
             self._lock.release()
 
@@ -184,9 +198,9 @@ class LastCheckpoint(Checkpoint):
         self._saved_step = trainer.global_step
         self._signal = signal.SIGTERM if trainer.received_sigterm else None
         # In place of Lightning's handlers, which talk to other processes from within a signal, or
-        # give up the step; the trainer puts the former ones back when training ends.
+        # give up the step.
         if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGTERM, signal.SIGINT):
+            for signum in self._handlers:
                 signal.signal(signum, self._remember)
 
     def _remember(self, signum: int, frame: FrameType | None) -> None:
@@ -207,15 +221,10 @@ class LastCheckpoint(Checkpoint):
             self._stop_after_step = self._stopping(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        loop = trainer.fit_loop
-        if loop._should_accumulate():
-            return
+        if accumulates(trainer) or not epoch_goes_on(trainer):
+            return  # what follows looks after it
         alone = trainer.world_size == 1
         stopping = self._signal is not None if alone else self._stop_after_step
-        if loop.epoch_loop._is_training_done or loop.epoch_loop._should_check_val_fx(
-            loop._data_fetcher
-        ):
-            return  # what follows looks after it
         every = self.every_n_train_steps
         if stopping or trainer.global_step // every > self._saved_step // every:
             self._save(trainer)
@@ -230,7 +239,7 @@ class LastCheckpoint(Checkpoint):
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
         if isinstance(exception, SIGTERMException) and trainer.validating:
-            progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+            progress: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress
             progress.reset()  # validation as a whole is still to be run: begun, no batch finished
             progress.total.ready = progress.total.started = 1
             self._save(trainer)
@@ -264,12 +273,13 @@ class LastCheckpoint(Checkpoint):
 
 def _check_before_loading(trainer: L.Trainer, files: SafeCheckpointIO) -> None:
     """For a strategy that reads checkpoints by itself."""
-    load = trainer.strategy.load_checkpoint
+    strategy: Any = trainer.strategy
+    load = strategy.load_checkpoint
 
     def checked(path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return load(by_the_first(trainer, lambda: files.whole_one(path)), *args, **kwargs)
 
-    trainer.strategy.load_checkpoint = checked
+    strategy.load_checkpoint = checked
 
 
 def _keep_previous(path: Path) -> None:
@@ -289,7 +299,7 @@ def _move(source: Path, target: Path) -> None:
     os.replace(source, target)
 
 
-class AveragedWeights(EMAWeightAveraging):
+class AveragedWeights(BegunAverage):
     """Lightning's exponential moving average: what is validated, exported and called best.
 
     Args:
@@ -310,7 +320,6 @@ class AveragedWeights(EMAWeightAveraging):
             update_every_n_steps=every_n_steps,
             update_starting_at_step=from_step,
         )
-        self._swapped = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if in_shards(trainer):
@@ -322,32 +331,17 @@ class AveragedWeights(EMAWeightAveraging):
             warnings.filterwarnings("ignore", message="You're using the WeightAveraging")
             super().setup(trainer, pl_module, stage)
 
-    def _begun(self) -> bool:
-        """Whether there is an average yet: before ``from_step``, the weights themselves count."""
-        return self._average_model is not None and bool(self._average_model.n_averaged)
-
-    def _swap_models(self, pl_module: L.LightningModule) -> None:
-        if self._begun():
-            super()._swap_models(pl_module)
-            self._swapped = not self._swapped
-
-    def _copy_average_to_current(self, pl_module: L.LightningModule) -> None:
-        if self._begun():
-            super()._copy_average_to_current(pl_module)
-
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
-        if self._average_model is not None and not self._begun():
+        if "current_model_state" in checkpoint and not self.begun:
             checkpoint["state_dict"] = checkpoint["current_model_state"]
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        if self._swapped:  # in the middle of a validation; a checkpoint may be saved next
-            self._swap_models(pl_module)
+        self.swap_back(pl_module)  # in the middle of a validation; a checkpoint may be saved next
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._average_model is not None:  # also where a finished run was resumed
-            self._copy_average_to_current(pl_module)
+        self.hand_over(pl_module)  # also where a finished run was resumed

@@ -68,8 +68,8 @@ def augmented_rows(images: Tensor, labels: Tensor, seed: int = 0) -> Iterator[Ro
     picture = Image.fromarray(images[3].permute(1, 2, 0).numpy())
     for crop in ("padded", "resized"):
         cropped = FlipAndCrop((edge, edge), crop, flip=True)
-        made = [as_bytes(cropped(picture, np.random.default_rng([seed, i]))) for i in range(count)]
-        yield Row(f"{crop} crop, flip", torch.stack(made).float() / 255, [""] * count)
+        crops = [as_bytes(cropped(picture, np.random.default_rng([seed, i]))) for i in range(count)]
+        yield Row(f"{crop} crop, flip", torch.stack(crops).float() / 255, [""] * count)
 
     signs = np.resize([1.0, -1.0], len(MAGNITUDES))
     for name in OPERATIONS:
@@ -96,7 +96,7 @@ def augmented_rows(images: Tensor, labels: Tensor, seed: int = 0) -> Iterator[Ro
     for name, mixing in (("mixup 0.8", Mixing(mixup=0.8)), ("cutmix 1.0", Mixing(cutmix=1.0))):
         draw = int(generator.integers(DRAWS)) / DRAWS
         mixed, shares = mixing(normalized, labels, draw, len(labels))
-        yield Row(name, _visible(mixed), [_told(row) for row in shares.tolist()])
+        yield Row(name, _visible(mixed), [_shares_text(row) for row in shares.tolist()])
 
 
 def _visible(images: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ def _visible(images: Tensor) -> Tensor:
     return (images * std + mean).clamp(0, 1)
 
 
-def _told(shares: Sequence[float]) -> str:
+def _shares_text(shares: Sequence[float]) -> str:
     return " ".join(f"{label}:{share:.2f}" for label, share in enumerate(shares) if share > 0)
 
 

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
-from torch.utils.data import Dataset as TorchDataset
 
 from mctf_hf.classes import names_of
 from mctf_hf.images import UnreadableImage, check_head
@@ -33,7 +33,7 @@ from .opening import NamedDataset
 from .processors import output_size
 from .rand_augment import RandAugment
 from .sampling import ResumableDataLoader, ResumableSampler, stop_with_parent_only
-from .shares import EvaluationLoader, OwnShare
+from .shares import EvaluationLoader, UnpaddedSampler
 from .streaming import Share, StreamedImages, StreamLoader
 
 
@@ -86,6 +86,9 @@ class HFImageDataModule(L.LightningDataModule):
         predict_folder: folder of images to predict, searched with its subfolders.
         seed: of the order, the augmentation and the cut of the validation part.
     """
+
+    trainer: L.Trainer
+    _sets: dict[str, LabelledImages | StreamedImages | ImageFolder]
 
     def __init__(
         self,
@@ -165,9 +168,10 @@ class HFImageDataModule(L.LightningDataModule):
         self.label_names: list[str] | None = None
         self._named: NamedDataset | None = None
         self._fitting = False
-        self._sets: dict[str, TorchDataset] = {}
+        self._sets = {}
         self._policy = None if rand_augment is None else RandAugment.parse(rand_augment)
         self._augmentation: BatchAugmentation | None = None
+        self._quiet = ExitStack()  # while a trainer runs
 
     def setup(self, stage: str) -> None:
         """Open what a stage needs.
@@ -175,7 +179,7 @@ class HFImageDataModule(L.LightningDataModule):
         Raises:
             ValueError: for a missing folder, column or split, or labels that the model lacks.
         """
-        model = self.trainer.lightning_module
+        model: Any = self.trainer.lightning_module
         processor = model.image_processor
         if stage == "predict":
             if isinstance(self.trainer.strategy, ModelParallelStrategy):
@@ -203,7 +207,9 @@ class HFImageDataModule(L.LightningDataModule):
         self._settle_labels()
         names = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}[stage]
         for name in names:
-            rank_zero_info(f"{name}: {self._sets[name].told()}")
+            images = self._sets[name]
+            assert not isinstance(images, ImageFolder)
+            rank_zero_info(f"{name}: {images.summary()}")
 
     @property
     def num_train_images(self) -> int | None:
@@ -246,6 +252,7 @@ class HFImageDataModule(L.LightningDataModule):
     ) -> LabelledImages | StreamedImages:
         """A split as the image processor makes it."""
         if self.streaming:
+            assert isinstance(source, str)
             return self._stream(source, self._process(processor), self.eval_batch_size)
         rows = self._own_rows(source) if isinstance(source, str) else source
         options |= {"on_bad_image": self.on_bad_image, "leave_out": True}
@@ -255,6 +262,7 @@ class HFImageDataModule(L.LightningDataModule):
         self, processor: Any, rows: Rows | None = None, **options: Any
     ) -> LabelledImages | StreamedImages:
         """The training split as bytes, cropped and flipped."""
+        assert self._augmentation is not None
         process = self._process(processor, AsBytes)
         if self.crop == "none":
             process = self._process(processor, do_rescale=False, do_normalize=False)
@@ -305,7 +313,7 @@ class HFImageDataModule(L.LightningDataModule):
 
     def _head(self) -> tuple[str, int]:
         """The model's ``problem_type`` and its number of outputs."""
-        model = self.trainer.lightning_module
+        model: Any = self.trainer.lightning_module
         return getattr(model, "problem_type", SINGLE), model.num_labels
 
     def _own_rows(self, split: str) -> Rows:
@@ -340,10 +348,10 @@ class HFImageDataModule(L.LightningDataModule):
             )
         found = find_images(folder)
         if not found.images:
-            left_out = f": left out are {found.told()}" if found.left_out else ""
+            left_out = f": left out are {found.summary()}" if found.left_out else ""
             raise ValueError(f"predict_folder={self.predict_folder!r} holds no images{left_out}")
         if found.left_out:
-            rank_zero_warn(f"{folder}: files are left out: {found.told()}")
+            rank_zero_warn(f"{folder}: files are left out: {found.summary()}")
         if self.on_bad_image == "error":
             _check_heads(found.images)
         rank_zero_info(f"predict: {len(found.images):,} images")
@@ -359,6 +367,7 @@ class HFImageDataModule(L.LightningDataModule):
         """Augment and normalise a batch of training images on the model's device."""
         if not self.trainer.training:
             return batch
+        assert self._augmentation is not None
         images, labels = self._augmentation(
             batch["pixel_values"], batch["labels"], batch.pop("draws", None)
         )
@@ -403,10 +412,17 @@ class HFImageDataModule(L.LightningDataModule):
                 f"less than a batch for each of {self.trainer.world_size} processes"
             )
         # All our workers have shares of their own, and the loader counts whole batches.
+        self._quiet.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message="Your `IterableDataset` has `__len__` defined")
         return StreamLoader(
             images, steps=steps, epoch=lambda: self.trainer.current_epoch, **options
         )
+
+    def teardown(self, stage: str) -> None:
+        self._quiet.close()
+
+    def on_exception(self, exception: BaseException) -> None:
+        self._quiet.close()
 
     def _loader_options(self) -> dict[str, Any]:
         return {
@@ -433,7 +449,7 @@ class HFImageDataModule(L.LightningDataModule):
             return StreamLoader(images, goes_on=any_process, **options)
         options["batch_size"] = self.eval_batch_size
         if isinstance(images, LabelledImages):
-            share = OwnShare(images, trainer.world_size, trainer.global_rank, shuffle=False)
+            share = UnpaddedSampler(images, trainer.world_size, trainer.global_rank, shuffle=False)
             return EvaluationLoader(images, sampler=share, **options)
         return DataLoader(images, **options)
 

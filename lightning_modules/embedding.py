@@ -92,6 +92,8 @@ class UnitsData(L.LightningDataModule):
         pending: numbers of all units that have none.
     """
 
+    trainer: L.Trainer
+
     def __init__(self, run: EmbeddingRun):
         super().__init__()
         self.run = run
@@ -209,11 +211,11 @@ class Pace(Callback):
         if trainer.is_global_zero and self.console.is_terminal:
             self._bar = Progress(
                 BarColumn(),
-                TextColumn("{task.completed:,.0f} images{task.fields[told]}"),
+                TextColumn("{task.completed:,.0f} images{task.fields[rest]}"),
                 console=self.console,
             )
             self._bar.start()
-            self._task = self._bar.add_task("", total=self.total, told="")
+            self._task = self._bar.add_task("", total=self.total, rest="")
 
     def on_predict_batch_start(self, *args: Any, **kwargs: Any) -> None:
         if self._begun is not None:
@@ -236,7 +238,7 @@ class Pace(Callback):
 
     @property
     def speed(self) -> float | None:
-        """Images per second of this process; ``None`` before it can be told."""
+        """Images per second of this process; ``None`` before there is one."""
         return self._timed / self.seconds if self.seconds else None
 
     @property
@@ -245,18 +247,18 @@ class Pace(Callback):
         return self.waited / self.seconds if self.seconds else None
 
     def _tell(self, processes: int) -> None:
-        done, told = self.images * processes, ""
+        done, rest = self.images * processes, ""
         if self.speed:
-            told = f", {processes * self.speed:,.1f} images/s"
+            rest = f", {processes * self.speed:,.1f} images/s"
             if self.total is not None:
                 left = max(0.0, self.total - done) / (processes * self.speed)
-                told += f", {timedelta(seconds=round(left))} left"
+                rest += f", {timedelta(seconds=round(left))} left"
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, told=told)
+            self._bar.update(self._task, completed=done, rest=rest)
         elif self._clock() - self._told >= EVERY_N_SECONDS:
             self._told = self._clock()
             of = "" if self.total is None else f" of {self.total:,}"
-            self.console.print(f"{done:,}{of} images{told}", highlight=False)
+            self.console.print(f"{done:,}{of} images{rest}", highlight=False)
 
     def on_predict_end(self, *args: Any) -> None:
         if self._bar is not None:

@@ -16,12 +16,12 @@ BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5)
 Amount = dict[str, Any]  # r or keep_rate, as an argument of the model
 
 
-def told(amount: Amount) -> str:
+def amount_text(amount: Amount) -> str:
     """An amount in words, such as ``r 16``."""
     return ", ".join(f"{name} {value}" for name, value in amount.items())
 
 
-def told_fusion(config: MCTFViTConfig, described: Description) -> str:
+def fusion_text(config: MCTFViTConfig, described: Description) -> str:
     """What a model fuses, and what that saves of its cost, in a line."""
     tokens, plain = config.num_tokens(), described.whole / 1e9
     cost = described.of(config) / 1e9
@@ -30,7 +30,7 @@ def told_fusion(config: MCTFViTConfig, described: Description) -> str:
         return f"none: all {tokens} tokens stay, {cost:.4f} GMACs"
     saved = f"{cost:.4f} GMACs, {plain:.4f} without ({100 * (cost / plain - 1):+.0f}%)"
     return (
-        f"{config.reduction}, {told(config.own_amount())}: {tokens} tokens become "
+        f"{config.reduction}, {amount_text(config.own_amount())}: {tokens} tokens become "
         f"{tokens - sum(fused)} (by layer: {', '.join(map(str, fused))} fewer); {saved}"
     )
 
@@ -74,7 +74,7 @@ def add_up(
         total += int(counted.sum())
         for i, amount in enumerate(amounts):
             scores = model(images, **as_counts(model.config, images, amount)).logits
-            logits = check_scores(scores, told(amount))
+            logits = check_scores(scores, amount_text(amount))
             sums[i] += judge(logits[counted], labels[counted]).sum().cpu()
     return sums, total
 
@@ -83,7 +83,8 @@ def as_counts(config: MCTFViTConfig, images: torch.Tensor, amount: Amount) -> Am
     """An ``r`` as what the layers fuse of images (b, c, height, width), at most what they can."""
     if not amount.get("r"):
         return amount
-    return {"r": list(config.tokens_fused(config.num_tokens(tuple(images.shape[-2:])), **amount))}
+    num_tokens = config.num_tokens((images.shape[-2], images.shape[-1]))
+    return {"r": list(config.tokens_fused(num_tokens, **amount))}
 
 
 def are_counted(labels: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 import math
 import os
-import warnings
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -11,13 +10,15 @@ import numpy as np
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torchmetrics import MeanMetric, Metric, MetricCollection
 
 from lightning_modules.checkpoint_files import check_file
 from lightning_modules.distillation import Guide
-from lightning_modules.evaluation import are_counted, told_fusion
+from lightning_modules.evaluation import are_counted, fusion_text
+from lightning_modules.lightning_private import has_trainer
 from lightning_modules.metrics import accuracy_by_class, make_counts, make_metrics
 from lightning_modules.pretrained import load_or_make
 from lightning_modules.schedule import cosine_with_cooldown, parameter_groups
@@ -32,6 +33,7 @@ from mctf_hf.teacher import (
     teacher_amount,
     teacher_limit,
 )
+from mctf_hf.torch_private import compile_for_many
 
 FEW_CLASSES = 20  # each of which is told of by itself
 Batch = dict[str, Any]
@@ -280,8 +282,9 @@ class MCTFFinetuner(L.LightningModule):
         Raises:
             ValueError: for ``compile``, whose whole programs do not fetch shards.
         """
-        loaded_alone = self._trainer is None  # by load_from_checkpoint
-        if loaded_alone or not isinstance(self.trainer.strategy, ModelParallelStrategy):
+        if not has_trainer(self):  # loaded by load_from_checkpoint
+            return
+        if not isinstance(self.trainer.strategy, ModelParallelStrategy):
             return
         if isinstance(self, FSDPModule):
             return
@@ -290,6 +293,7 @@ class MCTFFinetuner(L.LightningModule):
                 f"compile={self.hparams['compile']!r} is not allowed with weights in shards: "
                 "use --trainer.strategy ddp, or leave it out"
             )
+        assert self.device_mesh is not None
         mesh = self.device_mesh["data_parallel"]
         for layer in self.model.base_model.fused_layers.children():
             fully_shard(layer, mesh=mesh)
@@ -308,7 +312,7 @@ class MCTFFinetuner(L.LightningModule):
         for name in ("limit_train_batches", "accumulate_grad_batches"):
             if stage == "fit" and not getattr(self.trainer, name):
                 raise ValueError(f"trainer.{name}=0 is not allowed: nothing would be trained")
-        rank_zero_info(f"fusion: {told_fusion(config, describe(config))}")
+        rank_zero_info(f"fusion: {fusion_text(config, describe(config))}")
         if stage == "fit":
             weights = [(weight.numel(), weight.requires_grad) for weight in self.model.parameters()]
             trained = sum(count for count, learns in weights if learns)
@@ -319,8 +323,6 @@ class MCTFFinetuner(L.LightningModule):
             check_classes(config, names, "the model", "the dataset")
             if stage == "fit" or not has_names(config):
                 give_names(config, names)
-        if self.hparams["freeze"]:
-            warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
         if stage == "fit" and self.hparams["class_weights"] == "balanced":
             self.loss.class_weights = _balanced(data, self.problem_type, self.num_labels)
         if stage == "fit" and self.hparams["distill_from"] is not None:
@@ -336,6 +338,8 @@ class MCTFFinetuner(L.LightningModule):
             give_names(config, names)
 
     def on_train_start(self) -> None:
+        if self.hparams["freeze"]:
+            self.backbone.eval()
         if self._new_head and self.hparams["learning_rate"] == LEARNING_RATE:
             rank_zero_warn(
                 f"learning_rate={LEARNING_RATE} is for trained heads, and the new head begins with "
@@ -344,15 +348,16 @@ class MCTFFinetuner(L.LightningModule):
         self._new_head = False
 
     def on_fit_start(self) -> None:
+        if self.hparams["freeze"]:  # Lightning takes it for a mistake that it is not in training
+            self.backbone.train()
         if self._guide is not None:
             self._guide.to(self.device)
         chosen = self.hparams["compile"]
         if chosen:
-            # A program for the student, and one for each r of the teacher.
-            torch._dynamo.config.recompile_limit += 1 + self.r_max
             named = {} if chosen is True else chosen
             options = {"fullgraph": True, "dynamic": False, **named}
-            self._training_pass = torch.compile(self._pass, **options)
+            # A program for the student, and one for each r of the teacher.
+            self._training_pass = compile_for_many(self._pass, **options)
 
     def on_fit_end(self) -> None:
         self._guide = None
@@ -386,8 +391,8 @@ class MCTFFinetuner(L.LightningModule):
             )._asdict()
             logged = {"loss": loss_parts.pop("total"), **loss_parts}
             for name, value in drawn.items():
-                told = max(value) if name == "r" else min(value)
-                logged[f"teacher_{name}"] = images.new_full((), told)
+                amount = max(value) if name == "r" else min(value)
+                logged[f"teacher_{name}"] = images.new_full((), amount)
         total = logged["loss"]
         means = self._mean_over_processes(
             torch.stack([v.detach().float() for v in logged.values()])
@@ -395,7 +400,8 @@ class MCTFFinetuner(L.LightningModule):
         self._unchecked = means[0] + self._unchecked
         values = {f"train/{name}": mean for name, mean in zip(logged, means, strict=True)}
         self.log("train/loss", values.pop("train/loss"), prog_bar=True, batch_size=len(labels))
-        highest = max(group["lr"] for group in self.optimizers().param_groups)
+        optimizer: Any = self.optimizers()
+        highest = max(group["lr"] for group in optimizer.param_groups)
         values["train/lr"] = means.new_full((), highest)
         self.log_dict(values, batch_size=len(labels))
         self._log_skipped(batch, "train")
@@ -488,10 +494,10 @@ class MCTFFinetuner(L.LightningModule):
         counted = are_counted(labels)
         found, wanted = scores(logits, self.model.config)[counted], labels[counted]
         if len(wanted):
-            told = wanted.view_as(found) if self.problem_type == REGRESSION else wanted.long()
-            metrics.update(found, told)
+            targets = wanted.view_as(found) if self.problem_type == REGRESSION else wanted.long()
+            metrics.update(found, targets)
             if counts is not None:
-                counts.update(found, told)
+                counts.update(found, targets)
             mean_loss.update(
                 label_loss(logits[counted], wanted, self.problem_type, reduction="none")
             )
@@ -532,18 +538,20 @@ class MCTFFinetuner(L.LightningModule):
         files, errors = batch["files"], batch.get("errors")
         rows: list[dict[str, Any]] = []
         for i, found in enumerate(ranked(logits, self.model.config, self.top_k)):
-            told = {} if errors is None else {"error": errors[i]}
+            reason = {} if errors is None else {"error": errors[i]}
             if errors is not None and errors[i]:
-                found = [(None, None)]
-            rows += [{"file": files[i], "label": a, "score": score} | told for a, score in found]
+                rows.append({"file": files[i], "label": None, "score": None} | reason)
+                continue
+            rows += [{"file": files[i], "label": a, "score": score} | reason for a, score in found]
         return rows
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         hparams, trainer = self.hparams, self.trainer
         steps = trainer.estimated_stepping_batches
         if not math.isfinite(steps):
             raise ValueError("the schedule needs an end: set trainer.max_epochs or max_steps")
         trainer.fit_loop.setup_data()
+        assert trainer.train_dataloader is not None
         accumulated = trainer.accumulate_grad_batches
         global_batch = trainer.train_dataloader.batch_size * trainer.world_size * accumulated
         rate = hparams["learning_rate"] * global_batch / hparams["reference_batch_size"]

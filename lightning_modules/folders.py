@@ -46,7 +46,7 @@ class Found:
     tables: list[Path] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """What is left out, in words; empty if it is nothing."""
         return ", ".join(f"{count} {reason}" for reason, count in sorted(self.left_out.items()))
 
@@ -150,7 +150,7 @@ def open_image_folder(folder: Path) -> dict[str, Dataset] | None:
         found.left_out["that are in no split"] += outside
     found.left_out = +found.left_out
     if found.left_out:
-        warn_once(f"{folder}: files are left out: {found.told()}")
+        warn_once(f"{folder}: files are left out: {found.summary()}")
     return splits
 
 
@@ -218,9 +218,9 @@ def _metadata(file: Path, images: Sequence[Path], left_out: Counter[str]) -> dic
             "called image"
         )
     known = {path.relative_to(folder).as_posix() for path in images}
-    names = [PurePosixPath(str(told)).as_posix() for told in columns.pop("file_name")]
-    for row, told in enumerate(names):
-        if told not in known:
-            raise ValueError(f"row {row} of {file}: there is no image {told!r} in {folder}")
+    names = [PurePosixPath(str(name)).as_posix() for name in columns.pop("file_name")]
+    for row, name in enumerate(names):
+        if name not in known:
+            raise ValueError(f"row {row} of {file}: there is no image {name!r} in {folder}")
     left_out[f"that {file.name} does not tell of"] += len(known - set(names))
-    return {"image": [str(folder / told) for told in names], **columns}
+    return {"image": [str(folder / name) for name in names], **columns}

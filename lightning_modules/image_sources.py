@@ -23,6 +23,7 @@ from datasets import Image as ImageFeature
 
 from mctf_hf.images import is_image_name
 
+from .datasets_private import fingerprint
 from .folders import Found, walk_images
 from .images import find_image_column
 from .opening import NamedDataset
@@ -79,13 +80,13 @@ class ImageSource(ABC):
         """
 
     @abstractmethod
-    def _told(self) -> Iterable[str]:
+    def _identity(self) -> Iterable[str]:
         """What tells this collection from another one."""
 
     def digest(self) -> str:
         """A number that changes with what is in the collection, as far as its names tell."""
         found = hashlib.sha256()
-        for text in self._told():
+        for text in self._identity():
             found.update(text.encode(errors="surrogateescape") + b"\0")
         return found.hexdigest()[:16]
 
@@ -109,7 +110,7 @@ class FolderSource(ImageSource):
         self.paths, self.folder, self.files, self.unit_size = paths, folder, files, unit_size
         self.units_of(len(paths), unit_size)
 
-    def _told(self) -> Iterable[str]:
+    def _identity(self) -> Iterable[str]:
         return self.paths
 
     def read(self, unit: int) -> Iterator[StoredImage]:
@@ -182,7 +183,7 @@ class ParquetSource(ImageSource):
         except pa.ArrowException as error:
             raise ValueError(f"{path} can't be read as parquet: {error}") from error
 
-    def _told(self) -> Iterable[str]:
+    def _identity(self) -> Iterable[str]:
         yield self.image_column
         for path, end in zip(self.paths, self.ends, strict=True):
             yield f"{path} {end}"
@@ -246,7 +247,7 @@ class TarSource(ImageSource):
         self.paths, self.files, self.image_column = paths, files, image_column
         self.num_units = len(paths)
 
-    def _told(self) -> Iterable[str]:
+    def _identity(self) -> Iterable[str]:
         with ThreadPoolExecutor(READERS) as pool:
             sizes = pool.map(self.files.size, self.paths)
             yield from (f"{path} {size}" for path, size in zip(self.paths, sizes, strict=True))
@@ -308,8 +309,8 @@ class RowsSource(ImageSource):
         self.unit_size = unit_size
         self.units_of(len(rows), unit_size)
 
-    def _told(self) -> Iterable[str]:
-        return self.origin, self.image_column, str(self.num_images), self.rows._fingerprint
+    def _identity(self) -> Iterable[str]:
+        return self.origin, self.image_column, str(self.num_images), fingerprint(self.rows)
 
     def read(self, unit: int) -> Iterator[StoredImage]:
         first = unit * self.unit_size
@@ -330,7 +331,7 @@ class StreamSource(ImageSource):
         self.rows = kept.cast_column(self.image_column, ImageFeature(decode=False))
         self.num_units = rows.num_shards
 
-    def _told(self) -> Iterable[str]:
+    def _identity(self) -> Iterable[str]:
         return self.origin, self.image_column, str(self.num_units)
 
     def read(self, unit: int) -> Iterator[StoredImage]:
@@ -453,11 +454,11 @@ def _open_files(
     else:
         paths = [path[len(place) :].lstrip("/") for path in _listed(files, place)]
         paths = sorted(path for path in paths if is_image_name(path))
-    told = f": left out are {left_out.told()}" if left_out.left_out else ""
+    rest = f": left out are {left_out.summary()}" if left_out.left_out else ""
     if not paths:
-        raise ValueError(f"images={images!r} holds no images{told}")
-    if told:
-        warn_once(f"{images}: files are left out: {left_out.told()}")
+        raise ValueError(f"images={images!r} holds no images{rest}")
+    if rest:
+        warn_once(f"{images}: files are left out: {left_out.summary()}")
     return FolderSource(images, paths, place, files, unit_size)
 
 
@@ -490,9 +491,9 @@ def _check_some(source: ImageSource) -> None:
 def _features(schema: pa.Schema) -> Features:
     """The columns of parquet files, as ``datasets`` wrote them or as they are."""
     described = (schema.metadata or {}).get(b"huggingface")
-    told = json.loads(described).get("info", {}).get("features") if described else None
-    if told and set(told) == set(schema.names):
-        return Features.from_dict(told)
+    features = json.loads(described).get("info", {}).get("features") if described else None
+    if features and set(features) == set(schema.names):
+        return Features.from_dict(features)
     return Features.from_arrow_schema(schema.remove_metadata())
 
 
@@ -507,9 +508,9 @@ def _parquet_images(
             return "bytes" in names and holds_bytes(kind.field("bytes").type)
         return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
-    told = [name for name, feature in known.items() if isinstance(feature, ImageFeature)]
+    of_type_image = [name for name, feature in known.items() if isinstance(feature, ImageFeature)]
     bare = [field.name for field in schema if holds_bytes(field.type)]
-    found = [image_column] if image_column is not None else told or bare
+    found = [image_column] if image_column is not None else of_type_image or bare
     if len(found) != 1 or found[0] not in bare:
         setting = f"image_column={image_column!r}" if image_column else "image_column is not set"
         raise ValueError(
@@ -549,7 +550,8 @@ def _samples(opened: Any) -> Iterator[tuple[str, dict[str, bytes]]]:
     Yields:
         That part, and the files by what follows the dot.
     """
-    key, parts = None, {}
+    key: str | None = None
+    parts: dict[str, bytes] = {}
     with tarfile.open(fileobj=opened, mode="r|*") as archive:
         for member in archive:
             folder, _, file = member.name.rpartition("/")

@@ -262,7 +262,7 @@ class LabelledImages(TorchDataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """How much it is, in words."""
         labels = self.rows.labels[np.asarray(self.indices)]
         if labels.ndim > 1 and self.rows.label_names is None:

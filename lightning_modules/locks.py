@@ -46,7 +46,7 @@ class FolderLock:
         except Timeout:
             raise RuntimeError(
                 f"{self.setting}={str(self.folder)!r} is not allowed: another run writes to this "
-                f"folder ({self._told_owner()}). Wait for it, or name another folder"
+                f"folder ({self._owner_text()}). Wait for it, or name another folder"
             ) from None
         except OSError as error:
             lock.release()
@@ -62,7 +62,7 @@ class FolderLock:
             ) from error
         self._lock = lock
 
-    def _told_owner(self) -> str:
+    def _owner_text(self) -> str:
         try:
             return self._owner.read_text().strip()
         except OSError:

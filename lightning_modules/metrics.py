@@ -26,7 +26,7 @@ def make_metrics(config: Any) -> MetricCollection:
     precision. In regression: mean absolute and mean squared error.
     """
     problem, count = problem_type(config), config.num_labels
-    metrics: dict[str, Metric]
+    metrics: dict[str, Metric | MetricCollection]
     if problem == SINGLE:
         metrics = {"accuracy": MulticlassAccuracy(count, average="micro")}
         if count > 5:

@@ -111,6 +111,7 @@ def _loaded_or_made(
         )
         return build(model_config), processor
 
+    assert pretrained is not None
     backbone = backbone_of(pretrained)
     processor = load_image_processor(pretrained)
     known = {field.name for field in dataclasses.fields(backbone.config)}

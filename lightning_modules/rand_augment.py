@@ -159,7 +159,7 @@ def _warp(images: Tensor, matrices: NDArray[np.float64], fill: Sequence[float]) 
     return warp_affine(
         images,
         on_device(forward, images.device, images.dtype),
-        tuple(images.shape[-2:]),
+        (images.shape[-2], images.shape[-1]),
         mode="bicubic",
         padding_mode="fill",
         fill_value=on_device(fill, images.device, images.dtype),

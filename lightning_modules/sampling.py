@@ -23,6 +23,7 @@ class ResumableSampler(DistributedSampler):
         others: arguments of ``DistributedSampler``.
     """
 
+    dataset: Any
     start = 0
 
     def __init__(self, *others: Any, repeats: int = 1, **named: Any):
@@ -45,11 +46,13 @@ class ResumableDataLoader(DataLoader):
     ``batches_done`` is asked when the first batch is fetched.
     """
 
+    sampler: ResumableSampler
+
     def __init__(self, *args: Any, batches_done: Callable[[], int], **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.batches_done = batches_done
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         self.sampler.start = self.batches_done() * (self.batch_size or 1)
         yield from super().__iter__()
 

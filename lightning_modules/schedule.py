@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
 
 
 def parameter_groups(
-    model: torch.nn.Module,
+    model: PreTrainedModel,
     weight_decay: float,
     learning_rate: float | None = None,
     layer_decay: float = 1.0,

@@ -12,8 +12,10 @@ from torch.utils.data import DataLoader, DistributedSampler, default_collate
 Batch = dict[str, Any]
 
 
-class OwnShare(DistributedSampler):
+class UnpaddedSampler(DistributedSampler):
     """Every ``num_replicas``-th item from ``rank`` on: none twice, and none left out."""
+
+    dataset: Any
 
     def __iter__(self) -> Iterator[int]:
         return iter(range(self.rank, len(self.dataset), self.num_replicas))
@@ -23,14 +25,17 @@ class OwnShare(DistributedSampler):
 
 
 class EvaluationLoader(DataLoader):
-    """Batches of labelled images, as many as the first process has of its :class:`OwnShare`."""
+    """As many batches of labelled images as the first process has by :class:`UnpaddedSampler`."""
+
+    dataset: Any
+    batch_size: int
 
     def __len__(self) -> int:
-        processes = self.sampler.num_replicas if isinstance(self.sampler, OwnShare) else 1
+        processes = self.sampler.num_replicas if isinstance(self.sampler, UnpaddedSampler) else 1
         longest = -(-len(self.dataset) // processes)
         return -(-longest // self.batch_size) if processes > 1 else super().__len__()
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         steps = iter(range(len(self)))
         yield from in_step(
             super().__iter__(), self.dataset, lambda _: next(steps, None) is not None

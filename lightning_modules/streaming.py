@@ -130,7 +130,7 @@ class StreamedImages(TorchIterableDataset):
         # the stream, and how many batches of all workers nobody needs.
         self._epoch = torch.zeros(3, dtype=torch.int64).share_memory_()
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """How much it is, in words."""
         return f"a stream of images in {self.num_shards} shards"
 
@@ -231,6 +231,9 @@ class StreamLoader(ResumableDataLoader):
         options: arguments of ``DataLoader`` and ``ResumableDataLoader``.
     """
 
+    dataset: StreamedImages
+    batch_size: int
+
     def __init__(
         self,
         images: StreamedImages,
@@ -251,7 +254,7 @@ class StreamLoader(ResumableDataLoader):
             raise TypeError("a stream does not tell its length")
         return self.steps
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         if self.steps is None:
             self.dataset.begin(self.epoch())
             yield from in_step(self._whole_batches(), self.dataset, self.goes_on)

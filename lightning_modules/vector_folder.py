@@ -176,10 +176,12 @@ class VectorFolder:
         before, now = _flat(manifest["settings"]), _flat(json.loads(json.dumps(settings)))
         other = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         if other:
-            told = "; ".join(f"{k} is {before.get(k)!r} there, {now.get(k)!r} here" for k in other)
+            differences = "; ".join(
+                f"{k} is {before.get(k)!r} there, {now.get(k)!r} here" for k in other
+            )
             raise ValueError(
                 f"output={str(self.path)!r} is not allowed: it holds vectors of another run: "
-                f"{told}. Name a new folder"
+                f"{differences}. Name a new folder"
             )
         return manifest
 
@@ -227,8 +229,8 @@ class VectorFolder:
             )
         rows, unreadable = 0, list[Unreadable]()
         for unit in range(num_units):
-            told, lacking = self._footer(unit)
-            rows, unreadable = rows + told, unreadable + lacking
+            written, lacking = self._footer(unit)
+            rows, unreadable = rows + written, unreadable + lacking
         if unreadable:
             with (
                 draft(self.path / UNREADABLE) as path,
@@ -256,15 +258,15 @@ class VectorFolder:
         file = self.shard(unit)
         try:
             footer = pq.read_metadata(file)
-            told = json.loads((footer.metadata or {})[_UNIT])
-            if told["unit"] != unit:
-                raise ValueError(f"it is that of unit {told['unit']}")
+            unit_record = json.loads((footer.metadata or {})[_UNIT])
+            if unit_record["unit"] != unit:
+                raise ValueError(f"it is that of unit {unit_record['unit']}")
         except (pa.ArrowException, KeyError, ValueError) as error:
             raise ValueError(
                 f"{file} is not what was written ({error}): remove it, and run the same command "
                 "again"
             ) from error
-        return footer.num_rows, [Unreadable(*one) for one in told["unreadable"]]
+        return footer.num_rows, [Unreadable(*one) for one in unit_record["unreadable"]]
 
     def vectors(self, unit: int) -> Tensor:
         """The vectors of a shard, (b, d) float32."""
@@ -341,8 +343,8 @@ class ShardWriter:
             if sum(map(len, shard.tables)) >= ROWS_IN_GROUP or batch.last:
                 shard.flush()
             if batch.last:
-                told = {"unit": batch.unit, "unreadable": shard.unreadable}
-                shard.writer.add_key_value_metadata({_UNIT: json.dumps(told)})
+                unit_record = {"unit": batch.unit, "unreadable": shard.unreadable}
+                shard.writer.add_key_value_metadata({_UNIT: json.dumps(unit_record)})
                 shard.stack.close()
                 del self._open[batch.unit]
         except BaseException as error:

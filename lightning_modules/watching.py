@@ -21,13 +21,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from lightning_modules.evaluation import add_up, sweep, told
+from lightning_modules.evaluation import add_up, amount_text, sweep
+from lightning_modules.lightning_private import accumulates, logs
 from mctf_hf.configuration_mctf import as_pair
 from mctf_hf.cost import multiply_accumulates
 from mctf_hf.files import replace, write_text
 from mctf_hf.images import to_image
 from mctf_hf.problems import Quality, quality
-from mctf_hf.registry import NOTHING
+from mctf_hf.registry import NO_FUSION
 from mctf_hf.visualization import FusedTokens, contact_sheet, enlarge
 
 
@@ -67,7 +68,7 @@ class Watch(Callback):
         self._since: float | None = None
         self._images = 0
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         config = pl_module.model.config
         left = config.num_tokens() - np.cumsum(config.tokens_fused(config.num_tokens()))
         counts = {f"tokens/after_layer_{i}": float(n) for i, n in enumerate(left)}
@@ -85,8 +86,7 @@ class Watch(Callback):
         self._images += len(batch["labels"]) * trainer.world_size
         speed = self._images / (time.perf_counter() - self._since)
         pl_module.log("train/images_per_second", speed, batch_size=1)
-        done = not trainer.fit_loop._should_accumulate()  # with the step that may be logged
-        if done and trainer._logger_connector.should_update_logs:
+        if not accumulates(trainer) and logs(trainer):
             self._since = None
 
     def on_validation_start(self, *args: Any) -> None:
@@ -125,7 +125,7 @@ class ProgressLines(Callback):
         self._first_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        if self._due and not trainer.fit_loop._should_accumulate():
+        if self._due and not accumulates(trainer):
             self._write(trainer, f"epoch {trainer.current_epoch + 1}", "train/loss")
 
     @property
@@ -169,18 +169,18 @@ class ProgressLines(Callback):
         self._told = time.perf_counter()
         found, step = trainer.callback_metrics, trainer.global_step
         last, epochs = trainer.estimated_stepping_batches, trainer.max_epochs
-        told = [
+        parts = [
             f"{epoch} of {epochs}" if epochs is not None and epochs > 0 else epoch,
             f"step {step} of {last}",
             *(f"{name} {float(found[name]):.4g}" for name in names if name in found),
         ]
         if (speed := found.get("train/images_per_second")) is not None:
-            told.append(f"{float(speed):,.0f} images/s")
+            parts.append(f"{float(speed):,.0f} images/s")
         done = step - self._first_step
         if done and last > step:
             left = (last - step) / done * (self._told - self._begun)
-            told.append(f"{timedelta(seconds=round(left))} left")
-        print(", ".join(told), flush=True)
+            parts.append(f"{timedelta(seconds=round(left))} left")
+        print(", ".join(parts), flush=True)
 
 
 class FusedTokensPicture(Callback):
@@ -204,7 +204,7 @@ class FusedTokensPicture(Callback):
     def on_validation_batch_end(
         self,
         trainer: L.Trainer,
-        pl_module: L.LightningModule,
+        pl_module: Any,
         outputs: Any,
         batch: Any,
         batch_idx: int,
@@ -228,7 +228,7 @@ class FusedTokensPicture(Callback):
                 _log_picture(logger, sheet, trainer.global_step)
 
 
-def _picture(pl_module: L.LightningModule, images: Tensor, output: Any) -> Image.Image:
+def _picture(pl_module: Any, images: Tensor, output: Any) -> Image.Image:
     """Images (b, channels, height, width) beside the tokens that they were fused into."""
     config = pl_module.model.config
     rows, columns = (
@@ -270,7 +270,7 @@ class Summary(Callback):
     def __init__(self, enabled: bool = True):
         self.enabled = enabled
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         loader = trainer.val_dataloaders
         if not self.enabled or trainer.fast_dev_run or trainer.interrupted or loader is None:
             return
@@ -280,14 +280,12 @@ class Summary(Callback):
             Console().print(_table(rows, quality(pl_module.model.config)))
             write_json(Path(log_dir, "summary.json"), rows)
 
-    def _measure(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, loader: Any
-    ) -> list[dict[str, Any]]:
+    def _measure(self, trainer: L.Trainer, pl_module: Any, loader: Any) -> list[dict[str, Any]]:
         model, device = pl_module.model, trainer.strategy.root_device
         settings = sweep(model.config)
         own = settings[0]
-        if NOTHING not in settings:
-            settings = [NOTHING, *settings]
+        if NO_FUSION not in settings:
+            settings = [NO_FUSION, *settings]
         (most,) = trainer.num_val_batches  # infinite for a stream
         batches = loader if math.isinf(most) else islice(loader, int(most))
         sums, total = add_up(model.to(device).eval(), batches, settings)
@@ -317,10 +315,10 @@ def _table(rows: list[dict[str, Any]], judged: Quality) -> Table:
     for heading in ("setting", judged.name.replace("_", " "), "GMACs", "saved"):
         table.add_column(heading, justify="left" if heading == "setting" else "right")
     for row in rows:
-        setting = told({name: row[name] for name in ("r", "keep_rate") if name in row})
+        setting = amount_text({name: row[name] for name in ("r", "keep_rate") if name in row})
         table.add_row(
             f"{setting}, as configured" if row["own"] else setting,
-            judged.told(row[f"val_{judged.name}"], digits=1),
+            judged.text(row[f"val_{judged.name}"], digits=1),
             f"{row['gmacs']:.4f}",
             f"{100 * (1 - row['gmacs'] / rows[0]['gmacs']):.0f}%",
         )

@@ -30,6 +30,7 @@ from .extras import needed_by
 from .files import draft
 from .registry import output_of
 from .schedule import KeepRate, TokensFused
+from .torch_private import compile_package, load_package
 
 Model = Any  # one of this library
 
@@ -200,7 +201,7 @@ def compile_ahead(
     program = _program(function, example)
     options = {"freezing": True, "aot_inductor.metadata": metadata}
     with tempfile.TemporaryDirectory(prefix="mctf-") as folder:
-        place = torch._inductor.aoti_compile_and_package(
+        place = compile_package(
             program, package_path=str(Path(folder, file.name)), inductor_configs=options
         )
         shutil.copyfile(place, file)
@@ -219,7 +220,7 @@ def load(file: str | os.PathLike) -> Callable[[Tensor], Tensor]:
         with zipfile.ZipFile(file) as archive:
             compiled = any("/aotinductor/" in name for name in archive.namelist())
         if compiled:
-            return torch._inductor.aoti_load_package(str(file))
+            return load_package(str(file))
         return torch.export.load(file).module()
     onnxruntime = import_onnx()
     options = onnxruntime.SessionOptions()

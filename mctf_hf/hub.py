@@ -151,7 +151,7 @@ def push(
     head, made = None, False
     try:
         _open(api, repo_id, private)
-        head = _head(api, repo_id, revision)
+        head = _latest_commit(api, repo_id, revision)
         existing = revision if head else None
         api.preupload_lfs_files(repo_id, additions, revision=existing)
         present = api.list_repo_files(repo_id, revision=existing)
@@ -195,7 +195,7 @@ def _open(api: HfApi, repo_id: str, private: bool) -> None:
         )
 
 
-def _head(api: HfApi, repo_id: str, revision: str) -> str | None:
+def _latest_commit(api: HfApi, repo_id: str, revision: str) -> str | None:
     """The commit that a branch is at, ``None`` if there is no such branch."""
     try:
         return api.repo_info(repo_id, revision=revision).sha
@@ -226,8 +226,8 @@ def _undo(api: HfApi, repo_id: str, revision: str, head: str | None, made: bool)
     if head is None and not made:
         return "was not changed"
     try:
-        now = _head(api, repo_id, revision)
-        if made and now == _head(api, repo_id, "main"):
+        now = _latest_commit(api, repo_id, revision)
+        if made and now == _latest_commit(api, repo_id, "main"):
             api.delete_branch(repo_id, branch=revision)
             return "was not made"
     except HTTPError:

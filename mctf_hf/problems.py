@@ -80,7 +80,7 @@ class Quality(NamedTuple):
     of: Callable[[Tensor, Tensor], Tensor]
     of_error: bool = False
 
-    def told(self, value: float, digits: int = 2) -> str:
+    def text(self, value: float, digits: int = 2) -> str:
         """In words: per cent, or an error as it is."""
         return f"{value:.4g}" if self.of_error else f"{100 * value:.{digits}f}%"
 

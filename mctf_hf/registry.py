@@ -168,7 +168,7 @@ FUSION_SETTINGS: tuple[str, ...] = tuple(
     )
 )
 
-NOTHING: dict[str, Any] = {"r": 0}  # the amount that fuses nothing, whatever the method
+NO_FUSION: dict[str, Any] = {"r": 0}  # the amount that fuses nothing, whatever the method
 
 
 def only_if_asked(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -178,7 +178,7 @@ def only_if_asked(settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     fusing = {field.name for field in fields(FusionConfigMixin)} - {"restore", "skip_unread"}
     asked = settings.keys() & fusing
-    return dict(settings) if asked else {**settings, **NOTHING}
+    return dict(settings) if asked else {**settings, **NO_FUSION}
 
 
 def settings_for(name: str | os.PathLike, settings: Mapping[str, Any]) -> dict[str, Any]:

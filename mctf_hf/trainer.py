@@ -2,10 +2,10 @@
 
 import json
 import math
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from torch import Tensor
 from transformers import Trainer
@@ -21,6 +21,7 @@ from .teacher import (
     teacher_amount,
     teacher_limit,
 )
+from .torch_private import many_programs
 
 
 class ConsistencyTrainer(Trainer):
@@ -74,8 +75,6 @@ class ConsistencyTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         if self.args.torch_compile:
             check_compiled(config, "torch_compile=True", "use transformers' Trainer")
-            # Programs for the student and each r of the teacher, for whole batches and the last.
-            torch._dynamo.config.recompile_limit += 2 * (1 + self.r_max)
             # Shapes that are variables take many times as long to compile.
             self.accelerator.state.dynamo_plugin.dynamic = False
 
@@ -126,6 +125,18 @@ class ConsistencyTrainer(Trainer):
                 "checkpoints saved so far are untouched"
             )
         return (losses.total, student) if return_outputs else losses.total
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        with self._compiling():
+            return super().training_step(*args, **kwargs)
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self._compiling():
+            return super().prediction_step(*args, **kwargs)
+
+    def _compiling(self) -> AbstractContextManager:
+        """For programs of student and each r of the teacher, for whole batches and the last."""
+        return many_programs() if self.args.torch_compile else nullcontext()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save as every ``Trainer`` does, along with a record of the training.

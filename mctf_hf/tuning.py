@@ -39,7 +39,7 @@ from .judging import CHUNK, Judge, Verdict, judge
 if TYPE_CHECKING:
     import optuna
 
-Told = Callable[[int, float], None]
+Progress = Callable[[int, float], None]
 
 # Part of the trials that go to methods and settings; the rest go to the layers.
 _EXPLORING = 0.4
@@ -134,11 +134,11 @@ class Search:
                 )
             self.exploring.set_user_attr(name, value)
 
-    def run(self, told: Told = lambda done, best: None) -> None:
+    def run(self, progress: Progress = lambda done, best: None) -> None:
         """Go on until all candidates were tried.
 
         Args:
-            told: called after each trial with how many there are, and the least loss so far.
+            progress: called after each trial with how many there are, and the least loss so far.
         """
         trials, start = self.trials, self.start
         guesses = len(self.guesses) + (start is not None)
@@ -152,7 +152,7 @@ class Search:
                 else:
                     guess = self._guess(number - (start is not None))
                     self._try(self.exploring, guess, self._explore)
-                told(number + 1, self._least())
+                progress(number + 1, self._least())
             if exploring == trials or not self._judged():
                 return
             for number in self._left(self.refining, trials - exploring):
@@ -161,7 +161,7 @@ class Search:
                 if number:  # the first one is what the pruner compares the others with
                     guess = _moved(guess, random.Random(f"{self.seed} {number}"))
                 self._try(self.refining, guess, functools.partial(self._refine, best))
-                told(exploring + number + 1, self._least())
+                progress(exploring + number + 1, self._least())
 
     def _left(self, study: "optuna.Study", trials: int) -> Iterator[int]:
         """Numbers of the trials to do, that of an interrupted one first."""
@@ -285,8 +285,8 @@ class Search:
         return judged[0].value if judged else math.nan
 
     def _candidate(self, trial: Any) -> Candidate:
-        told = trial.user_attrs["candidate"]
-        return Candidate(told["way"], told["settings"], tuple(told["weights"]))
+        found = trial.user_attrs["candidate"]
+        return Candidate(found["way"], found["settings"], tuple(found["weights"]))
 
     def finalists(self, count: int = FINALISTS) -> list[Setting]:
         """The best candidates that were judged on all images, the best first, each once."""
@@ -369,7 +369,7 @@ def tune(
     storage: Path | None = None,
     seed: int = 0,
     start: Candidate | None = None,
-    told: Told = lambda done, best: None,
+    progress: Progress = lambda done, best: None,
 ) -> Tuned:
     """Find the setting that loses least at a budget.
 
@@ -379,14 +379,14 @@ def tune(
         fraction: the budget, as a part of what the model costs without fusion.
         ways, storage, seed, start: see :class:`Search`.
         trials: candidates to try.
-        told: see :meth:`Search.run`.
+        progress: see :meth:`Search.run`.
 
     Raises:
         ValueError: see :class:`Search`.
     """
     budget = budget_of(searching.model, fraction, searching.described)
     search = Search(searching, ways, budget, trials=trials, storage=storage, seed=seed, start=start)
-    search.run(told)
+    search.run(progress)
     verdicts = [
         judge(ranking, f"tuned {place + 1}", setting)
         for place, setting in enumerate(search.finalists())

@@ -28,11 +28,13 @@ def test_a_table_a_file_and_a_picture(tiny_folder: Path, capsys: pytest.CaptureF
     ViTForImageClassification.from_pretrained(tiny_folder, num_hidden_layers=2).save_pretrained("m")
     models = [f"m{settings}" for settings in ("", ",r=8", ",r=8,slice=1", ",compile", ",aot")]
     words = ["--batch_sizes", "[1,3]", "--rounds", "3", "--output", "o.json", "--plot", "o.png"]
-    main(["benchmark", *models, *words])
+    threads = torch.get_num_threads()
+    main(["benchmark", *models, *words, "--threads", str(threads + 1)])
+    assert torch.get_num_threads() == threads
 
     assert "batches of 3, 32 px" in capsys.readouterr().out
     written = json.loads(Path("o.json").read_text())
-    assert written["environment"]["threads"] == torch.get_num_threads()
+    assert written["environment"]["threads"] == threads + 1
     rows = written["results"]
     assert [(row["model"], row["batch_size"]) for row in rows] == [
         (model, batch) for batch in (1, 3) for model in models

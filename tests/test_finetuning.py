@@ -382,8 +382,10 @@ def test_more_amounts_than_are_usually_compiled(tmp_path: Path) -> None:
         compile={"backend": "eager"},
         learning_rate=0.01,
     )
+    limit = torch._dynamo.config.recompile_limit
     run = trainer(tmp_path, limit_train_batches=12, logger=CSVLogger(tmp_path, "", ""))
     run.fit(module, digits())
+    assert torch._dynamo.config.recompile_limit == limit
     rows = [row for row in _metrics(tmp_path) if row["train/teacher_r"]]
     assert len({row["train/teacher_r"] for row in rows}) > 8
 

@@ -1,5 +1,6 @@
 """What people finetune: the head alone, other sizes, other processors, classes that are rare."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,11 @@ def test_the_head_alone_is_trained(tiny_folder: Path, tmp_path: Path) -> None:
     module = MCTFFinetuner(str(tiny_folder), r=6, freeze=True, learning_rate=0.1)
     before = {name: weight.clone() for name, weight in module.model.state_dict().items()}
     assert module.r_max == 0
-    trainer(tmp_path, max_epochs=1).fit(module, digits())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Found .* in eval mode")
+        filters = list(warnings.filters)
+        trainer(tmp_path, max_epochs=1).fit(module, digits())
+        assert warnings.filters == filters
     changed = {
         name
         for name, weight in module.model.state_dict().items()

@@ -167,7 +167,9 @@ def test_a_compiled_trainer_makes_one_program_for_each_amount(images: Tensor) ->
     trainer = ConsistencyTrainer(
         model=model, args=training, train_dataset=Rows(images, torch.tensor([0, 1, 2])), r_max=2
     )
+    limit = torch._dynamo.config.recompile_limit
     trainer.train()
+    assert torch._dynamo.config.recompile_limit == limit
     assert trainer.accelerator.state.dynamo_plugin.dynamic is False
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1 + 2
 

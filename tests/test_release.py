@@ -47,10 +47,11 @@ def test_workflows_test_every_python_and_the_oldest_versions() -> None:
     assert tested == [name for name in names if name[-1].isdigit()]
     assert PROJECT["requires-python"] == f">={tested[0]}"
     nox = (REPOSITORY / "noxfile.py").read_text()
-    oldest = dict(re.findall(r'"(torch|transformers|lightning)==([\d.]+?)\.?[*0]?"', nox))
-    requirements = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["train"]]
-    lowest = dict(one.split(">=") for one in requirements if ">=" in one)
-    required = {name: lowest[name] for name in ("torch", "transformers", "lightning")}
+    oldest = dict(re.findall(r'"(torch|transformers|lightning|datasets)==([\d.]+?)\.?[*0]?"', nox))
+    extras = PROJECT["optional-dependencies"]
+    requirements = " ".join([*PROJECT["dependencies"], *extras["train"], *extras["cli"]])
+    lowest = dict(re.findall(r"(\w+)>=([\d.]+)", requirements))
+    required = {name: lowest[name] for name in ("torch", "transformers", "lightning", "datasets")}
     assert oldest.keys() == required.keys()
     for name, version in oldest.items():
         assert f"{required[name]}.".startswith(f"{version}."), name

@@ -279,6 +279,17 @@ def test_signals_mean_what_they_meant_before_once_a_run_has_stopped(
         assert not (tmp_path / "kept" / "last.ckpt").exists()
 
 
+def test_signals_are_given_back_without_the_trainers_help(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
+    connectors = "lightning.pytorch.trainer.connectors.signal_connector._SignalConnector"
+    monkeypatch.setattr(f"{connectors}.register_signal_handlers", lambda self: None)
+    monkeypatch.setattr(f"{connectors}.teardown", lambda self: None)
+    trainer(tmp_path, LastCheckpoint(), max_epochs=1).fit(finetuner(), images())
+    assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)] == before
+
+
 def test_lines_on_progress_make_way_for_a_terminals_bar(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -117,7 +118,11 @@ def test_the_summary_of_a_stream_counts_all_of_it(tmp_path: Path) -> None:
         tmp_path, Summary(), max_epochs=1, limit_train_batches=1, limit_val_batches=1.0,
         enable_checkpointing=False,
     )  # fmt: skip
-    run.fit(finetuner(), images(streaming=True, val_split="test", eval_batch_size=64))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Your `IterableDataset` has `__len__` defined")
+        filters = list(warnings.filters)
+        run.fit(finetuner(), images(streaming=True, val_split="test", eval_batch_size=64))
+        assert warnings.filters == filters
     rows = json.loads((tmp_path / "summary.json").read_text())
     assert {row["images"] for row in rows} == {500}
     (own,) = [row for row in rows if row["own"]]

@@ -1,0 +1,93 @@
+"""What this library takes of Lightning that is private there."""
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from torch import Tensor
+
+from mctf_hf.release import check_names
+
+check_names(
+    "lightning",
+    {
+        "lightning.pytorch.LightningModule": ("_trainer",),
+        "lightning.pytorch.Trainer": ("_logger_connector",),
+        "lightning.pytorch.callbacks.ModelCheckpoint": ("_monitor_candidates",),
+        "lightning.pytorch.callbacks.WeightAveraging": (
+            "_average_model",
+            "_copy_average_to_current",
+            "_swap_models",
+        ),
+        "lightning.pytorch.loops._FitLoop": ("_data_fetcher", "_should_accumulate"),
+        "lightning.pytorch.loops._TrainingEpochLoop": ("_is_training_done", "_should_check_val_fx"),
+        "lightning.pytorch.strategies.ModelParallelStrategy": ("_save_distributed_checkpoint",),
+        "lightning.pytorch.trainer.connectors.logger_connector._LoggerConnector": (
+            "should_update_logs",
+        ),
+    },
+)
+
+
+def has_trainer(module: L.LightningModule) -> bool:
+    return module._trainer is not None
+
+
+def metrics_so_far(checkpoint: ModelCheckpoint, trainer: L.Trainer) -> dict[str, Tensor]:
+    """What there is for a checkpoint to monitor."""
+    return checkpoint._monitor_candidates(trainer)
+
+
+def accumulates(trainer: L.Trainer) -> bool:
+    """Whether the optimizer's step is still to come behind this training batch."""
+    return trainer.fit_loop._should_accumulate()
+
+
+def logs(trainer: L.Trainer) -> bool:
+    """Whether loggers are given the metrics of this training batch."""
+    return trainer._logger_connector.should_update_logs
+
+
+def epoch_goes_on(trainer: L.Trainer) -> bool:
+    """Whether another training batch follows this one, and no validation before it."""
+    loop = trainer.fit_loop
+    fetcher: Any = loop._data_fetcher
+    epoch = loop.epoch_loop
+    return not (epoch._is_training_done or epoch._should_check_val_fx(fetcher))
+
+
+def saves_shards(strategy: Any) -> bool:
+    """Whether each process saves its own part of a checkpoint, with weights in shards."""
+    return strategy._save_distributed_checkpoint
+
+
+class BegunAverage(EMAWeightAveraging):
+    """Lightning's exponential moving average, which leaves weights alone before its first update.
+
+    Attributes:
+        swapped: whether the module holds the average in place of its own weights.
+    """
+
+    swapped = False
+
+    @property
+    def begun(self) -> bool:
+        return self._average_model is not None and bool(self._average_model.n_averaged)
+
+    def swap_back(self, module: L.LightningModule) -> None:
+        """Give the module its own weights again, if it holds the average."""
+        if self.swapped:
+            self._swap_models(module)
+
+    def hand_over(self, module: L.LightningModule) -> None:
+        """Let the module's weights be the average."""
+        self._copy_average_to_current(module)
+
+    def _swap_models(self, pl_module: L.LightningModule) -> None:
+        if self.begun:
+            super()._swap_models(pl_module)
+            self.swapped = not self.swapped
+
+    def _copy_average_to_current(self, pl_module: L.LightningModule) -> None:
+        if self.begun:
+            super()._copy_average_to_current(pl_module)
