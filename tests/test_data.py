@@ -10,7 +10,6 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -22,7 +21,7 @@ from datasets import Image as ImageFeature
 from lightning.pytorch.strategies import ModelParallelStrategy
 from PIL import Image
 from sklearn.datasets import load_digits
-from transformers import DeiTImageProcessorPil, ViTImageProcessorPil
+from transformers import DeiTImageProcessorPil
 
 from cli.main import main
 from lightning_modules import HFImageDataModule, MCTFFinetuner
@@ -30,48 +29,8 @@ from lightning_modules.augmentation import FlipAndCrop
 from lightning_modules.images import NOT_COUNTED
 from lightning_modules.sampling import ResumableSampler
 from mctf_hf.images import decode, read_image
-from tests.conftest import DIGITS
-
-PROCESSOR = ViTImageProcessorPil(size={"height": 32, "width": 32})
-
-
-def data_module(
-    dataset: str | None = DIGITS, num_labels: int = 10, **settings: Any
-) -> HFImageDataModule:
-    """A data module as a trainer would hold it."""
-    module = HFImageDataModule(dataset, **{"num_workers": 0, **settings})
-    progress = SimpleNamespace(current=SimpleNamespace(ready=0))
-    module.trainer = SimpleNamespace(
-        lightning_module=SimpleNamespace(image_processor=PROCESSOR, num_labels=num_labels),
-        world_size=1,
-        global_rank=0,
-        strategy=SimpleNamespace(reduce_boolean_decision=lambda decision, all: decision),
-        fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress)),
-    )
-    return module
-
-
-def encoded(image: Image.Image, kind: str = "png") -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind)
-    return file.getvalue()
-
-
-def write_dataset(folder: Path, rows: list[tuple[bytes, Any]], label: Any = None) -> str:
-    """A dataset of encoded images with labels, in parquet."""
-    folder.mkdir()
-    label = label or ClassLabel(names=["a", "b"])
-    features = Features({"photo": ImageFeature(), "kind": label, "weight": Value("float32")})
-    columns = {
-        "photo": [{"bytes": data, "path": None} for data, _ in rows],
-        "kind": [kind for _, kind in rows],
-        "weight": [0.0] * len(rows),
-    }
-    Dataset.from_dict(columns, features=features).to_parquet(folder / "train.parquet")
-    return str(folder)
-
-
-PNG = encoded(Image.new("RGB", (20, 10), (200, 100, 50)))
+from tests.helpers import DIGITS
+from tests.image_sets import BROKEN, PNG, PROCESSOR, data_module, encoded, write_dataset
 
 
 def test_the_digits_are_those_of_scikit_learn() -> None:
@@ -359,10 +318,6 @@ def test_an_epoch_with_copies_sees_a_third_of_the_images() -> None:
     ]
     assert all(sum(counts.values()) == 102 and set(counts.values()) == {3} for counts in seen)
     assert set(seen[0]) != set(seen[1])
-
-
-JPEG = encoded(Image.effect_noise((64, 64), 50).convert("RGB"), "jpeg")
-BROKEN = [JPEG[: len(JPEG) // 2], PNG[:30], b"", b"not an image at all"]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

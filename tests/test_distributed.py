@@ -22,7 +22,7 @@ from lightning_modules import (
 )
 from lightning_modules.callbacks import _loaded_by_the_first
 from mctf_hf.losses import TokenReductionConsistency
-from tests.test_streaming import write_parquet
+from tests.image_sets import write_shards
 from tests.training_runs import (
     Curve,
     Journal,
@@ -181,7 +181,7 @@ def test_a_finished_run_that_is_resumed_exports_the_same(together: Path, tmp_pat
 def test_processes_whose_streams_end_early_wait_for_the_others(
     sizes: tuple[int, int], tmp_path: Path
 ) -> None:
-    write_parquet(tmp_path / "shards", sizes, {2: b"no image"})
+    write_shards(tmp_path / "shards", sizes, {2: b"no image"})
     finish(tmp_path, begin(tmp_path, "sharded", run=evaluate))
     process = start(evaluate, tmp_path, output=tmp_path / "output")
     process.join()

@@ -23,8 +23,8 @@ from mctf_hf import MCTFViTForImageClassification, MCTFViTModel
 from mctf_hf.hub import save
 from mctf_hf.losses import TokenReductionConsistency, teacher_r
 from mctf_hf.trainer import ConsistencyTrainer
-from tests.conftest import DIGITS, REPOSITORY, environment_of_a_stranger, tiny_model
-from tests.test_loading import BLOCKED
+from tests.helpers import DIGITS, REPOSITORY, tiny_model
+from tests.strangers import BLOCKED, environment_of_a_stranger
 
 pytestmark = pytest.mark.timeout(300)
 

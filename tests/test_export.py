@@ -14,8 +14,6 @@ import onnx
 import pytest
 import torch
 from datasets import load_dataset
-from onnxruntime.quantization import quantize_dynamic
-from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor, nn
 from transformers import ViTImageProcessorPil
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -25,9 +23,9 @@ from cli.main import main
 from mctf_hf import MCTFViTForImageClassification
 from mctf_hf import export as exporting
 from mctf_hf.export import Model, check, check_rounding, load, to_onnx, to_torch_export
-from tests.conftest import DIGITS, REPOSITORY, SHARED, needs_shared, tiny_model
+from tests.export_files import WRITE, assert_quantizes
+from tests.helpers import DIGITS, REPOSITORY, SHARED, needs_shared, tiny_model
 
-WRITE = {"onnx": to_onnx, "pt2": to_torch_export}
 VARIANTS: dict[str, dict[str, Any]] = {
     "precise, sizes": {"one_step_ahead": "precise", "pooling": "size"},
     "past, mean": {"one_step_ahead": "past", "pooling": "mean", "proportional_attention": False},
@@ -63,20 +61,6 @@ def assert_computes(file: str, model: Model) -> None:
     for count in (1, 2, 5):
         images = random_images(count)
         torch.testing.assert_close(run(images), expected(model, images), rtol=0, atol=1e-5)
-
-
-def assert_quantizes(file: str | Path, images: Tensor, within: float = 0.1) -> None:
-    """With and without the preparation that onnxruntime advises, to much the same outputs.
-
-    Args:
-        within: mean difference of outputs, in their standard deviations.
-    """
-    quant_pre_process(file, "prepared.onnx")
-    for source in (file, "prepared.onnx"):
-        quantize_dynamic(source, "quantized.onnx")
-        assert Path("quantized.onnx").stat().st_size < Path(file).stat().st_size
-        found, whole = load("quantized.onnx")(images), load(file)(images)
-        assert (found - whole).abs().mean() < within * whole.std()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

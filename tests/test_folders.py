@@ -13,8 +13,8 @@ from cli.files import open_images
 from cli.main import main
 from lightning_modules.folders import open_image_folder
 from lightning_modules.opening import NamedDataset
-from tests.test_data import PNG, data_module
-from tests.test_images import fails
+from tests.helpers import fails
+from tests.image_sets import PNG, data_module
 
 
 def plant(root: Path, *files: str) -> Path:

@@ -46,10 +46,9 @@ from mctf_hf.families import find_encoders
 from mctf_hf.fused_encoder import FusedLayers
 from mctf_hf.hub import save
 from mctf_hf.registry import BACKBONES, backbone_of_type
-from tests.conftest import REPOSITORY, needs_shared
-from tests.test_cost import count
-from tests.test_export import assert_quantizes
-from tests.test_loading import load_as_stranger
+from tests.export_files import assert_quantizes
+from tests.helpers import REPOSITORY, count, needs_shared
+from tests.strangers import load_as_stranger
 
 BASE: dict[str, Any] = {
     "image_size": 48,
@@ -459,7 +458,7 @@ def test_the_usual_size_of_images_counts(tmp_path: Path) -> None:
 def test_a_real_dinov2_computes_what_its_program_does() -> None:
     from safetensors.torch import load_file
 
-    from tests.conftest import SHARED
+    from tests.helpers import SHARED
 
     folder = SHARED / "checkpoints" / "dinov2-small-saliency"
     known = load_file(folder / "reference.safetensors")

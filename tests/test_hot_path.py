@@ -27,7 +27,7 @@ from mctf_hf.fused_layer import Tokens
 from mctf_hf.losses import TokenReductionConsistency
 from mctf_hf.presets import preset
 from mctf_hf.registry import build
-from tests.conftest import TINY, tiny_model
+from tests.helpers import TINY, tiny_model
 
 SMALL = {name: value for name, value in TINY.items() if name != "patch_size"}
 

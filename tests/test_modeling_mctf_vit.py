@@ -18,7 +18,7 @@ from mctf_hf import (
 from mctf_hf.conversion import convert_state_dict
 from mctf_hf.fused_layer import FusedLayer
 from mctf_hf.modeling_mctf_vit import drop_path
-from tests.conftest import TINY, Golden, tiny_model
+from tests.helpers import TINY, Golden, tiny_model
 
 GOLDEN = Golden("deit")
 TOME, PITOME, DIFFRATE = Golden("tome"), Golden("pitome"), Golden("diffrate")

@@ -26,8 +26,8 @@ from mctf_hf.losses import teacher_amount, teacher_limit
 from mctf_hf.model_card import make_card
 from mctf_hf.trainer import ConsistencyTrainer
 from mctf_hf.visualization import draw_groups
-from tests.conftest import DIGITS, TINY, tiny_model
-from tests.test_finetuning import digits, trainer
+from tests.helpers import DIGITS, TINY, tiny_model
+from tests.training_runs import digits, short_trainer
 
 LEARNING: dict[str, Any] = {
     **TINY, "patch_size": 8, "hidden_size": 48, "num_hidden_layers": 3, "num_labels": 10,
@@ -53,10 +53,10 @@ def test_finetuning_learns_with_every_method(reduction: str, tmp_path: Path) -> 
     assert module.r_max == 1
     losses = []
     for epochs in (3, 0):
-        (result,) = trainer(tmp_path).test(module, digits(), verbose=False)
+        (result,) = short_trainer(tmp_path).test(module, digits(), verbose=False)
         losses.append(result["test/loss"])
         log = CSVLogger(tmp_path, name="", version=str(epochs))
-        run = trainer(tmp_path, limit_train_batches=1.0, max_epochs=epochs, logger=log)
+        run = short_trainer(tmp_path, limit_train_batches=1.0, max_epochs=epochs, logger=log)
         run.fit(module, digits())
     assert losses[1] < 0.8 * losses[0]
     with Path(tmp_path, "3", "metrics.csv").open() as file:

@@ -9,7 +9,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from mctf_hf import MCTFViTForImageClassification
 from mctf_hf.cost import describe, multiply_accumulates
-from tests.conftest import SHARED, needs_shared
+from tests.helpers import SHARED, needs_shared
 
 pytestmark = [
     needs_shared("data/cifar10"),

@@ -25,7 +25,7 @@ from lightning_modules.distillation import Guide
 from lightning_modules.schedule import cosine_with_cooldown, parameter_groups
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
 from mctf_hf.losses import Distillation
-from tests.conftest import tiny_model
+from tests.helpers import tiny_model
 from tests.training_runs import CONFIG, STEPS_PER_EPOCH, finetuner, images, trainer
 
 

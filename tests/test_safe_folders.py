@@ -17,7 +17,7 @@ from cli.main import main
 from mctf_hf import MCTFViTForImageClassification, fuse_tokens
 from mctf_hf.hub import RECORD, held_back, push, save
 from mctf_hf.model_card import make_card
-from tests.conftest import TINY, tiny_model
+from tests.helpers import TINY, tiny_model
 from tests.local_hub import LocalHub
 
 REPO = "org/model"

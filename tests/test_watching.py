@@ -23,7 +23,7 @@ from lightning_modules.evaluation import sweep
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
 from mctf_hf.cost import multiply_accumulates
 from mctf_hf.visualization import fused_tokens
-from tests.conftest import DIGITS
+from tests.helpers import DIGITS
 from tests.training_runs import CONFIG, STEPS_PER_EPOCH, finetuner, images, start, trainer
 
 pytestmark = pytest.mark.timeout(300)

@@ -1,6 +1,7 @@
-"""Trainings in processes of their own, forked from one that has imported everything.
+"""Trainings of a few steps, here or in processes of their own.
 
-They are what tests kill, starve of disk space and run side by side.
+Those are forked from one that has imported everything. They are what tests kill, starve of disk
+space and run side by side.
 """
 
 import json
@@ -27,7 +28,7 @@ from lightning_modules import (
     LastCheckpoint,
     MCTFFinetuner,
 )
-from tests.conftest import DIGITS
+from tests.helpers import DIGITS
 
 CONFIG = {
     "image_size": 16, "patch_size": 4, "hidden_size": 16, "intermediate_size": 32,
@@ -89,6 +90,29 @@ def trainer(folder: Path | str, *callbacks: Callback, **settings: Any) -> L.Trai
             "num_sanity_val_steps": 0,
             "gradient_clip_val": 1.0,
             "callbacks": list(callbacks),
+            **settings,
+        }
+    )
+
+
+def digits(**settings: Any) -> HFImageDataModule:
+    return HFImageDataModule(DIGITS, **{"batch_size": 16, "num_workers": 0, **settings})
+
+
+def short_trainer(folder: Path, **settings: Any) -> L.Trainer:
+    """A trainer of ten steps that writes nothing."""
+    return L.Trainer(
+        **{
+            "default_root_dir": folder,
+            "max_epochs": 2,
+            "limit_train_batches": 5,
+            "limit_val_batches": 1,
+            "accelerator": "cpu",
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "log_every_n_steps": 1,
             **settings,
         }
     )

@@ -20,41 +20,10 @@ from transformers import AutoModelForImageClassification
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from cli.main import COMMANDS, FINETUNING, main
-from tests.conftest import DIGITS, REPOSITORY
-from tests.test_data import PNG, encoded, write_dataset
+from tests.helpers import DIGITS, REPOSITORY, fit_words, mctf
+from tests.image_sets import PNG, encoded, write_dataset
 
 pytestmark = pytest.mark.timeout(300)
-
-
-def mctf(*words: str | Path, **options: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "cli.main", *map(str, words)]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "100"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, **options)
-
-
-def fit_words(folder: Path, pretrained: Path) -> list[str | Path]:
-    return [
-        "fit",
-        "--model.pretrained", pretrained,
-        "--model.r", "6",
-        "--model.r_max", "3",
-        "--model.drop_path_rate", "0.1",
-        "--model.learning_rate", "0.02",
-        "--data.dataset", DIGITS,
-        "--data.batch_size", "32",
-        "--data.num_workers", "1",
-        "--data.crop", "padded",
-        "--trainer.accelerator", "cpu",
-        "--trainer.default_root_dir", folder,
-        "--trainer.logger", "CSVLogger",
-        "--trainer.logger.save_dir", folder,
-        "--trainer.logger.name", "",
-        "--trainer.logger.version", "run",
-        "--trainer.max_epochs", "2",
-        "--trainer.log_every_n_steps", "1",
-        "--last.every_n_train_steps", "5",
-        "--export.folder", folder / "model",
-    ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

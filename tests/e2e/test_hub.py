@@ -23,10 +23,9 @@ from mctf_hf import MCTFViTForImageClassification
 from mctf_hf.cost import describe, multiply_accumulates
 from mctf_hf.hub import RECORD, push, save
 from mctf_hf.model_card import make_card
-from tests.conftest import DIGITS, tiny_model
-from tests.e2e.test_commands import fit_words, mctf
+from tests.helpers import DIGITS, fit_words, mctf, tiny_model
 from tests.local_hub import LocalHub
-from tests.test_loading import BLOCKED
+from tests.strangers import BLOCKED
 
 pytestmark = pytest.mark.timeout(300)
 
