@@ -467,7 +467,7 @@ def test_training_crops_to_what_the_processor_makes() -> None:
         global_rank=0,
     )
     data.setup("fit")
-    images = data._sets["train"]
+    images = data.train_dataloader().dataset
     assert isinstance(images, LabelledImages)
     assert images[(0, 3)]["pixel_values"].shape == (3, 96, 96)
 

@@ -52,7 +52,7 @@ def test_batches_of_a_dataset() -> None:
     data = data_module(batch_size=50, eval_batch_size=100)
     data.setup("fit")
     assert data.label_names == list("0123456789")
-    train, val = data._sets["train"], data._sets["val"]
+    train, val = data.train_dataloader().dataset, data.val_dataloader().dataset
     assert (len(train), len(val)) == (1167, 130)
     assert not set(train.indices) & set(val.indices)
     batches = list(data.train_dataloader())
@@ -69,7 +69,7 @@ def test_evaluation_sees_what_the_image_processor_returns() -> None:
     data.setup("test")
     row = load_dataset(DIGITS, split="test")[17]
     expected = PROCESSOR(row["image"].convert("RGB"), return_tensors="pt")["pixel_values"][0]
-    item = data._sets["test"][17]
+    item = data.test_dataloader().dataset[17]
     assert torch.equal(item["pixel_values"], expected)
     assert item["labels"] == row["label"]
 
@@ -97,7 +97,7 @@ def test_an_image_folder(tmp_path: Path) -> None:
     data = data_module(str(tmp_path / "pets"), num_labels=2, val_fraction=0.2)
     data.setup("fit")
     assert data.label_names == ["cats", "dogs"]
-    assert (len(data._sets["train"]), len(data._sets["val"])) == (16, 4)
+    assert (len(data.train_dataloader().dataset), len(data.val_dataloader().dataset)) == (16, 4)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -139,7 +139,7 @@ def test_columns_that_cannot_be_guessed_are_asked_for(tmp_path: Path) -> None:
     data = data_module(folder, label_column="kind", val_split="train")
     data.setup("fit")
     assert data.label_names is None
-    assert [item["labels"] for item in data._sets["val"]] == [4, 5]
+    assert [item["labels"] for item in data.val_dataloader().dataset] == [4, 5]
     with pytest.raises(ValueError, match="row 0 of .* has the label 4"):
         data_module(folder, label_column="kind", num_labels=4).setup("fit")
     with pytest.raises(ValueError, match="dataset is not set"):
@@ -346,7 +346,7 @@ def test_images_that_cannot_be_read_are_skipped_and_counted(workers: int, tmp_pa
     assert [int(batch["skipped"].sum()) for batch in evaluated] == [1, 1, 1, 0, 1]
     if not workers:
         with pytest.warns(UserWarning, match="row 7 of .* holds no readable image: .*: skipped"):
-            data._sets["train"][7]
+            data.train_dataloader().dataset[7]
 
 
 def test_a_set_of_nothing_but_broken_images_is_an_error(tmp_path: Path) -> None:
@@ -443,8 +443,8 @@ def test_processors_that_crop_give_their_crop_in_training_too() -> None:
         data = data_module(crop=crop)
         data.trainer.lightning_module.image_processor = processor
         data.setup("fit")
-        assert data._sets["train"][0]["pixel_values"].shape == (3, 224, 224)
-        assert data._sets["val"][0]["pixel_values"].shape == (3, 224, 224)
+        assert data.train_dataloader().dataset[0]["pixel_values"].shape == (3, 224, 224)
+        assert data.val_dataloader().dataset[0]["pixel_values"].shape == (3, 224, 224)
 
 
 def test_sixteen_bits_keep_their_upper_half_and_numbers_without_an_end_are_refused() -> None:

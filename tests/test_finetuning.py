@@ -111,7 +111,7 @@ def test_every_part_of_the_loss_is_logged(tiny_folder: Path, tmp_path: Path) -> 
 def test_accuracy_is_that_of_the_model_with_fusion(tiny_folder: Path, tmp_path: Path) -> None:
     module, data = MCTFFinetuner(str(tiny_folder), r=6), digits(eval_batch_size=64)
     (result,) = short_trainer(tmp_path).test(module, data, verbose=False)
-    images = data._sets["test"]
+    images = data.test_dataloader().dataset
     batch = torch.stack([images[i]["pixel_values"] for i in range(len(images))])
     labels = torch.tensor([images[i]["labels"] for i in range(len(images))])
     model = MCTFViTForImageClassification.from_pretrained(tiny_folder, r=6).eval()
@@ -349,7 +349,7 @@ def test_a_compiled_step_learns_the_same_by_a_program_for_each_amount(
 
 def test_a_compiled_step_does_not_go_with_shards_of_weights(tiny_folder: Path) -> None:
     module = MCTFFinetuner(str(tiny_folder), r=6, compile=True)
-    module._trainer = SimpleNamespace(strategy=ModelParallelStrategy())
+    module.trainer = SimpleNamespace(strategy=ModelParallelStrategy())
     with pytest.raises(ValueError, match="compile=True is not allowed with weights in shards"):
         module.configure_model()
 

@@ -146,7 +146,7 @@ def test_labels_that_are_texts_are_the_same_classes_in_all_splits(tmp_path: Path
     data = data_module(str(tmp_path / "set"), num_labels=3)
     data.setup("test")
     assert data.label_names == ["a", "b", "c"]
-    assert data._sets["test"].rows.labels.tolist() == [2, 1]
+    assert data.test_dataloader().dataset.rows.labels.tolist() == [2, 1]
     assert next(iter(open_images(str(tmp_path / "set"), 2).values())).size == (20, 10)
 
 

@@ -71,7 +71,7 @@ def test_weights_of_classes_are_those_of_the_loss(tiny_folder: Path, tmp_path: P
 def test_macro_f1_and_the_accuracy_of_each_class(tiny_folder: Path, tmp_path: Path) -> None:
     module, data = MCTFFinetuner(str(tiny_folder), r=6), digits(eval_batch_size=64)
     (result,) = short_trainer(tmp_path).test(module, data, verbose=False)
-    images = data._sets["test"]
+    images = data.test_dataloader().dataset
     batch = torch.stack([images[i]["pixel_values"] for i in range(len(images))])
     labels = torch.tensor([images[i]["labels"] for i in range(len(images))])
     with torch.no_grad():

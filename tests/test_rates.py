@@ -20,7 +20,7 @@ from cli.main import main
 from lightning_modules import MCTFFinetuner
 from mctf_hf.conversion import load_pretrained
 from mctf_hf.cost import keep_rate_for_budget, multiply_accumulates
-from mctf_hf.export import _metadata, check, to_onnx, to_torch_export
+from mctf_hf.export import check, to_onnx, to_torch_export
 from mctf_hf.hub import save
 from mctf_hf.losses import teacher_amount, teacher_limit
 from mctf_hf.model_card import make_card
@@ -265,12 +265,15 @@ def test_no_layer_of_the_teacher_fuses_more_than_the_students(settings: dict[str
     assert len(set(teachers)) > 1 and max(teachers)[-1] > 0
 
 
-def test_an_exported_file_tells_the_keep_rate(tmp_path: Path) -> None:
+def test_an_exported_file_tells_the_keep_rate() -> None:
     for settings, expected in (
         ({"reduction": "evit", "keep_rate": 0.5}, {"keep_rate": "0.5"}),
         ({"reduction": "tome", "r": (4, -1)}, {"r": "4", "inflection": "-1"}),
     ):
-        told = _metadata(tiny_model(**settings), None, {})
+        to_torch_export(tiny_model(num_hidden_layers=2, **settings), "model.pt2")
+        extra = {"metadata.json": ""}
+        torch.export.load("model.pt2", extra_files=extra)
+        told = json.loads(extra["metadata.json"])
         amounts = {name: told[name] for name in ("r", "keep_rate", "inflection") if name in told}
         assert amounts == expected
 
