@@ -63,6 +63,12 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: save_with_words(name, folder / name) for name in ("CLIP", "SigLIP")}
 
 
+@pytest.fixture(scope="session", autouse=True)
+def lasting_log() -> None:
+    """Lightning logs to what is stderr when it is imported: not to that of the test which does."""
+    import lightning.pytorch  # noqa: F401
+
+
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Run every test in an empty folder, so that nothing is written to the checkout."""
