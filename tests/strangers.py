@@ -20,6 +20,16 @@ class Blocked:
 
 sys.meta_path.insert(0, Blocked())
 """
+# What takes them most of their time.
+OF_STRANGERS = (
+    BLOCKED
+    + """
+import torch
+import transformers.models.vit.modeling_vit
+from transformers import AutoModel, AutoModelForImageClassification, pipeline
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+"""
+)
 STRANGER = (
     BLOCKED
     + """
