@@ -118,6 +118,13 @@ def short_trainer(folder: Path, **settings: Any) -> L.Trainer:
     )
 
 
+def loss_of(module: MCTFFinetuner, folder: Path) -> float:
+    """That of 300 test images."""
+    data = digits(eval_batch_size=100)
+    (result,) = short_trainer(folder, limit_test_batches=3).test(module, data, verbose=False)
+    return result["test/loss"]
+
+
 class Journal(Callback):
     """Write a line for each thing that a training does, to a file, before it happens.
 
