@@ -300,11 +300,12 @@ def test_convert_of_a_distilled_deit(tmp_path: Path) -> None:
     assert torch.equal(model.vit.embeddings.distillation_token, weights["dist_token"])
 
 
-@pytest.mark.parametrize("kind", BACKBONES)
+# A plain ViT learns in tests/test_finetuning.py and tests/e2e/test_commands.py.
+@pytest.mark.parametrize("kind", ["t2t transformer", "t2t performer", "lv", "distilled"])
 def test_finetuning_ends_above_its_start(kind: str, tmp_path: Path) -> None:
     """From scratch on handwritten digits, with consistency, through the real command."""
     config_class, own = BACKBONES[kind]
-    size = {"image_size": 64} if kind.startswith("t2t") else {"image_size": 32, "patch_size": 8}
+    size = {"image_size": 48} if kind.startswith("t2t") else {"image_size": 32, "patch_size": 8}
     config: dict[str, Any] = {
         **SMALL_BACKBONE,
         **own,
@@ -312,13 +313,16 @@ def test_finetuning_ends_above_its_start(kind: str, tmp_path: Path) -> None:
         "model_type": config_class.model_type,
     }
     config |= {"hidden_size": 64, "num_hidden_layers": 3, "initializer_range": 0.1}
+    config |= {"num_register_tokens": 4} if kind == "distilled" else {}
     del config["num_labels"]
+    epochs = "3" if kind == "distilled" else "2"
     folder = tmp_path / "model"
     main(
         ["fit", "--model.config", str(config), "--model.num_labels", "10", "--model.r", "2",
          "--model.fusion", "{min_tokens: 5}", "--model.learning_rate", "0.05",
          "--data.dataset", DIGITS, "--data.batch_size", "32", "--data.num_workers", "0",
-         "--trainer.accelerator", "cpu", "--trainer.logger", "false", "--trainer.max_epochs", "3",
+         "--trainer.accelerator", "cpu", "--trainer.logger", "false",
+         "--trainer.max_epochs", epochs, "--trainer.limit_val_batches", "1",
          "--trainer.default_root_dir", str(tmp_path), "--export.folder", str(folder)]
     )  # fmt: skip
     model = AutoModelForImageClassification.from_pretrained(folder).eval()
@@ -331,14 +335,19 @@ def test_finetuning_ends_above_its_start(kind: str, tmp_path: Path) -> None:
     assert (predicted == torch.tensor(rows["label"][:])).float().mean() > 0.4  # 0.1 by chance
 
 
-@pytest.mark.parametrize("suffix", WRITE)
-@pytest.mark.parametrize("kind", BACKBONES)
+@pytest.mark.parametrize(
+    ("kind", "suffix"),
+    # A plain ViT is exported in tests/test_export.py, and ONNX goes by torch.export as well.
+    [("t2t transformer", "onnx"), ("t2t performer", "onnx"), ("t2t performer", "pt2"),
+     ("lv", "onnx"), ("lv", "pt2"), ("distilled", "onnx")],
+)  # fmt: skip
 @torch.no_grad()
 def test_an_exported_file_computes_what_its_model_does(kind: str, suffix: str) -> None:
     # With weights so wide that fusion shows, and that a performer's features underflow.
-    model = small_backbone(
-        kind, num_hidden_layers=2, fusion_layers=[0, 1], initializer_range=0.3, r=6
-    )
+    settings = {"num_hidden_layers": 2, "fusion_layers": [0, 1], "initializer_range": 0.3, "r": 6}
+    if kind == "distilled":
+        settings["num_register_tokens"] = 4
+    model = small_backbone(kind, **settings)
     assert (model(pixels()).logits - model(pixels(), r=0).logits).abs().max() > 0.1
     file = WRITE[suffix](model, f"model.{suffix}")
     found = check(model, file, [pixels(1), pixels(3)])
