@@ -96,7 +96,8 @@ def count(model: nn.Module, *inputs: torch.Tensor, **options: Any) -> int:
 
 def mctf(*words: str | Path, **options: object) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "cli.main", *map(str, words)]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "100"}
+    own = {"PYTHONPATH": str(REPOSITORY), "COLUMNS": "100", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **own}
     return subprocess.run(command, capture_output=True, text=True, env=environment, **options)
 
 

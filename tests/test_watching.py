@@ -174,7 +174,7 @@ def test_the_command_line_saves_when_told_to_stop_and_goes_on_from_the_last(
         "--model.num_labels", "10", "--model.r", "3", "--model.r_max", "2",
         "--data.dataset", DIGITS, "--data.batch_size", "8", "--data.num_workers", "0",
         "--trainer.max_epochs", "2", "--trainer.limit_val_batches", "2",
-        "--trainer.limit_train_batches", "60", "--trainer.log_every_n_steps", "20",
+        "--trainer.limit_train_batches", "30", "--trainer.log_every_n_steps", "5",
         "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false",
         "--log.folder", str(tmp_path), "--ema.decay", "0.9", "--last.folder", str(kept),
         "--last.every_n_train_steps", "1000", "--ckpt_path", "last",
@@ -195,7 +195,7 @@ def test_the_command_line_saves_when_told_to_stop_and_goes_on_from_the_last(
     saved = torch.load(kept / "last.ckpt")
     assert "averaging_state" in saved
     stopped = saved["global_step"]
-    assert 0 < stopped < 2 * 60
+    assert 0 < stopped < 2 * 30
     assert not list(tmp_path.rglob("config.json"))
 
     (kept / "previous.ckpt").write_bytes((kept / "last.ckpt").read_bytes())
@@ -208,7 +208,7 @@ def test_the_command_line_saves_when_told_to_stop_and_goes_on_from_the_last(
     assert process.exitcode == 0, output.read_text()
     assert f"Resuming from the one before it, {kept / 'previous.ckpt'}" in output.read_text()
     assert "The final model on" in output.read_text()
-    assert torch.load(kept / "last.ckpt")["global_step"] == 2 * 60
+    assert torch.load(kept / "last.ckpt")["global_step"] == 2 * 30
     steps = [
         int(row["step"])
         for version in ("version_0", "version_1", "version_2")
@@ -216,7 +216,7 @@ def test_the_command_line_saves_when_told_to_stop_and_goes_on_from_the_last(
         for row in csv.DictReader((tmp_path / "runs" / version / "metrics.csv").open())
         if row["train/loss"]
     ]
-    assert sorted(steps) == list(range(19, 2 * 60, 20))
+    assert sorted(steps) == list(range(4, 2 * 30, 5))
     with pytest.raises(SystemExit):
         main(["fit", "--model.config", "{}", "--ckpt_path", "last"])
     assert "ckpt_path='last' needs last.folder" in capsys.readouterr().err
