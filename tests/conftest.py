@@ -1,76 +1,21 @@
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
+from PIL import Image
 from torch import Tensor
-from transformers import ViTImageProcessorPil
+from transformers import BitImageProcessorPil, ViTImageProcessorPil
 
-from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
+from tests.helpers import TINY
+from tests.tiny_models import save_with_words, tiny
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # The workers, and what they start, share the cores.
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-
-REPOSITORY = Path(__file__).parent.parent
-SHARED = Path(os.environ.get("MCTF_SHARED", REPOSITORY.parent / "shared"))
-DIGITS = str(REPOSITORY / "data" / "digits")
-
-# A model small enough to run in milliseconds; golden/ has weights of this shape.
-TINY: dict[str, Any] = {
-    "image_size": 32,
-    "patch_size": 4,
-    "hidden_size": 24,
-    "intermediate_size": 96,
-    "num_hidden_layers": 5,
-    "num_attention_heads": 2,
-    "num_labels": 5,
-    "layer_norm_eps": 1e-6,
-}
-
-
-def environment_of_a_stranger(home: Path) -> dict[str, str]:
-    """A process that has none of this one's environment, but as many threads."""
-    return {
-        "HF_HOME": str(home),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),
-        "PATH": "/usr/bin:/bin",
-    }
-
-
-class Golden:
-    """Tensors of one file in golden/, computed with the official implementations."""
-
-    def __init__(self, name: str):
-        self.file = safe_open(REPOSITORY / "tests" / "golden" / f"{name}.safetensors", "pt")
-        self.cases: dict[str, dict[str, Any]] = json.loads(self.file.metadata()["cases"])
-        self.names = set(self.file.keys())
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.file.get_tensor(name)
-
-    def weights(self, prefix: str) -> dict[str, Tensor]:
-        return {
-            name.removeprefix(prefix): self[name] for name in self.names if name.startswith(prefix)
-        }
-
-
-def needs_shared(folder: str) -> pytest.MarkDecorator:
-    """Skip where the larger real data is not at hand; MCTF_SHARED says where it lies."""
-    return pytest.mark.skipif(
-        not (SHARED / folder).exists(), reason=f"{folder} is not in MCTF_SHARED={SHARED}"
-    )
-
-
-def tiny_model(**settings: Any) -> MCTFViTForImageClassification:
-    torch.manual_seed(0)
-    return MCTFViTForImageClassification(MCTFViTConfig(**{**TINY, **settings})).eval()
 
 
 @pytest.fixture
@@ -89,6 +34,39 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder)
     ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """23 images in folders of two depths."""
+    folder = tmp_path_factory.mktemp("photos")
+    (folder / "a" / "b").mkdir(parents=True)
+    for i in range(23):
+        noise = np.random.default_rng(i).integers(0, 256, (30 + i, 40, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / ("", "a", "a/b")[i % 3] / f"{i:02}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dino(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "dino"
+    tiny("dinov2")[0].save_pretrained(folder)
+    size = {"height": 48, "width": 48}
+    BitImageProcessorPil(size=size, crop_size=size, do_center_crop=False).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A CLIP and a SigLIP that know a few words."""
+    folder = tmp_path_factory.mktemp("pairs")
+    return {name: save_with_words(name, folder / name) for name in ("CLIP", "SigLIP")}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def lasting_log() -> None:
+    """Lightning logs to what is stderr when it is imported: not to that of the test which does."""
+    import lightning.pytorch  # noqa: F401
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ from lightning_modules.batch_augmentation import (
 from lightning_modules.contact_sheet import augmented_rows, coloured_digits, contact_sheet
 from lightning_modules.images import DRAWS
 from lightning_modules.rand_augment import OPERATIONS, RandAugment, operate, strength
-from tests.conftest import DIGITS
+from tests.helpers import DIGITS
 
 POLICY = RandAugment.parse("rand-m9-mstd0.5-inc1")
 

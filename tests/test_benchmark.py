@@ -21,7 +21,7 @@ from mctf_hf import MCTFViTForImageClassification
 from mctf_hf.cost import describe, multiply_accumulates, r_for_budget
 from mctf_hf.hub import load_image_processor, save
 from mctf_hf.presets import preset
-from tests.conftest import DIGITS, tiny_model
+from tests.helpers import DIGITS, tiny_model
 
 
 def test_a_table_a_file_and_a_picture(tiny_folder: Path, capsys: pytest.CaptureFixture) -> None:

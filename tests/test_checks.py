@@ -12,8 +12,7 @@ from cli.main import main
 from lightning_modules.evaluation import add_up
 from mctf_hf.export import to_torch_export
 from mctf_hf.hub import save
-from tests.conftest import DIGITS, tiny_model
-from tests.test_conversion import in_timm_names
+from tests.helpers import DIGITS, in_timm_names, tiny_model
 
 PROCESSOR = ViTImageProcessorPil(size={"height": 32, "width": 32})
 WEIGHT = "vit.layers.2.mlp.fc1.weight"

@@ -7,7 +7,7 @@ import pytest
 
 from cli.main import main
 from mctf_hf.classes import check_classes
-from tests.conftest import DIGITS, tiny_model
+from tests.helpers import DIGITS, tiny_model
 
 ANIMALS = ["ape", "bee", "cat", "dog", "eel", "fox", "gnu", "hen", "ibis", "jay"]
 

@@ -29,7 +29,7 @@ from mctf_hf import MCTFViTForImageClassification
 from mctf_hf.checkpoints import load_checkpoint
 from mctf_hf.conversion import build_model, convert_state_dict, infer_config
 from mctf_hf.cost import describe, multiply_accumulates, r_for_budget
-from tests.conftest import DIGITS, SHARED, TINY, Golden, needs_shared, tiny_model
+from tests.helpers import DIGITS, SHARED, TINY, Golden, in_timm_names, needs_shared, tiny_model
 
 GOLDEN = Golden("deit")
 WEIGHTS = dict(sorted(GOLDEN.weights("deit/model.").items()))
@@ -46,26 +46,6 @@ def refused(*words: str | Path) -> str:
     assert sorted(Path().rglob("*")) == before
     assert "\n" not in str(caught.value)
     return str(caught.value)
-
-
-def in_timm_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a ViT of transformers as timm would name them."""
-    renamed = {}
-    for name, tensor in weights.items():
-        name = name.replace("vit.embeddings.patch_embeddings.projection", "patch_embed.proj")
-        name = name.replace("vit.embeddings.position_embeddings", "pos_embed")
-        name = name.replace("vit.embeddings.", "").replace("vit.layernorm", "norm")
-        name = name.replace("vit.layers", "blocks").replace("classifier", "head")
-        name = name.replace("layernorm_before", "norm1").replace("layernorm_after", "norm2")
-        name = name.replace("attention.o_proj", "attn.proj").replace("attention", "attn")
-        parts = [name.replace("q_proj", f"{part}_proj") for part in "qkv"]
-        if "q_proj" in name:
-            joined = [f"vit.layers.{part.removeprefix('blocks.')}" for part in parts]
-            joined = [part.replace("attn", "attention") for part in joined]
-            renamed[name.replace("q_proj", "qkv")] = torch.cat([weights[part] for part in joined])
-        elif "k_proj" not in name and "v_proj" not in name:
-            renamed[name] = tensor
-    return renamed
 
 
 CONTAINERS: dict[str, Callable[[], object]] = {
@@ -487,7 +467,7 @@ def test_training_crops_to_what_the_processor_makes() -> None:
         global_rank=0,
     )
     data.setup("fit")
-    images = data._sets["train"]
+    images = data.train_dataloader().dataset
     assert isinstance(images, LabelledImages)
     assert images[(0, 3)]["pixel_values"].shape == (3, 96, 96)
 

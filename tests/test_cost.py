@@ -4,13 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
 from mctf_hf.cost import describe, multiply_accumulates, r_for_budget, resolve_budget
 from mctf_hf.presets import PRESETS, diffrate_schedule, preset
-from tests.conftest import TINY
+from tests.helpers import TINY, count
 
 FAST = {"r": 0.35, "fusion_layers": [3, 6, 9]}
 # G, of the official implementations, which apply a fused map: up to 1.5% below what runs here.
@@ -81,18 +79,6 @@ def test_what_runs_is_what_is_counted(settings: dict[str, Any], skip_unread: boo
     config = MCTFViTConfig(**TINY, **settings, attn_implementation="eager")
     model = MCTFViTForImageClassification(config).eval()
     assert multiply_accumulates(config) == count(model, torch.randn(1, 3, 32, 32))
-
-
-def count(model: nn.Module, *inputs: torch.Tensor, **options: Any) -> int:
-    """Multiply-accumulates of a forward pass, as an independent counter sees them."""
-
-    def normalised(shape: Any, *args: Any, **kwargs: Any) -> int:
-        return 2 * 5 * torch.Size(shape).numel()
-
-    norms = {torch.ops.aten.native_layer_norm: normalised}
-    with FlopCounterMode(display=False, custom_mapping=norms) as counter, torch.no_grad():
-        model(*inputs, **options)
-    return counter.get_total_flops() // 2
 
 
 def test_r_and_image_size_of_one_call() -> None:

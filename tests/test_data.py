@@ -10,7 +10,6 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -22,7 +21,7 @@ from datasets import Image as ImageFeature
 from lightning.pytorch.strategies import ModelParallelStrategy
 from PIL import Image
 from sklearn.datasets import load_digits
-from transformers import DeiTImageProcessorPil, ViTImageProcessorPil
+from transformers import DeiTImageProcessorPil
 
 from cli.main import main
 from lightning_modules import HFImageDataModule, MCTFFinetuner
@@ -30,48 +29,8 @@ from lightning_modules.augmentation import FlipAndCrop
 from lightning_modules.images import NOT_COUNTED
 from lightning_modules.sampling import ResumableSampler
 from mctf_hf.images import decode, read_image
-from tests.conftest import DIGITS
-
-PROCESSOR = ViTImageProcessorPil(size={"height": 32, "width": 32})
-
-
-def data_module(
-    dataset: str | None = DIGITS, num_labels: int = 10, **settings: Any
-) -> HFImageDataModule:
-    """A data module as a trainer would hold it."""
-    module = HFImageDataModule(dataset, **{"num_workers": 0, **settings})
-    progress = SimpleNamespace(current=SimpleNamespace(ready=0))
-    module.trainer = SimpleNamespace(
-        lightning_module=SimpleNamespace(image_processor=PROCESSOR, num_labels=num_labels),
-        world_size=1,
-        global_rank=0,
-        strategy=SimpleNamespace(reduce_boolean_decision=lambda decision, all: decision),
-        fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress)),
-    )
-    return module
-
-
-def encoded(image: Image.Image, kind: str = "png") -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind)
-    return file.getvalue()
-
-
-def write_dataset(folder: Path, rows: list[tuple[bytes, Any]], label: Any = None) -> str:
-    """A dataset of encoded images with labels, in parquet."""
-    folder.mkdir()
-    label = label or ClassLabel(names=["a", "b"])
-    features = Features({"photo": ImageFeature(), "kind": label, "weight": Value("float32")})
-    columns = {
-        "photo": [{"bytes": data, "path": None} for data, _ in rows],
-        "kind": [kind for _, kind in rows],
-        "weight": [0.0] * len(rows),
-    }
-    Dataset.from_dict(columns, features=features).to_parquet(folder / "train.parquet")
-    return str(folder)
-
-
-PNG = encoded(Image.new("RGB", (20, 10), (200, 100, 50)))
+from tests.helpers import DIGITS
+from tests.image_sets import BROKEN, PNG, PROCESSOR, data_module, encoded, write_dataset
 
 
 def test_the_digits_are_those_of_scikit_learn() -> None:
@@ -93,7 +52,7 @@ def test_batches_of_a_dataset() -> None:
     data = data_module(batch_size=50, eval_batch_size=100)
     data.setup("fit")
     assert data.label_names == list("0123456789")
-    train, val = data._sets["train"], data._sets["val"]
+    train, val = data.train_dataloader().dataset, data.val_dataloader().dataset
     assert (len(train), len(val)) == (1167, 130)
     assert not set(train.indices) & set(val.indices)
     batches = list(data.train_dataloader())
@@ -110,7 +69,7 @@ def test_evaluation_sees_what_the_image_processor_returns() -> None:
     data.setup("test")
     row = load_dataset(DIGITS, split="test")[17]
     expected = PROCESSOR(row["image"].convert("RGB"), return_tensors="pt")["pixel_values"][0]
-    item = data._sets["test"][17]
+    item = data.test_dataloader().dataset[17]
     assert torch.equal(item["pixel_values"], expected)
     assert item["labels"] == row["label"]
 
@@ -138,7 +97,7 @@ def test_an_image_folder(tmp_path: Path) -> None:
     data = data_module(str(tmp_path / "pets"), num_labels=2, val_fraction=0.2)
     data.setup("fit")
     assert data.label_names == ["cats", "dogs"]
-    assert (len(data._sets["train"]), len(data._sets["val"])) == (16, 4)
+    assert (len(data.train_dataloader().dataset), len(data.val_dataloader().dataset)) == (16, 4)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -180,7 +139,7 @@ def test_columns_that_cannot_be_guessed_are_asked_for(tmp_path: Path) -> None:
     data = data_module(folder, label_column="kind", val_split="train")
     data.setup("fit")
     assert data.label_names is None
-    assert [item["labels"] for item in data._sets["val"]] == [4, 5]
+    assert [item["labels"] for item in data.val_dataloader().dataset] == [4, 5]
     with pytest.raises(ValueError, match="row 0 of .* has the label 4"):
         data_module(folder, label_column="kind", num_labels=4).setup("fit")
     with pytest.raises(ValueError, match="dataset is not set"):
@@ -361,10 +320,6 @@ def test_an_epoch_with_copies_sees_a_third_of_the_images() -> None:
     assert set(seen[0]) != set(seen[1])
 
 
-JPEG = encoded(Image.effect_noise((64, 64), 50).convert("RGB"), "jpeg")
-BROKEN = [JPEG[: len(JPEG) // 2], PNG[:30], b"", b"not an image at all"]
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_images_that_cannot_be_read_are_skipped_and_counted(workers: int, tmp_path: Path) -> None:
     rows = [(PNG, i % 2) for i in range(20)]
@@ -391,7 +346,7 @@ def test_images_that_cannot_be_read_are_skipped_and_counted(workers: int, tmp_pa
     assert [int(batch["skipped"].sum()) for batch in evaluated] == [1, 1, 1, 0, 1]
     if not workers:
         with pytest.warns(UserWarning, match="row 7 of .* holds no readable image: .*: skipped"):
-            data._sets["train"][7]
+            data.train_dataloader().dataset[7]
 
 
 def test_a_set_of_nothing_but_broken_images_is_an_error(tmp_path: Path) -> None:
@@ -488,8 +443,8 @@ def test_processors_that_crop_give_their_crop_in_training_too() -> None:
         data = data_module(crop=crop)
         data.trainer.lightning_module.image_processor = processor
         data.setup("fit")
-        assert data._sets["train"][0]["pixel_values"].shape == (3, 224, 224)
-        assert data._sets["val"][0]["pixel_values"].shape == (3, 224, 224)
+        assert data.train_dataloader().dataset[0]["pixel_values"].shape == (3, 224, 224)
+        assert data.val_dataloader().dataset[0]["pixel_values"].shape == (3, 224, 224)
 
 
 def test_sixteen_bits_keep_their_upper_half_and_numbers_without_an_end_are_refused() -> None:

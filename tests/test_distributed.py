@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file
+from torch import nn
 
 from lightning_modules import (
     BestCheckpoint,
@@ -20,9 +21,8 @@ from lightning_modules import (
     LastCheckpoint,
     Summary,
 )
-from lightning_modules.callbacks import _loaded_by_the_first
 from mctf_hf.losses import TokenReductionConsistency
-from tests.test_streaming import write_parquet
+from tests.image_sets import write_shards
 from tests.training_runs import (
     Curve,
     Journal,
@@ -181,7 +181,7 @@ def test_a_finished_run_that_is_resumed_exports_the_same(together: Path, tmp_pat
 def test_processes_whose_streams_end_early_wait_for_the_others(
     sizes: tuple[int, int], tmp_path: Path
 ) -> None:
-    write_parquet(tmp_path / "shards", sizes, {2: b"no image"})
+    write_shards(tmp_path / "shards", sizes, {2: b"no image"})
     finish(tmp_path, begin(tmp_path, "sharded", run=evaluate))
     process = start(evaluate, tmp_path, output=tmp_path / "output")
     process.join()
@@ -224,8 +224,18 @@ def test_what_the_first_process_fails_to_load_is_every_processs_error(tmp_path: 
     path.write_bytes(path.read_bytes()[:2000])
     told: list[Any] = []
     first = SimpleNamespace(broadcast=lambda value: told.append(value) or value)
-    other = SimpleNamespace(broadcast=lambda value: told[0])
+    other = SimpleNamespace(broadcast=lambda value: told.pop(0))
+    best = BestCheckpoint(tmp_path, "best", monitor="val/loss")
+    best.best_model_path = str(path)
     for strategy in (first, other):
-        run = SimpleNamespace(is_global_zero=strategy is first, strategy=strategy)
+        run = SimpleNamespace(
+            is_global_zero=strategy is first,
+            strategy=strategy,
+            checkpoint_callbacks=[best],
+            log_dir=tmp_path,
+            fast_dev_run=False,
+            interrupted=False,
+        )
         with pytest.raises(ValueError, match=f"{path} is damaged"):
-            _loaded_by_the_first(run, str(path))
+            HuggingFaceFolder(tmp_path / "model").on_fit_end(run, nn.Module())
+    assert not told and not (tmp_path / "model").exists()

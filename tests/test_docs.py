@@ -17,7 +17,7 @@ from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 import lightning_modules.public
 import mctf_hf
 from cli.main import COMMANDS
-from tests.conftest import REPOSITORY
+from tests.helpers import REPOSITORY
 
 # Attributes by which a page loads something while it is shown.
 LOADED = {"script": "src", "img": "src", "iframe": "src", "source": "src", "object": "data"}

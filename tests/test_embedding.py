@@ -21,8 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Value, load_dataset
-from datasets import Image as ImageFeature
+from datasets import load_dataset
 from PIL import Image
 from rich.console import Console
 from transformers import (
@@ -30,7 +29,6 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertModel,
-    BitImageProcessorPil,
     ViTForImageClassification,
     ViTModel,
 )
@@ -42,69 +40,22 @@ from lightning_modules.vector_folder import UnitBatch
 from mctf_hf.embedding import Embedder
 from mctf_hf.hub import load_image_processor
 from mctf_hf.images import read_image
-from tests.test_images import fails
-from tests.tiny_models import save_with_words, tiny
+from tests.helpers import fails
+from tests.tiny_models import tiny
 from tests.training_runs import as_rank, free_port, start
+from tests.vector_folders import (
+    embed_words,
+    embedded,
+    manifest_of,
+    names,
+    rows_of,
+    vectors_of,
+    write_parquet,
+    write_tars,
+)
 
 pytestmark = pytest.mark.timeout(300)
 KILLS = 10
-
-
-def words(model: Path | str, images: Path | str, output: str, *more: str) -> list[str]:
-    return [
-        "embed", str(model), "--images", str(images), "--output", output, "--num-workers", "0",
-        "--trainer.accelerator", "cpu", *more,
-    ]  # fmt: skip
-
-
-def rows_of(folder: Path | str) -> pa.Table:
-    """All rows of a folder of vectors, in order."""
-    return pa.concat_tables(pq.read_table(file) for file in sorted(Path(folder).glob("*.parquet")))
-
-
-def embedded(*args: Any) -> pa.Table:
-    given = words(*args)
-    main(given)
-    return rows_of(given[5])
-
-
-def vectors_of(rows: pa.Table) -> torch.Tensor:
-    return torch.tensor(np.stack(rows["vector"].to_pylist()), dtype=torch.float32)
-
-
-def manifest_of(folder: Path | str) -> dict[str, Any]:
-    return json.loads(Path(folder, "manifest.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """23 images in folders of two depths."""
-    folder = tmp_path_factory.mktemp("photos")
-    (folder / "a" / "b").mkdir(parents=True)
-    for i in range(23):
-        noise = np.random.default_rng(i).integers(0, 256, (30 + i, 40, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(folder / ("", "a", "a/b")[i % 3] / f"{i:02}.png")
-    return folder
-
-
-def names(photos: Path) -> list[str]:
-    return sorted(str(file.relative_to(photos)) for file in photos.rglob("*.png"))
-
-
-@pytest.fixture(scope="module")
-def dino(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "dino"
-    tiny("dinov2")[0].save_pretrained(folder)
-    size = {"height": 48, "width": 48}
-    BitImageProcessorPil(size=size, crop_size=size, do_center_crop=False).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A CLIP and a SigLIP that know a few words."""
-    folder = tmp_path_factory.mktemp("pairs")
-    return {name: save_with_words(name, folder / name) for name in ("CLIP", "SigLIP")}
 
 
 def pixels(model: Path, photos: Path) -> torch.Tensor:
@@ -240,31 +191,6 @@ def test_texts_score_images_as_in_transformers(
     assert told["labels"] == texts and told["settings"]["vector"] == "pooled"
 
 
-def write_parquet(photos: Path, folder: Path) -> None:
-    """The photos with a class and a key, in three files of several row groups."""
-    folder.mkdir()
-    features = Features(
-        {"image": ImageFeature(), "kind": ClassLabel(names=["x", "y"]), "key": Value("int64")}
-    )
-    stored = [{"bytes": (photos / one).read_bytes(), "path": None} for one in names(photos)]
-    columns = {"image": stored, "kind": [i % 2 for i in range(23)], "key": list(range(100, 123))}
-    rows = Dataset.from_dict(columns, features=features)
-    for i, (first, last) in enumerate(((0, 7), (7, 8), (8, 23))):
-        rows.select(range(first, last)).to_parquet(folder / f"part{i}.parquet", batch_size=4)
-
-
-def write_tars(photos: Path, folder: Path) -> None:
-    folder.mkdir()
-    for i, (first, last) in enumerate(((0, 7), (7, 8), (8, 23))):
-        with tarfile.open(folder / f"{i:04}.tar", "w") as archive:
-            for number, name in enumerate(names(photos)[first:last], first):
-                image = (photos / name).read_bytes()
-                for ending, data in (("png", image), ("cls", str(number % 2).encode())):
-                    member = tarfile.TarInfo(f"{number:06}.{ending}")
-                    member.size = len(data)
-                    archive.addfile(member, io.BytesIO(data))
-
-
 def test_every_kind_of_source_gives_the_same_vectors(dino: Path, photos: Path) -> None:
     size = ["--shard-size", "5", "--batch-size", "5"]
     expected = vectors_of(embedded(dino, photos, "files", *size))
@@ -310,7 +236,7 @@ def test_an_image_that_cannot_be_read_stops_or_has_its_record(
     for name in ("a/01.png", "00.png"):
         Path("some", name).write_bytes(Path("some", name).read_bytes()[:200])
     Path("some/zz.gif").write_text("=no image")
-    given = words(dino, "some", "out", "--batch-size", "4", "--shard-size", "6")
+    given = embed_words(dino, "some", "out", "--batch-size", "4", "--shard-size", "6")
     line = fails(given, capsys)
     assert (
         "00.png of some holds no readable image: " in line
@@ -372,7 +298,7 @@ def uninterrupted(tiny_folder: Path, many: Path) -> pa.Table:
 def test_a_run_killed_at_random_moments_ends_with_the_rows_of_one_that_was_not(
     tiny_folder: Path, many: Path, uninterrupted: pa.Table
 ) -> None:
-    given = words(f"{tiny_folder},r=4", many, "out", *OFTEN)
+    given = embed_words(f"{tiny_folder},r=4", many, "out", *OFTEN)
     chance, killed = random.Random(), 0
     for number in range(KILLS):
         process = start(main, given, output=Path("said"))
@@ -405,7 +331,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_rows_of_one_that_was_not(
 def test_a_run_that_is_told_to_stop_does(
     tiny_folder: Path, many: Path, uninterrupted: pa.Table
 ) -> None:
-    given = words(f"{tiny_folder},r=4", many, "out", *OFTEN)
+    given = embed_words(f"{tiny_folder},r=4", many, "out", *OFTEN)
     process = start(main, given, output=Path("said"))
     while not list(Path().glob("out/*.parquet")):
         assert process.is_alive(), Path("said").read_text()
@@ -424,7 +350,7 @@ def test_a_run_that_is_told_to_stop_does(
 def test_workers_that_decode_change_nothing(
     tiny_folder: Path, many: Path, uninterrupted: pa.Table
 ) -> None:
-    main(words(f"{tiny_folder},r=4", many, "out", *OFTEN, "--num-workers", "2"))
+    main(embed_words(f"{tiny_folder},r=4", many, "out", *OFTEN, "--num-workers", "2"))
     assert rows_of("out").equals(uninterrupted)
 
 
@@ -442,7 +368,7 @@ def by_two(given: list[str]) -> list[int | None]:
 def test_two_processes_write_the_rows_of_one(
     tiny_folder: Path, many: Path, uninterrupted: pa.Table
 ) -> None:
-    given = words(f"{tiny_folder},r=4", many, "out", *OFTEN)
+    given = embed_words(f"{tiny_folder},r=4", many, "out", *OFTEN)
     assert by_two([*given, "--on-bad-image", "fail"]) == [1, 1]
     said = "".join(Path(f"said{rank}").read_text() for rank in range(2))
     assert "mctf: error: 077.png of " in said and "error: another process has ended" in said
@@ -460,7 +386,7 @@ def test_a_cluster_of_ray_writes_the_rows_of_one_process(
     uninterrupted: pa.Table,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    given = words(f"{tiny_folder},r=4", many, "out", *OFTEN)[:-2]
+    given = embed_words(f"{tiny_folder},r=4", many, "out", *OFTEN)[:-2]
     given = [word for word in given if word not in ("--trainer.accelerator", "cpu")]
     given += ["--engine", "ray", "--actors", "2", "--on-bad-image"]
     assert "many holds no readable image: its format is unknown. --on_bad" in fails(
@@ -476,19 +402,19 @@ def test_a_cluster_of_ray_writes_the_rows_of_one_process(
 def test_a_finished_run_says_so_and_others_are_refused(
     dino: Path, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = words(f"{dino},r=8", photos, "out")
+    given = embed_words(f"{dino},r=8", photos, "out")
     main(given)
     before = {file: file.stat().st_mtime_ns for file in Path("out").iterdir()}
     capsys.readouterr()
     main(given)
     assert "out was finished before: nothing is left to do" in capsys.readouterr().out
     others = {
-        "fusion.r is 8 there, 4 here": words(f"{dino},r=4", photos, "out"),
+        "fusion.r is 8 there, 4 here": embed_words(f"{dino},r=4", photos, "out"),
         "vector is 'class_token' there, 'pooled' here": [*given, "--vector", "pooled"],
         "dtype is 'float32' there, 'float16' here": [*given, "--dtype", "float16"],
         "normalize is False there, True here": [*given, "--normalize", "true"],
         "shard_size is 1000 there, 7 here": [*given, "--shard-size", "7"],
-        "collection is ": words(f"{dino},r=8", photos / "a", "out"),
+        "collection is ": embed_words(f"{dino},r=8", photos / "a", "out"),
     }
     for told, changed in others.items():
         line = fails(changed, capsys)
@@ -499,7 +425,7 @@ def test_a_finished_run_says_so_and_others_are_refused(
         model.layernorm.bias.add_(0.5)
     shutil.copytree(dino, "changed")
     model.save_pretrained("changed")
-    assert "weights is " in fails(words("changed,r=8", photos, "out"), capsys)
+    assert "weights is " in fails(embed_words("changed,r=8", photos, "out"), capsys)
     assert {file: file.stat().st_mtime_ns for file in Path("out").iterdir()} == before
 
 
@@ -530,29 +456,32 @@ def test_what_is_wrong_is_told_in_a_line_and_leaves_nothing(
     Path("tables/part1.parquet").write_bytes(b"PAR1 no parquet")
     pq.write_table(pa.table({"a": [1, 2]}), "numbers.parquet")
     cases: list[tuple[str, list[str]]] = [
-        ("images='empty' holds no images", words(dino, "empty", "out")),
-        ("images='/nowhere': there is no such folder", words(dino, "/nowhere", "out")),
-        ("images='' is not allowed", words(dino, "", "out")),
-        ("images='xyz://a' can't be opened", words(dino, "xyz://a", "out")),
-        ("no column of images among a", words(dino, "numbers.parquet", "out")),
-        ("part1.parquet can't be read as parquet", words(dino, "tables", "out")),
-        ("columns='q' is not allowed", words(dino, photos, "out", "--columns", "q")),
-        ("holds something else (thesis.txt)", words(dino, photos, "full")),
-        ("output='full/thesis.txt' is not", words(dino, photos, "full/thesis.txt")),
-        ("output='s3://a/b' is not allowed", words(dino, photos, "s3://a/b")),
-        ("a model of type 'bert'", words(text_model, photos, "out")),
-        ("texts are not allowed with", words(dino, photos, "out", "--texts", "texts.txt")),
-        ("texts are not allowed with", words(tiny_folder, photos, "out", "--texts", "texts.txt")),
-        ("texts='no' is not", words(pairs["CLIP"], photos, "out", "--texts", "none.txt")),
-        ("is there twice", words(pairs["CLIP"], photos, "out", "--texts", "twice.txt")),
-        ("no such file", words(pairs["CLIP"], photos, "out", "--texts", "absent.txt")),
-        ("which has none", words(pairs["SigLIP"], photos, "out", "--vector", "class_token")),
-        ("--sample is not allowed without", words(dino, photos, "out", "--sample", "5")),
-        ("--actors is not allowed without", words(dino, photos, "out", "--actors", "2")),
-        ("batch_size=0 is not", words(dino, photos, "out", "--batch-size", "0")),
-        ("setting 'q' of", words(dino, photos, "out", "--compare", "q=1")),
-        ("trainer.devices='x' is not", words(dino, photos, "out", "--trainer.devices", "x")),
-        ("streaming is not allowed with", words(dino, photos, "out", "--streaming", "true")),
+        ("images='empty' holds no images", embed_words(dino, "empty", "out")),
+        ("images='/nowhere': there is no such folder", embed_words(dino, "/nowhere", "out")),
+        ("images='' is not allowed", embed_words(dino, "", "out")),
+        ("images='xyz://a' can't be opened", embed_words(dino, "xyz://a", "out")),
+        ("no column of images among a", embed_words(dino, "numbers.parquet", "out")),
+        ("part1.parquet can't be read as parquet", embed_words(dino, "tables", "out")),
+        ("columns='q' is not allowed", embed_words(dino, photos, "out", "--columns", "q")),
+        ("holds something else (thesis.txt)", embed_words(dino, photos, "full")),
+        ("output='full/thesis.txt' is not", embed_words(dino, photos, "full/thesis.txt")),
+        ("output='s3://a/b' is not allowed", embed_words(dino, photos, "s3://a/b")),
+        ("a model of type 'bert'", embed_words(text_model, photos, "out")),
+        ("texts are not allowed with", embed_words(dino, photos, "out", "--texts", "texts.txt")),
+        (
+            "texts are not allowed with",
+            embed_words(tiny_folder, photos, "out", "--texts", "texts.txt"),
+        ),
+        ("texts='no' is not", embed_words(pairs["CLIP"], photos, "out", "--texts", "none.txt")),
+        ("is there twice", embed_words(pairs["CLIP"], photos, "out", "--texts", "twice.txt")),
+        ("no such file", embed_words(pairs["CLIP"], photos, "out", "--texts", "absent.txt")),
+        ("which has none", embed_words(pairs["SigLIP"], photos, "out", "--vector", "class_token")),
+        ("--sample is not allowed without", embed_words(dino, photos, "out", "--sample", "5")),
+        ("--actors is not allowed without", embed_words(dino, photos, "out", "--actors", "2")),
+        ("batch_size=0 is not", embed_words(dino, photos, "out", "--batch-size", "0")),
+        ("setting 'q' of", embed_words(dino, photos, "out", "--compare", "q=1")),
+        ("trainer.devices='x' is not", embed_words(dino, photos, "out", "--trainer.devices", "x")),
+        ("streaming is not allowed with", embed_words(dino, photos, "out", "--streaming", "true")),
     ]
     told = {"texts='no' is not": "texts='none.txt' is not allowed"}
     for part, given in cases:
@@ -565,7 +494,7 @@ def test_a_full_disk_leaves_the_shards_that_are_there(
     dino: Path, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = embedded(dino, photos, "whole", "--shard-size", "12")
-    given = words(dino, photos, "out", "--shard-size", "12")
+    given = embed_words(dino, photos, "out", "--shard-size", "12")
     main(given)
     Path("out/vectors-000001.parquet").unlink()
     told = manifest_of("out")
@@ -592,10 +521,12 @@ def test_two_runs_do_not_write_to_one_folder(
     lock = FolderLock("out", "output")
     lock.acquire()
     try:
-        assert "another run writes to this folder" in fails(words(dino, photos, "out"), capsys)
+        assert "another run writes to this folder" in fails(
+            embed_words(dino, photos, "out"), capsys
+        )
     finally:
         lock.release()
-    main(words(dino, photos, "out"))
+    main(embed_words(dino, photos, "out"))
     assert len(rows_of("out")) == 23
 
 
@@ -619,12 +550,14 @@ def test_a_setting_is_compared_with_another_one(
     assert found["cosine"] == pytest.approx(float(cosines.mean()), abs=1e-5) and cosines.min() < 1
     assert found["kept"] == pytest.approx(sum(kept) / 23) and found["kept"] < 1
     assert f"{100 * found['kept']:.1f}%" in capsys.readouterr().out
-    main(words(f"{dino},r=16", photos, "out", *given[:2], "--compare", "r=16", "--sample", "8"))
+    main(
+        embed_words(f"{dino},r=16", photos, "out", *given[:2], "--compare", "r=16", "--sample", "8")
+    )
     again = manifest_of("out")["comparison"]
     assert again["images"] == 8 and again["cosine"] == pytest.approx(1, abs=1e-5)
     assert again["kept"] == 1
     uneven = ["--shard-size", "20", "--compare", "r=0", "--sample", "16"]  # of 20 and of 3 images
-    main(words(f"{dino},r=16", photos, "uneven", *uneven))
+    main(embed_words(f"{dino},r=16", photos, "uneven", *uneven))
     assert manifest_of("uneven")["comparison"]["images"] == 16
 
 

@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 
 from mctf_hf import fuse_tokens, fusion_of
-from tests.conftest import Golden
+from tests.helpers import Golden
 
 ENCODERS = Golden("encoders")
 COMPOSITES = Golden("composites")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mctf_hf import fuse_tokens, fusion_of
 from mctf_hf.explaining import Explained, attention_rollout
-from tests.conftest import tiny_model
+from tests.helpers import tiny_model
 from tests.tiny_models import tiny
 
 METHODS: dict[str, dict[str, Any]] = {

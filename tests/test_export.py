@@ -14,8 +14,6 @@ import onnx
 import pytest
 import torch
 from datasets import load_dataset
-from onnxruntime.quantization import quantize_dynamic
-from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor, nn
 from transformers import ViTImageProcessorPil
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -25,9 +23,10 @@ from cli.main import main
 from mctf_hf import MCTFViTForImageClassification
 from mctf_hf import export as exporting
 from mctf_hf.export import Model, check, check_rounding, load, to_onnx, to_torch_export
-from tests.conftest import DIGITS, REPOSITORY, SHARED, needs_shared, tiny_model
+from mctf_hf.hub import save
+from tests.export_files import WRITE, assert_quantizes
+from tests.helpers import DIGITS, REPOSITORY, SHARED, needs_shared, tiny_model
 
-WRITE = {"onnx": to_onnx, "pt2": to_torch_export}
 VARIANTS: dict[str, dict[str, Any]] = {
     "precise, sizes": {"one_step_ahead": "precise", "pooling": "size"},
     "past, mean": {"one_step_ahead": "past", "pooling": "mean", "proportional_attention": False},
@@ -65,22 +64,11 @@ def assert_computes(file: str, model: Model) -> None:
         torch.testing.assert_close(run(images), expected(model, images), rtol=0, atol=1e-5)
 
 
-def assert_quantizes(file: str | Path, images: Tensor, within: float = 0.1) -> None:
-    """With and without the preparation that onnxruntime advises, to much the same outputs.
-
-    Args:
-        within: mean difference of outputs, in their standard deviations.
-    """
-    quant_pre_process(file, "prepared.onnx")
-    for source in (file, "prepared.onnx"):
-        quantize_dynamic(source, "quantized.onnx")
-        assert Path("quantized.onnx").stat().st_size < Path(file).stat().st_size
-        found, whole = load("quantized.onnx")(images), load(file)(images)
-        assert (found - whole).abs().mean() < within * whole.std()
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("kind", WRITE)
+@pytest.mark.parametrize(
+    ("kind", "variant"),
+    # ONNX goes by torch.export as well: what can't be traced fails there.
+    [("onnx", name) for name in VARIANTS] + [("pt2", "precise, sizes"), ("pt2", "past, mean")],
+)
 def test_a_file_computes_what_its_model_does(kind: str, variant: str) -> None:
     attention = "eager" if variant in ("past, mean", "tome") else "sdpa"
     model = small_model(attention, **VARIANTS[variant])
@@ -94,13 +82,12 @@ def test_a_file_computes_what_its_model_does(kind: str, variant: str) -> None:
         assert_quantizes("model.onnx", random_images(5))
 
 
-@pytest.mark.parametrize("kind", WRITE)
-def test_a_backbone_gives_its_hidden_states(kind: str) -> None:
+def test_a_backbone_gives_its_hidden_states() -> None:
     model = small_model(fusion_layers=[1]).vit
-    WRITE[kind](model, f"model.{kind}")
-    assert_computes(f"model.{kind}", model)
-    assert load(f"model.{kind}")(random_images(5)).shape == (5, 65 - 9, 24)
-    agreement = check(model, f"model.{kind}", [random_images(5)])
+    to_onnx(model, "model.onnx")
+    assert_computes("model.onnx", model)
+    assert load("model.onnx")(random_images(5)).shape == (5, 65 - 9, 24)
+    agreement = check(model, "model.onnx", [random_images(5)])
     assert agreement.differing == 0 and agreement.top1 is None
 
 
@@ -159,22 +146,25 @@ def test_a_pt2_tells_what_it_holds_and_keeps_its_numbers() -> None:
     assert b"site-packages" not in Path("model.pt2").read_bytes()
 
 
-def test_a_package_compiled_ahead_of_time(tiny_folder: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_package_compiled_ahead_of_time(
+    tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture
+) -> None:
     """Through the command: for batches of any size, with what it holds, and nothing beside it."""
-    model = f"{tiny_folder},r=[0,0,0,0,9]"
+    processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
+    folder = save(small_model(), processor, tmp_path_factory.mktemp("small") / "vit")
     words = ["--output", "m.pt2", "--aot_inductor", "true", "--images", DIGITS, "--count", 9]
-    run_command(model, *words, "--batch_size", 4)
+    run_command(f"{folder},r=[0,9]", *words, "--batch_size", 4)
     assert "m.pt2 in AOTInductor" in " ".join(capsys.readouterr().out.split())
     assert [path.name for path in Path().iterdir()] == ["m.pt2"]
     told = torch._inductor.aoti_load_package("m.pt2").get_metadata()
-    assert json.loads(told["r"]) == [0, 0, 0, 0, 9] and json.loads(told["image_size"]) == [32, 32]
-    fused = MCTFViTForImageClassification.from_pretrained(tiny_folder, r=[0, 0, 0, 0, 9])
+    assert json.loads(told["r"]) == [0, 9] and json.loads(told["image_size"]) == [32, 32]
+    fused = MCTFViTForImageClassification.from_pretrained(folder, r=[0, 9])
     for count in (1, 5):
         images = random_images(count)
         found = load("m.pt2")(images)
         torch.testing.assert_close(found, expected(fused, images), rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="aot_inductor=True is not allowed with output='m.onnx'"):
-        run_command(model, "--output", "m.onnx", "--aot_inductor", "true")
+        run_command(folder, "--output", "m.onnx", "--aot_inductor", "true")
 
 
 def test_weights_too_many_for_one_file_lie_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -386,16 +376,16 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.timeout(600)
 def test_real_weights_on_real_images() -> None:
     checkpoint = SHARED / "checkpoints" / "deit-tiny-cifar10"
-    rows = load_dataset(str(SHARED / "data" / "cifar10"), split="test[:400]")
+    rows = load_dataset(str(SHARED / "data" / "cifar10"), split="test[:200]")
     processor = AutoImageProcessor.from_pretrained(checkpoint, backend="pil")
     pixels = processor([np.asarray(image) for image in rows["image"]], return_tensors="pt")
     model = MCTFViTForImageClassification.from_pretrained(
         checkpoint, r=0.35, fusion_layers=[3, 6, 9]
     ).eval()
     to_onnx(model, "model.onnx", image_processor=processor)
-    found = check(model, "model.onnx", pixels["pixel_values"].split([1, 99, 300]))
+    found = check(model, "model.onnx", pixels["pixel_values"].split([1, 49, 150]))
     assert found.top1 == 1
-    assert found.differing <= 0.0025  # one; torch in float64 differs in none
+    assert found.differing <= 0.005  # one; torch in float64 differs in none
 
 
 def test_a_full_disk_is_told_with_the_file_that_was_asked_for(

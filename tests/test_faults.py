@@ -20,7 +20,7 @@ from cli.main import main
 from lightning_modules.checkpoint_files import SafeCheckpointIO
 from lightning_modules.locks import FolderLock
 from lightning_modules.sampling import stop_with_parent_only
-from tests.conftest import DIGITS
+from tests.helpers import DIGITS
 from tests.training_runs import (
     EPOCHS,
     STEPS_PER_EPOCH,

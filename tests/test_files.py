@@ -4,9 +4,11 @@ import errno
 import os
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch import nn
 
 from lightning_modules.callbacks import PredictionFile
 from lightning_modules.checkpoints import SafeCheckpointIO
@@ -15,8 +17,11 @@ from lightning_modules.watching import write_json
 from mctf_hf.files import draft, replace, write_text
 
 WRITERS: dict[str, Any] = {
-    "predictions.csv": lambda file: PredictionFile(file)._write(
-        [{"file": "a.png", "label": "cat", "score": 1.0}]
+    "predictions.csv": lambda file: PredictionFile(file).write_on_epoch_end(
+        SimpleNamespace(world_size=1, is_global_zero=True),
+        nn.Module(),
+        [[{"file": "a.png", "label": "cat", "score": 1.0}]],
+        [],
     ),
     "summary.json": lambda file: write_json(Path(file), {}),
     "last.ckpt": lambda file: SafeCheckpointIO().save_checkpoint({}, file),

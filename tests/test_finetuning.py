@@ -7,7 +7,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -18,35 +17,14 @@ from safetensors.torch import load_file, save_file
 from torch._dynamo.backends.debugging import aot_eager
 from transformers import ViTConfig
 
-from lightning_modules import HFImageDataModule, MCTFFinetuner
+from lightning_modules import MCTFFinetuner
 from lightning_modules.finetuning import parameter_groups
 from mctf_hf import MCTFViTForImageClassification
 from mctf_hf.classes import names_of
 from mctf_hf.cost import describe, multiply_accumulates
 from mctf_hf.teacher import teacher_r
-from tests.conftest import DIGITS, TINY, tiny_model
-
-
-def trainer(folder: Path, **settings: Any) -> L.Trainer:
-    return L.Trainer(
-        **{
-            "default_root_dir": folder,
-            "max_epochs": 2,
-            "limit_train_batches": 5,
-            "limit_val_batches": 1,
-            "accelerator": "cpu",
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "log_every_n_steps": 1,
-            **settings,
-        }
-    )
-
-
-def digits(**settings: Any) -> HFImageDataModule:
-    return HFImageDataModule(DIGITS, **{"batch_size": 16, "num_workers": 0, **settings})
+from tests.helpers import TINY, tiny_model
+from tests.training_runs import digits, loss_of, short_trainer
 
 
 def test_the_teachers_r_is_uniform_and_follows_from_seed_and_step() -> None:
@@ -76,7 +54,7 @@ def test_learning_rate_scales_with_the_global_batch_warms_up_and_falls(
     module = MCTFFinetuner(
         str(tiny_folder), r=6, learning_rate=1e-3, min_learning_rate=1e-6, warmup_epochs=1
     )
-    run = trainer(
+    run = short_trainer(
         tmp_path,
         logger=CSVLogger(tmp_path, name="", version=""),
         accumulate_grad_batches=2,
@@ -103,7 +81,7 @@ def _metrics(folder: Path) -> list[dict[str, str]]:
 
 def test_every_part_of_the_loss_is_logged(tiny_folder: Path, tmp_path: Path) -> None:
     module = MCTFFinetuner(str(tiny_folder), r=6, r_max=3, confidence_threshold=0.1)
-    trainer(tmp_path, logger=CSVLogger(tmp_path, name="", version="")).fit(module, digits())
+    short_trainer(tmp_path, logger=CSVLogger(tmp_path, name="", version="")).fit(module, digits())
     rows = [row for row in _metrics(tmp_path) if row["train/loss"]]
     assert rows
     for row in rows:
@@ -132,8 +110,8 @@ def test_every_part_of_the_loss_is_logged(tiny_folder: Path, tmp_path: Path) -> 
 
 def test_accuracy_is_that_of_the_model_with_fusion(tiny_folder: Path, tmp_path: Path) -> None:
     module, data = MCTFFinetuner(str(tiny_folder), r=6), digits(eval_batch_size=64)
-    (result,) = trainer(tmp_path).test(module, data, verbose=False)
-    images = data._sets["test"]
+    (result,) = short_trainer(tmp_path).test(module, data, verbose=False)
+    images = data.test_dataloader().dataset
     batch = torch.stack([images[i]["pixel_values"] for i in range(len(images))])
     labels = torch.tensor([images[i]["labels"] for i in range(len(images))])
     model = MCTFViTForImageClassification.from_pretrained(tiny_folder, r=6).eval()
@@ -153,12 +131,9 @@ def test_training_learns_with_and_without_a_teacher(tmp_path: Path) -> None:
         module = MCTFFinetuner(
             config=config, r=2, r_max=r_max, learning_rate=0.1, label_smoothing=0
         )
-        losses = []
-        for _ in range(2):
-            (result,) = trainer(tmp_path).test(module, digits(eval_batch_size=100), verbose=False)
-            losses.append(result["test/loss"])
-            trainer(tmp_path, limit_train_batches=70).fit(module, digits())
-        assert losses[1] < 0.8 * losses[0]
+        first, data = loss_of(module, tmp_path), digits()
+        short_trainer(tmp_path, limit_train_batches=70, limit_val_batches=0).fit(module, data)
+        assert loss_of(module, tmp_path) < 0.7 * first
 
 
 def test_a_loss_that_is_not_finite_stops_training_and_keeps_checkpoints(
@@ -171,7 +146,7 @@ def test_a_loss_that_is_not_finite_stops_training_and_keeps_checkpoints(
                 batch["pixel_values"].fill_(math.nan)
 
     kept = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1)
-    run = trainer(tmp_path, enable_checkpointing=True, callbacks=[kept])
+    run = short_trainer(tmp_path, enable_checkpointing=True, callbacks=[kept])
     with pytest.raises(FloatingPointError, match="the loss is nan at step 3 of epoch 0"):
         run.fit(Breaking(str(tiny_folder), r=6), digits())
     assert [path.name for path in tmp_path.glob("*.ckpt")] == ["step=3.ckpt"]
@@ -183,7 +158,7 @@ def test_a_new_head_is_named_after_the_datasets_classes(tmp_path: Path, tiny_fol
     module = MCTFFinetuner(str(tiny_folder), r=6, num_labels=12)
     assert module.model.classifier.weight.shape == (12, 24)
     module = MCTFFinetuner(config={**TINY, "num_labels": 10}, r=6)
-    trainer(tmp_path).fit(module, digits())
+    short_trainer(tmp_path).fit(module, digits())
     assert module.model.config.id2label == {i: str(i) for i in range(10)}
     assert module.model.config.label2id["7"] == 7
 
@@ -287,7 +262,7 @@ def test_without_r_max_the_teacher_stays_below_half_of_r(tiny_folder: Path) -> N
 
 def test_the_schedule_may_be_given_in_steps_but_must_end(tiny_folder: Path, tmp_path: Path) -> None:
     module = MCTFFinetuner(str(tiny_folder), r=6, warmup_epochs=1, learning_rate=1e-3)
-    run = trainer(
+    run = short_trainer(
         tmp_path, max_epochs=-1, max_steps=12, logger=CSVLogger(tmp_path, name="", version="")
     )
     run.fit(module, digits())
@@ -295,7 +270,7 @@ def test_the_schedule_may_be_given_in_steps_but_must_end(tiny_folder: Path, tmp_
     assert len(rates) == 12
     assert rates.index(max(rates)) == 5  # after one epoch of five steps
     with pytest.raises(ValueError, match=r"set trainer.max_epochs or max_steps"):
-        trainer(tmp_path, max_epochs=-1).fit(MCTFFinetuner(str(tiny_folder), r=6), digits())
+        short_trainer(tmp_path, max_epochs=-1).fit(MCTFFinetuner(str(tiny_folder), r=6), digits())
 
 
 def test_num_labels_makes_a_new_head_even_of_the_same_size(tiny_folder: Path) -> None:
@@ -310,15 +285,15 @@ def test_classes_in_another_order_are_not_mixed_up(tiny_folder: Path, tmp_path: 
     module = MCTFFinetuner(str(tiny_folder), r=6)
     module.model.config.id2label = {i: str(9 - i) for i in range(10)}
     with pytest.raises(ValueError, match="in another order"):
-        trainer(tmp_path).test(module, digits(), verbose=False)
-    trained = trainer(tmp_path, max_epochs=1, limit_train_batches=1)
+        short_trainer(tmp_path).test(module, digits(), verbose=False)
+    trained = short_trainer(tmp_path, max_epochs=1, limit_train_batches=1)
     module.model.config.id2label = {i: f"class {i}" for i in range(10)}
-    for run in (trainer(tmp_path).test, trainer(tmp_path).validate, trained.fit):
+    for run in (short_trainer(tmp_path).test, short_trainer(tmp_path).validate, trained.fit):
         with pytest.raises(ValueError, match="'0', '1', .* the model 'class 0', .* num_labels=10"):
             run(module, digits())
     module.model.config.id2label = {i: "three" if i == 3 else str(i) for i in range(10)}
     with pytest.warns(UserWarning, match="calls 1 of 10 classes otherwise .* '3' for 'three'"):
-        trainer(tmp_path).test(module, digits(), verbose=False)
+        short_trainer(tmp_path).test(module, digits(), verbose=False)
     assert module.model.config.id2label[3] == "three"
     trained.fit(module, digits())
     assert module.model.config.id2label[3] == "3"
@@ -331,15 +306,13 @@ def test_student_and_teacher_share_one_embedding(tiny_folder: Path, tmp_path: Pa
     calls: list[str] = []
     module.model.vit.embeddings.register_forward_hook(lambda *_: calls.append("embedding"))
     module.model.vit.layers[0].register_forward_hook(lambda *_: calls.append("layer"))
-    trainer(tmp_path, max_epochs=1, limit_train_batches=3, limit_val_batches=0).fit(
+    short_trainer(tmp_path, max_epochs=1, limit_train_batches=3, limit_val_batches=0).fit(
         module, digits()
     )
     assert calls == ["embedding", "layer", "layer"] * 3
 
 
-def test_a_compiled_step_learns_the_same_by_a_program_for_each_amount(
-    tiny_folder: Path, tmp_path: Path
-) -> None:
+def test_a_compiled_step_learns_the_same_by_a_program_for_each_amount(tmp_path: Path) -> None:
     programs: list[str] = []
 
     @torch._dynamo.register_backend(name="counting")
@@ -349,8 +322,9 @@ def test_a_compiled_step_learns_the_same_by_a_program_for_each_amount(
 
     found: dict[str, tuple[list[dict[str, str]], Any]] = {}
     for name, compiled in (("eager", False), ("compiled", {"backend": "counting"})):
+        torch.manual_seed(0)
         module = MCTFFinetuner(
-            str(tiny_folder),
+            config={**TINY, "num_hidden_layers": 2, "num_labels": 10},
             r=6,
             r_max=2,
             compile=compiled,
@@ -358,7 +332,7 @@ def test_a_compiled_step_learns_the_same_by_a_program_for_each_amount(
             attn_implementation="eager",
         )
         logger = CSVLogger(tmp_path / name, name="", version="")
-        trainer(tmp_path, logger=logger).fit(module, digits(rand_augment="rand-m9"))
+        short_trainer(tmp_path, logger=logger).fit(module, digits(rand_augment="rand-m9"))
         found[name] = [r for r in _metrics(tmp_path / name) if r["train/loss"]], module.state_dict()
     drawn = {row["train/teacher_r"] for row in found["eager"][0]}
     assert len(drawn) == 2 and len(programs) == 3
@@ -369,25 +343,30 @@ def test_a_compiled_step_learns_the_same_by_a_program_for_each_amount(
 
 def test_a_compiled_step_does_not_go_with_shards_of_weights(tiny_folder: Path) -> None:
     module = MCTFFinetuner(str(tiny_folder), r=6, compile=True)
-    module._trainer = SimpleNamespace(strategy=ModelParallelStrategy())
+    module.trainer = SimpleNamespace(strategy=ModelParallelStrategy())
     with pytest.raises(ValueError, match="compile=True is not allowed with weights in shards"):
         module.configure_model()
 
 
-def test_more_amounts_than_are_usually_compiled(tmp_path: Path) -> None:
+def test_more_amounts_than_are_usually_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()  # programs of other tests count
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)  # of usually 8
     module = MCTFFinetuner(
-        config={**TINY, "num_hidden_layers": 2, "num_labels": 10},
-        r=11,
-        r_max=11,
+        config={**TINY, "num_hidden_layers": 1, "num_labels": 10},
+        fusion_layers=[0],
+        r=4,
+        r_max=4,
         compile={"backend": "eager"},
         learning_rate=0.01,
     )
     limit = torch._dynamo.config.recompile_limit
-    run = trainer(tmp_path, limit_train_batches=12, logger=CSVLogger(tmp_path, "", ""))
+    run = short_trainer(tmp_path, limit_train_batches=3, logger=CSVLogger(tmp_path, "", ""))
     run.fit(module, digits())
     assert torch._dynamo.config.recompile_limit == limit
     rows = [row for row in _metrics(tmp_path) if row["train/teacher_r"]]
-    assert len({row["train/teacher_r"] for row in rows}) > 8
+    assert len({row["train/teacher_r"] for row in rows}) > 2
 
 
 def test_r_can_be_a_budget(tiny_folder: Path) -> None:
@@ -407,18 +386,24 @@ def test_r_can_be_a_budget(tiny_folder: Path) -> None:
 def test_a_new_head_is_not_used_before_it_is_trained(tiny_folder: Path, tmp_path: Path) -> None:
     module = MCTFFinetuner(str(tiny_folder), r=6, num_labels=10)
     Image.new("RGB", (32, 32)).save("photo.png")
-    for evaluate in (trainer(tmp_path).test, trainer(tmp_path).validate, trainer(tmp_path).predict):
+    for evaluate in (
+        short_trainer(tmp_path).test,
+        short_trainer(tmp_path).validate,
+        short_trainer(tmp_path).predict,
+    ):
         with pytest.raises(ValueError, match="num_labels=10 is not allowed without training: it"):
             evaluate(module, digits(predict_folder="."))
-    run = trainer(tmp_path, max_epochs=1, limit_train_batches=1)
+    run = short_trainer(tmp_path, max_epochs=1, limit_train_batches=1)
     run.fit(module, digits())
     run.save_checkpoint("trained.ckpt")
     (expected,) = run.test(module, digits(), verbose=False)
     again = MCTFFinetuner(str(tiny_folder), r=6, num_labels=10)
-    (found,) = trainer(tmp_path).test(again, digits(), ckpt_path="trained.ckpt", verbose=False)
+    (found,) = short_trainer(tmp_path).test(
+        again, digits(), ckpt_path="trained.ckpt", verbose=False
+    )
     assert found == expected
     loaded = MCTFFinetuner.load_from_checkpoint("trained.ckpt")
-    assert trainer(tmp_path).test(loaded, digits(), verbose=False) == [expected]
+    assert short_trainer(tmp_path).test(loaded, digits(), verbose=False) == [expected]
 
 
 def test_a_dataset_with_another_number_of_classes_is_refused(tmp_path: Path) -> None:
@@ -426,7 +411,7 @@ def test_a_dataset_with_another_number_of_classes_is_refused(tmp_path: Path) -> 
     with pytest.raises(
         ValueError, match="the dataset has 10 classes, the model 20: .*set num_labels=10"
     ):
-        trainer(tmp_path).fit(module, digits())
+        short_trainer(tmp_path).fit(module, digits())
 
 
 def test_a_new_head_that_would_learn_at_a_trained_ones_rate_is_warned_of(
@@ -436,7 +421,7 @@ def test_a_new_head_that_would_learn_at_a_trained_ones_rate_is_warned_of(
         module = MCTFFinetuner(str(tiny_folder), r=6, num_labels=10, **settings)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            trainer(tmp_path, max_epochs=1, limit_train_batches=1).fit(module, digits())
+            short_trainer(tmp_path, max_epochs=1, limit_train_batches=1).fit(module, digits())
         told = [str(warning.message) for warning in said]
         assert any("the new head begins with random weights" in text for text in told) is warned
 
@@ -445,7 +430,7 @@ def test_the_mean_loss_is_one_of_float32_whatever_the_weights_are(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
     module = MCTFFinetuner(str(tiny_folder), r=6, attn_implementation="eager")
-    run = trainer(tmp_path, precision="bf16-true", limit_val_batches=1.0, max_epochs=1)
+    run = short_trainer(tmp_path, precision="bf16-true", limit_val_batches=1.0, max_epochs=1)
     (found,) = run.validate(module, digits(eval_batch_size=1), verbose=False)
     assert 0 < found["val/loss"] < 20
     model = module.model.bfloat16().eval()
@@ -462,11 +447,13 @@ def test_a_loss_of_no_number_is_told(tiny_folder: Path, tmp_path: Path) -> None:
     module.model.classifier.register_forward_hook(
         lambda head, given, logits: logits.where(torch.arange(len(logits))[:, None] > 0, math.nan)
     )
-    (found,) = trainer(tmp_path, limit_val_batches=2).validate(module, digits(), verbose=False)
+    (found,) = short_trainer(tmp_path, limit_val_batches=2).validate(
+        module, digits(), verbose=False
+    )
     assert math.isnan(found["val/loss"])
 
 
 def test_overfitting_a_few_batches_on_purpose(tiny_folder: Path, tmp_path: Path) -> None:
-    run = trainer(tmp_path, overfit_batches=2, max_epochs=1, limit_train_batches=None)
+    run = short_trainer(tmp_path, overfit_batches=2, max_epochs=1, limit_train_batches=None)
     run.fit(MCTFFinetuner(str(tiny_folder), r=6), digits())
     assert run.global_step == 2 and run.num_val_batches == [2]

@@ -13,8 +13,8 @@ from cli.files import open_images
 from cli.main import main
 from lightning_modules.folders import open_image_folder
 from lightning_modules.opening import NamedDataset
-from tests.test_data import PNG, data_module
-from tests.test_images import fails
+from tests.helpers import fails
+from tests.image_sets import PNG, data_module
 
 
 def plant(root: Path, *files: str) -> Path:
@@ -146,7 +146,7 @@ def test_labels_that_are_texts_are_the_same_classes_in_all_splits(tmp_path: Path
     data = data_module(str(tmp_path / "set"), num_labels=3)
     data.setup("test")
     assert data.label_names == ["a", "b", "c"]
-    assert data._sets["test"].rows.labels.tolist() == [2, 1]
+    assert data.test_dataloader().dataset.rows.labels.tolist() == [2, 1]
     assert next(iter(open_images(str(tmp_path / "set"), 2).values())).size == (20, 10)
 
 

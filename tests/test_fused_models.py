@@ -3,10 +3,7 @@
 import copy
 import io
 import json
-import os
 import pickle
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -41,15 +38,15 @@ from transformers import (
 import mctf_hf
 from mctf_hf import fuse_tokens, fusion_of, unfuse_tokens
 from mctf_hf.cost import multiply_accumulates, r_for_budget
-from mctf_hf.export import check, to_onnx, to_torch_export
+from mctf_hf.export import check, to_onnx
 from mctf_hf.families import find_encoders
 from mctf_hf.fused_encoder import FusedLayers
 from mctf_hf.hub import save
 from mctf_hf.registry import BACKBONES, backbone_of_type
-from tests.conftest import REPOSITORY, needs_shared
-from tests.test_cost import count
-from tests.test_export import assert_quantizes
-from tests.test_loading import load_as_stranger
+from tests.export_files import assert_quantizes
+from tests.helpers import count, needs_shared
+from tests.strangers import load_as_stranger
+from tests.training_runs import as_rank, compare_gradients, free_port, start
 
 BASE: dict[str, Any] = {
     "image_size": 48,
@@ -86,7 +83,9 @@ PLAIN: dict[str, tuple[type[Any], Any]] = {
 def plain_model(kind: str, **settings: Any) -> Any:
     model_class, config = PLAIN[kind]
     torch.manual_seed(0)
-    return model_class(type(config).from_dict(config.to_dict() | settings)).eval()
+    stages = {"out_features", "out_indices", "stage_names"}  # follow from the number of layers
+    given = {name: value for name, value in config.to_dict().items() if name not in stages}
+    return model_class(type(config).from_dict(given | settings)).eval()
 
 
 def own_class(kind: str) -> type[Any]:
@@ -223,9 +222,17 @@ def test_copies_and_pickles_fuse_by_themselves(pixels: Tensor) -> None:
 @torch.no_grad()
 def test_a_fused_model_compiles_as_one_graph(kind: str, pixels: Tensor) -> None:
     torch._dynamo.reset()
-    model = fuse_tokens(plain_model(kind), r=6)
+    model = fuse_tokens(plain_model(kind, num_hidden_layers=2), r=6, fusion_layers=[0, 1])
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(pixels)[0], model(pixels)[0])
+
+
+@torch.no_grad()
+def test_a_compiled_model_fuses_as_it_is_told(pixels: Tensor) -> None:
+    torch._dynamo.reset()
+    model = fuse_tokens(plain_model("dinov2", num_hidden_layers=2), r=6, fusion_layers=[0, 1])
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    compiled(pixels)
     with fusion_of(model, r=2, reduction="tome"):
         inside = compiled(pixels)[0]
         torch.testing.assert_close(inside, model(pixels)[0])
@@ -238,8 +245,9 @@ def test_a_fused_model_compiles_as_one_graph(kind: str, pixels: Tensor) -> None:
 @torch.no_grad()
 def test_own_classes_compile_as_one_graph(kind: str, pixels: Tensor, tmp_path: Path) -> None:
     torch._dynamo.reset()
-    plain_model(kind).save_pretrained(tmp_path / "plain")
-    model = own_class(kind).from_pretrained(tmp_path / "plain", r=6).eval()
+    plain_model(kind, num_hidden_layers=2).save_pretrained(tmp_path / "plain")
+    settings = {"r": 6, "fusion_layers": [0, 1]}
+    model = own_class(kind).from_pretrained(tmp_path / "plain", **settings).eval()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(pixels)[0], model(pixels)[0])
 
@@ -341,46 +349,13 @@ def test_no_module_that_must_stay_whole_is_named_in_vain() -> None:
             assert type(layers[0]).__name__ in listed
 
 
-DATA_PARALLEL = """
-import sys, torch, torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-from transformers import Dinov2Config, Dinov2ForImageClassification
-from mctf_hf import fuse_tokens
-
-dist.init_process_group("gloo")
-rank = dist.get_rank()
-torch.manual_seed(0)
-config = Dinov2Config(image_size=48, patch_size=6, hidden_size=24, num_hidden_layers=3,
-                      num_attention_heads=2, use_mask_token=False)
-model = DistributedDataParallel(fuse_tokens(Dinov2ForImageClassification(config), r=6))
-images = torch.randn(4, 3, 48, 48, generator=torch.Generator().manual_seed(1))
-labels = torch.tensor([0, 1, 1, 0])
-mine = slice(2 * rank, 2 * rank + 2)
-model(images[mine], labels=labels[mine]).loss.backward()
-if rank == 0:
-    alone = fuse_tokens(Dinov2ForImageClassification(config), r=6)
-    alone.load_state_dict(model.module.state_dict())
-    alone(images, labels=labels).loss.backward()
-    for (name, one), other in zip(model.module.named_parameters(), alone.parameters()):
-        torch.testing.assert_close(one.grad, other.grad, msg=name)
-    print("the same gradients")
-dist.barrier()  # none goes while the other still needs it
-del model
-dist.destroy_process_group()
-"""
-
-
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    (tmp_path / "train.py").write_text(DATA_PARALLEL)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
-         "--master_port", str(20000 + os.getpid() % 20000), "train.py"],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "the same gradients" in done.stdout
+    port = free_port()
+    runs = [start(as_rank, rank, 2, port, compare_gradients, tmp_path) for rank in range(2)]
+    for run in runs:
+        run.join()
+    assert [run.exitcode for run in runs] == [0, 0]
+    assert (tmp_path / "compared").read_text() == "all gradients"
 
 
 @torch.no_grad()
@@ -396,13 +371,14 @@ def test_a_fused_vision_tower_is_exported(pixels: Tensor, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("kind", ["siglip", "dinov2 classifier", "dinov3"])
 @torch.no_grad()
-def test_own_classes_are_exported(kind: str, pixels: Tensor, tmp_path: Path) -> None:
-    plain_model(kind).save_pretrained(tmp_path / "plain")
-    model = own_class(kind).from_pretrained(tmp_path / "plain", r=6).eval()
-    for write, file in ((to_onnx, "model.onnx"), (to_torch_export, "model.pt2")):
-        agreement = check(model, write(model, tmp_path / file), [pixels[:1], pixels])
-        assert agreement.differing == 0, (file, agreement)
-        assert (agreement.top1 is None) == ("classifier" not in kind)
+def test_own_classes_are_written_as_onnx(kind: str, pixels: Tensor, tmp_path: Path) -> None:
+    plain_model(kind, num_hidden_layers=2).save_pretrained(tmp_path / "plain")
+    settings = {"r": 6, "fusion_layers": [0, 1]}
+    model = own_class(kind).from_pretrained(tmp_path / "plain", **settings).eval()
+    to_onnx(model, tmp_path / "model.onnx")
+    agreement = check(model, tmp_path / "model.onnx", [pixels[:1], pixels])
+    assert agreement.differing == 0
+    assert (agreement.top1 is None) == ("classifier" not in kind)
     assert_quantizes(tmp_path / "model.onnx", pixels, within=1)
 
 
@@ -459,7 +435,7 @@ def test_the_usual_size_of_images_counts(tmp_path: Path) -> None:
 def test_a_real_dinov2_computes_what_its_program_does() -> None:
     from safetensors.torch import load_file
 
-    from tests.conftest import SHARED
+    from tests.helpers import SHARED
 
     folder = SHARED / "checkpoints" / "dinov2-small-saliency"
     known = load_file(folder / "reference.safetensors")

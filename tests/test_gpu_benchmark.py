@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks import gpu
-from tests.conftest import REPOSITORY
+from tests.helpers import REPOSITORY
 
 # Packages of the extras; what is None cannot be imported.
 ALONE = """

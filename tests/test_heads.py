@@ -14,9 +14,9 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Vi
 
 from lightning_modules import HuggingFaceFolder, MCTFFinetuner
 from mctf_hf import MCTFViTForImageClassification
-from tests.conftest import tiny_model
-from tests.test_finetuning import digits, trainer
+from tests.helpers import tiny_model
 from tests.tiny_models import MODELS, build
+from tests.training_runs import digits, short_trainer
 
 
 def test_the_head_alone_is_trained(tiny_folder: Path, tmp_path: Path) -> None:
@@ -26,7 +26,7 @@ def test_the_head_alone_is_trained(tiny_folder: Path, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "Found .* in eval mode")
         filters = list(warnings.filters)
-        trainer(tmp_path, max_epochs=1).fit(module, digits())
+        short_trainer(tmp_path, max_epochs=1).fit(module, digits())
         assert warnings.filters == filters
     changed = {
         name
@@ -47,7 +47,7 @@ def test_lightnings_callback_unfreezes_the_backbone(tiny_folder: Path, tmp_path:
     module = MCTFFinetuner(str(tiny_folder), r=6, learning_rate=0.1, weight_decay=0.2)
     before = module.backbone.layers[0].mlp.fc1.weight.clone()
     unfreezing = Noting(1, backbone_initial_ratio_lr=0.5, should_align=False)
-    run = trainer(tmp_path, callbacks=[unfreezing], limit_train_batches=3, max_epochs=2)
+    run = short_trainer(tmp_path, callbacks=[unfreezing], limit_train_batches=3, max_epochs=2)
     run.fit(module, digits())
     assert [len(each) for each in rates] == [2, 2, 2, 3, 3, 3]
     assert rates[3][2] == pytest.approx(0.5 * rates[2][0]) and rates[4][0] < rates[3][0]
@@ -64,7 +64,7 @@ def test_weights_of_classes_are_those_of_the_loss(tiny_folder: Path, tmp_path: P
     assert found == expected
     data = digits()
     module = MCTFFinetuner(str(tiny_folder), r=6, class_weights="balanced")
-    trainer(tmp_path, max_epochs=1, limit_train_batches=1).fit(module, data)
+    short_trainer(tmp_path, max_epochs=1, limit_train_batches=1).fit(module, data)
     counts = np.bincount(data.training_labels())
     assert module.loss.class_weights == pytest.approx(counts.sum() / 10 / counts)
     with pytest.raises(
@@ -75,8 +75,8 @@ def test_weights_of_classes_are_those_of_the_loss(tiny_folder: Path, tmp_path: P
 
 def test_macro_f1_and_the_accuracy_of_each_class(tiny_folder: Path, tmp_path: Path) -> None:
     module, data = MCTFFinetuner(str(tiny_folder), r=6), digits(eval_batch_size=64)
-    (result,) = trainer(tmp_path).test(module, data, verbose=False)
-    images = data._sets["test"]
+    (result,) = short_trainer(tmp_path).test(module, data, verbose=False)
+    images = data.test_dataloader().dataset
     batch = torch.stack([images[i]["pixel_values"] for i in range(len(images))])
     labels = torch.tensor([images[i]["labels"] for i in range(len(images))])
     with torch.no_grad():
@@ -88,7 +88,7 @@ def test_macro_f1_and_the_accuracy_of_each_class(tiny_folder: Path, tmp_path: Pa
         right = (found == labels)[labels == digit].float().mean().item()
         assert result[f"test/accuracy/{digit}"] == pytest.approx(right)
     quiet = MCTFFinetuner(str(tiny_folder), r=6, class_metrics=False)
-    (result,) = trainer(tmp_path).test(quiet, data, verbose=False)
+    (result,) = short_trainer(tmp_path).test(quiet, data, verbose=False)
     assert not [name for name in result if name.startswith("test/accuracy/")]
 
 
@@ -100,7 +100,9 @@ def test_images_of_another_size_than_the_checkpoints(tiny_folder: Path, tmp_path
         expected = plain(images, interpolate_pos_encoding=True).logits
         torch.testing.assert_close(module.model.eval()(images).logits, expected)
     folder = HuggingFaceFolder(str(tmp_path / "model"))
-    trainer(tmp_path, callbacks=[folder], max_epochs=1, limit_train_batches=1).fit(module, digits())
+    short_trainer(tmp_path, callbacks=[folder], max_epochs=1, limit_train_batches=1).fit(
+        module, digits()
+    )
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "model")
     assert model.config.image_size == 48
     processor = AutoImageProcessor.from_pretrained(tmp_path / "model", backend="pil")
@@ -135,7 +137,7 @@ def test_a_processor_that_keeps_the_aspect_ratio_crops(tmp_path: Path) -> None:
                 Image.effect_noise(size, 40 + i).convert("RGB").save(folder / f"{i}.png")
     module = MCTFFinetuner("model", num_labels=2, learning_rate=1e-3)
     folder = HuggingFaceFolder(str(tmp_path / "trained"))
-    run = trainer(tmp_path, max_epochs=1, callbacks=[folder])
+    run = short_trainer(tmp_path, max_epochs=1, callbacks=[folder])
     data = digits(batch_size=2)
     data.dataset = "photos"
     run.fit(module, data)

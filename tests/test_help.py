@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from cli.main import COMMANDS, main
-from tests.conftest import REPOSITORY
+from tests.helpers import REPOSITORY
 
 
 def shown(capsys: pytest.CaptureFixture, *words: str) -> str:

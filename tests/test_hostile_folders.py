@@ -15,7 +15,7 @@ from transformers import ViTImageProcessorPil
 
 from cli.main import main
 from mctf_hf.hub import save
-from tests.conftest import tiny_model
+from tests.helpers import tiny_model
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -15,27 +15,8 @@ from cli.files import open_images
 from cli.main import main
 from mctf_hf.hub import load_image_processor, save
 from mctf_hf.images import ImageReader
-from tests.conftest import TINY, tiny_model
-from tests.test_data import JPEG, PNG, data_module, encoded, write_dataset
-
-
-def predict_words(model: Path | str, photos: Path | str, *more: str) -> list[str]:
-    return [
-        "predict", "--model.pretrained", str(model), "--data.predict_folder", str(photos),
-        "--data.num_workers", "0", "--trainer.accelerator", "cpu", "--trainer.logger", "false",
-        "--trainer.enable_progress_bar", "false", *more,
-    ]  # fmt: skip
-
-
-def fails(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The line of an error."""
-    with pytest.raises(SystemExit) as stopped:
-        main(words)
-    assert stopped.value.code == 1
-    shown = capsys.readouterr().err
-    assert "Traceback" not in shown
-    (line,) = [line for line in shown.splitlines() if line.startswith("mctf: error: ")]
-    return line
+from tests.helpers import TINY, fails, predict_words, tiny_model
+from tests.image_sets import JPEG, PNG, data_module, encoded, write_dataset
 
 
 @pytest.fixture(scope="module")

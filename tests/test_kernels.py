@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mctf_hf import MCTFDINOv3ViTConfig, MCTFDINOv3ViTModel, attention
 from mctf_hf.attention import Attention, apply_by_kernel
-from tests.conftest import REPOSITORY, tiny_model
+from tests.helpers import REPOSITORY, tiny_model
 
 ROTARY: dict[str, Any] = {
     "image_size": 32,

@@ -14,7 +14,7 @@ import pytest
 import cli.visualize
 import mctf_hf
 from cli.main import COMMANDS, main
-from tests.conftest import DIGITS, REPOSITORY
+from tests.helpers import DIGITS, REPOSITORY
 
 
 def refused(capsys: pytest.CaptureFixture, *words: str, status: int = 1) -> list[str]:

@@ -19,8 +19,7 @@ from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
 from mctf_hf.conversion import load_pretrained
 from mctf_hf.hub import save
 from mctf_hf.registry import BACKBONES, class_of
-from tests.conftest import tiny_model
-from tests.test_conversion import in_timm_names
+from tests.helpers import in_timm_names, tiny_model
 
 PROCESSOR = ViTImageProcessorPil(size={"height": 32, "width": 32})
 

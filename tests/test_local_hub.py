@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import ViTImageProcessorPil
 
 from mctf_hf.hub import save
-from tests.conftest import tiny_model
+from tests.helpers import tiny_model
 from tests.local_hub import LocalHub
 
 WEIGHTS = bytes(range(256)) * 400

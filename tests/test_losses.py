@@ -5,7 +5,7 @@ import torch
 
 from mctf_hf.conversion import convert_state_dict
 from mctf_hf.losses import TokenReductionConsistency, label_probability
-from tests.conftest import Golden, tiny_model
+from tests.helpers import Golden, tiny_model
 
 GOLDEN = Golden("train")
 

@@ -10,7 +10,7 @@ from mctf_hf import MCTFViTConfig
 from mctf_hf.fusion import Reduction, fuse, fuse_attention, fuse_sizes
 from mctf_hf.matching import attraction, bipartite_soft_matching, bipartition, similarity
 from mctf_hf.reducers import Observation, Stage, build_reducer
-from tests.conftest import Golden
+from tests.helpers import Golden
 
 GOLDEN = Golden("fusion")
 POOLINGS = ("attention_size", "size", "mean", "max")

@@ -16,9 +16,9 @@ from mctf_hf import (
     fused_encoder,
 )
 from mctf_hf.conversion import convert_state_dict
-from mctf_hf.fused_layer import FusedLayer
 from mctf_hf.modeling_mctf_vit import drop_path
-from tests.conftest import TINY, Golden, tiny_model
+from mctf_hf.reducers import REDUCERS, Observation
+from tests.helpers import TINY, Golden, tiny_model
 
 GOLDEN = Golden("deit")
 TOME, PITOME, DIFFRATE = Golden("tome"), Golden("pitome"), Golden("diffrate")
@@ -265,17 +265,20 @@ def test_bfloat16_errs_no_more_than_without_fusion_if_the_same_tokens_fuse(
     images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen: list[Any] = []
-    choose = FusedLayer._choose
 
-    def remember(*args: Any) -> Any:
-        chosen.append(choose(*args))
-        return chosen[-1]
+    class Remembering(REDUCERS["mctf"]):
+        """In bfloat16 what was chosen before, in order."""
 
+        def __call__(self, seen: Observation, amount: Any) -> Any:
+            if seen.tokens.dtype == torch.bfloat16:
+                return chosen.pop(0)
+            chosen.append(super().__call__(seen, amount))
+            return chosen[-1]
+
+    monkeypatch.setitem(REDUCERS, "mctf", Remembering)
     model, errors = tiny_model().to(torch.bfloat16), []
     for r in (0, 8):
-        monkeypatch.setattr(FusedLayer, "_choose", remember)
         expected = model.float()(images, r=r).logits
-        monkeypatch.setattr(FusedLayer, "_choose", lambda *_: chosen.pop(0))
         logits = model.to(torch.bfloat16)(images, r=r).logits
         errors.append((logits.float() - expected).abs().mean().item())
     assert 0 < errors[1] < 1.5 * errors[0]

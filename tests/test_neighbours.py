@@ -17,21 +17,10 @@ from lightning_modules.neighbours import nearest
 from lightning_modules.vector_folder import VectorFolder
 from mctf_hf.images import read_image
 from mctf_hf.texts import TextEncoder
-from tests.test_embedding import (
-    dino,
-    embedded,
-    names,
-    pairs,
-    photos,
-    vectors_of,
-    words,
-    write_parquet,
-    write_tars,
-)
-from tests.test_images import fails
+from tests.helpers import fails
+from tests.vector_folders import embed_words, embedded, names, vectors_of, write_parquet, write_tars
 
 pytestmark = pytest.mark.timeout(300)
-__all__ = ["dino", "pairs", "photos"]  # fixtures
 
 
 def table(capsys: pytest.CaptureFixture[str]) -> list[tuple[float, str]]:
@@ -122,8 +111,8 @@ def test_what_is_wrong_is_told_in_a_line(
     dino: Path, pairs: dict[str, Path], photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(photos, "some")
-    main(words(dino, "some", "out"))
-    main(words(pairs["CLIP"], "some", "tokens", "--vector", "class_token"))
+    main(embed_words(dino, "some", "out"))
+    main(embed_words(pairs["CLIP"], "some", "tokens", "--vector", "class_token"))
     image = str(photos / names(photos)[0])
     cases = [
         ("nothing does not exist", ["nothing", "--query", image]),

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from mctf_hf.reducers import REDUCERS
-from tests.conftest import DIGITS, REPOSITORY, TINY
+from tests.helpers import DIGITS, REPOSITORY, TINY
 
 NOTEBOOKS = REPOSITORY / "notebooks"
 IMAGES = [str(REPOSITORY / "docs" / "pictures" / f"{name}.jpg") for name in ("pagoda", "dahlia")]

@@ -21,9 +21,8 @@ from mctf_hf.cost import multiply_accumulates
 from mctf_hf.hub import load_image_processor, loadable_files, save
 from mctf_hf.model_card import make_card
 from mctf_hf.reducers import REDUCERS, Reducer
-from tests.conftest import DIGITS, REPOSITORY, TINY, environment_of_a_stranger, tiny_model
-from tests.test_cost import count
-from tests.test_loading import BLOCKED, load_as_stranger
+from tests.helpers import DIGITS, REPOSITORY, TINY, count, tiny_model
+from tests.strangers import BLOCKED, environment_of_a_stranger, load_as_stranger
 
 EXAMPLES = re.findall(
     r"```python\n(.*?)```", (REPOSITORY / "docs" / "methods" / "own.md").read_text(), re.DOTALL

@@ -15,7 +15,8 @@ import pytest
 from packaging.requirements import Requirement
 
 from cli.main import COMMANDS, FINETUNING
-from tests.conftest import DIGITS, REPOSITORY, environment_of_a_stranger
+from tests.helpers import DIGITS, REPOSITORY
+from tests.strangers import environment_of_a_stranger
 
 README = (REPOSITORY / "README.md").read_text()
 CORE = {"torch", "transformers", "huggingface_hub", "safetensors", "numpy", "pillow"}

@@ -15,9 +15,8 @@ from transformers import AutoModelForImageClassification, pipeline
 from cli.main import main
 from lightning_modules.callbacks import PredictionFile
 from mctf_hf.hub import load_image_processor
-from tests.conftest import TINY
-from tests.test_data import JPEG, PNG
-from tests.test_images import fails, predict_words
+from tests.helpers import TINY, fails, predict_words
+from tests.image_sets import JPEG, PNG
 
 
 def predicted(model: Path, photos: Path, *more: str, name: str = "p.jsonl") -> list[dict[str, Any]]:

@@ -22,8 +22,8 @@ from mctf_hf import MCTFViTForImageClassification
 from mctf_hf.losses import TokenReductionConsistency, label_loss, label_probability
 from mctf_hf.problems import MULTI, REGRESSION, SINGLE
 from mctf_hf.trainer import ConsistencyTrainer
-from tests.conftest import tiny_model
-from tests.test_finetuning import digits, trainer
+from tests.helpers import tiny_model
+from tests.training_runs import digits, short_trainer
 
 SEVERAL = torch.tensor([[1.0, 0, 0, 1, 0], [0, 0, 0, 0, 0], [0, 1, 0, 0, 0]])
 KINDS: dict[str, tuple[dict[str, Any], Tensor]] = {
@@ -345,7 +345,7 @@ def test_labels_of_another_problem_than_the_models(
 ) -> None:  # fmt: skip
     data = HFImageDataModule(photos(labels, feature), label_column="tags", num_workers=0)
     with pytest.raises(ValueError, match=message):
-        trainer(Path()).fit(MCTFFinetuner(str(tiny_folder), **settings), data)
+        short_trainer(Path()).fit(MCTFFinetuner(str(tiny_folder), **settings), data)
 
 
 def test_one_label_per_image_ends_what_a_checkpoint_says(tiny_folder: Path, tmp_path: Path) -> None:
@@ -353,11 +353,11 @@ def test_one_label_per_image_ends_what_a_checkpoint_says(tiny_folder: Path, tmp_
     model.save_pretrained("several")
     shutil.copy(tiny_folder / "preprocessor_config.json", "several")
     with pytest.raises(ValueError, match="which problem_type=multi_label_classification is not f"):
-        trainer(tmp_path).fit(MCTFFinetuner("several"), digits())
+        short_trainer(tmp_path).fit(MCTFFinetuner("several"), digits())
     for settings in ({"problem_type": SINGLE}, {"num_labels": 10, "learning_rate": 1e-3}):
         module = MCTFFinetuner("several", **settings)
         folder = HuggingFaceFolder("trained")
-        run = trainer(tmp_path, max_epochs=1, limit_train_batches=1, callbacks=[folder])
+        run = short_trainer(tmp_path, max_epochs=1, limit_train_batches=1, callbacks=[folder])
         run.fit(module, digits())
         assert json.loads(Path("trained/config.json").read_text())["problem_type"] == SINGLE
 

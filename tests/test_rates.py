@@ -20,19 +20,20 @@ from cli.main import main
 from lightning_modules import MCTFFinetuner
 from mctf_hf.conversion import load_pretrained
 from mctf_hf.cost import keep_rate_for_budget, multiply_accumulates
-from mctf_hf.export import _metadata, check, to_onnx, to_torch_export
+from mctf_hf.export import check, to_onnx, to_torch_export
 from mctf_hf.hub import save
 from mctf_hf.model_card import make_card
 from mctf_hf.teacher import teacher_amount, teacher_limit
 from mctf_hf.trainer import ConsistencyTrainer
 from mctf_hf.visualization import draw_groups
-from tests.conftest import DIGITS, TINY, tiny_model
-from tests.test_finetuning import digits, trainer
+from tests.helpers import DIGITS, TINY, tiny_model
+from tests.training_runs import digits, loss_of, short_trainer
 
 LEARNING: dict[str, Any] = {
     **TINY, "patch_size": 8, "hidden_size": 48, "num_hidden_layers": 3, "num_labels": 10,
     "initializer_range": 0.1, "min_tokens": 1,
 }  # fmt: skip
+TWO_LAYERS = {"num_hidden_layers": 2, "fusion_layers": [0, 1]}
 METHODS = {
     "tome": {"r": 2},
     "evit": {"keep_rate": 0.7},
@@ -51,15 +52,11 @@ def test_finetuning_learns_with_every_method(reduction: str, tmp_path: Path) -> 
         label_smoothing=0,
     )
     assert module.r_max == 1
-    losses = []
-    for epochs in (3, 0):
-        (result,) = trainer(tmp_path).test(module, digits(), verbose=False)
-        losses.append(result["test/loss"])
-        log = CSVLogger(tmp_path, name="", version=str(epochs))
-        run = trainer(tmp_path, limit_train_batches=1.0, max_epochs=epochs, logger=log)
-        run.fit(module, digits())
-    assert losses[1] < 0.8 * losses[0]
-    with Path(tmp_path, "3", "metrics.csv").open() as file:
+    first, log = loss_of(module, tmp_path), CSVLogger(tmp_path, name="", version="")
+    run = short_trainer(tmp_path, limit_train_batches=70, limit_val_batches=0, logger=log)
+    run.fit(module, digits())
+    assert loss_of(module, tmp_path) < 0.8 * first
+    with Path(tmp_path, "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     name = "train/teacher_r" if reduction == "tome" else "train/teacher_keep_rate"
     drawn = [float(row[name]) for row in rows if row.get(name)]
@@ -211,7 +208,7 @@ def test_benchmark_takes_budgets_of_both_kinds(tiny_folder: Path) -> None:
 
 @pytest.mark.parametrize("reduction", ["evit", "token_mergence"])
 def test_they_are_exported(reduction: str, tmp_path: Path) -> None:
-    model = tiny_model(reduction=reduction, keep_rate=0.6)
+    model = tiny_model(reduction=reduction, keep_rate=0.6, **TWO_LAYERS)
     to_torch_export(model, tmp_path / "m.pt2")
     assert check(model, tmp_path / "m.pt2", [torch.randn(4, 3, 32, 32)]).differing == 0
 
@@ -265,12 +262,15 @@ def test_no_layer_of_the_teacher_fuses_more_than_the_students(settings: dict[str
     assert len(set(teachers)) > 1 and max(teachers)[-1] > 0
 
 
-def test_an_exported_file_tells_the_keep_rate(tmp_path: Path) -> None:
+def test_an_exported_file_tells_the_keep_rate() -> None:
     for settings, expected in (
         ({"reduction": "evit", "keep_rate": 0.5}, {"keep_rate": "0.5"}),
         ({"reduction": "tome", "r": (4, -1)}, {"r": "4", "inflection": "-1"}),
     ):
-        told = _metadata(tiny_model(**settings), None, {})
+        to_torch_export(tiny_model(num_hidden_layers=1, **settings), "model.pt2")
+        extra = {"metadata.json": ""}
+        torch.export.load("model.pt2", extra_files=extra)
+        told = json.loads(extra["metadata.json"])
         amounts = {name: told[name] for name in ("r", "keep_rate", "inflection") if name in told}
         assert amounts == expected
 
@@ -284,7 +284,7 @@ def test_an_exported_file_tells_the_keep_rate(tmp_path: Path) -> None:
     ],
 )
 def test_they_are_written_as_onnx(settings: dict[str, Any], tmp_path: Path) -> None:
-    model = tiny_model(**settings, keep_rate=0.6, num_hidden_layers=3)
+    model = tiny_model(**settings, keep_rate=0.6, **TWO_LAYERS)
     if "multi_scale" in settings:
         torch.nn.init.normal_(model.vit.embeddings.coarse_patch_embeddings[0].fusion.weight)
     to_onnx(model, tmp_path / "m.onnx")

@@ -22,8 +22,7 @@ from transformers import (
 from cli.main import COMMANDS, main
 from mctf_hf.hub import load_image_processor, save
 from mctf_hf.registry import BACKBONES
-from tests.conftest import REPOSITORY, TINY, Golden, tiny_model
-from tests.test_conversion import in_timm_names
+from tests.helpers import REPOSITORY, TINY, Golden, in_timm_names, tiny_model
 from tests.tiny_models import save_with_words
 
 PAGES = (

@@ -1,5 +1,6 @@
 """The parts of the recipe: learning rates by layer and step, averaged weights, distillation."""
 
+import copy
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +26,7 @@ from lightning_modules.distillation import Guide
 from lightning_modules.schedule import cosine_with_cooldown, parameter_groups
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
 from mctf_hf.losses import Distillation
-from tests.conftest import tiny_model
+from tests.helpers import tiny_model
 from tests.training_runs import CONFIG, STEPS_PER_EPOCH, finetuner, images, trainer
 
 
@@ -212,27 +213,40 @@ def test_the_distillation_head_learns_from_the_guide_and_the_other_from_labels(
     guide_folder: Path, tmp_path: Path
 ) -> None:
     config = {**CONFIG, "distillation_token": True, "distillation_head": True}
-    module = finetuner(config=config, distill_from=str(guide_folder), drop_path_rate=0.0)
-    trainer(tmp_path, limit_train_batches=1, limit_val_batches=0, max_epochs=1).fit(
-        module, images()
-    )
-    images_ = torch.randn(4, 3, 16, 16)
-    labels, guided = torch.arange(4), torch.randn(4, 10)
-    embedded = module.model.base_model.embeddings(images_)
-    module.zero_grad()
-    seen = module._pass({"inputs_embeds": embedded}, labels, guided)
-    seen.loss.backward()
-    hidden = module.model.base_model(inputs_embeds=embedded.detach()).last_hidden_state.detach()
+    settings = {"config": config, "distill_from": str(guide_folder), "drop_path_rate": 0.0}
+    module = finetuner(**settings, r_max=0)  # without a teacher, the heads' losses alone
+    before = copy.deepcopy(module.model).eval()
+    given: dict[str, Tensor] = {}
+    gradients: dict[str, Tensor] = {}
+
+    class Watch(Callback):
+        def on_train_batch_start(self, run: L.Trainer, module: Any, batch: Any, _: int) -> None:
+            given.update(batch)
+
+        def on_after_backward(self, run: L.Trainer, module: Any) -> None:
+            gradients.update({name: p.grad.clone() for name, p in module.model.named_parameters()})
+
+    once = {"limit_train_batches": 1, "limit_val_batches": 0, "max_epochs": 1}
+    trainer(tmp_path, Watch(), enable_checkpointing=False, **once).fit(module, images())
+    pixels, labels = given["pixel_values"], given["labels"]
+    with torch.no_grad():
+        hidden = before.base_model(pixels).last_hidden_state
+        guided = Guide(str(guide_folder), before.config, module.image_processor)(pixels)
     smoothing = module.loss.label_smoothing
-    for head, token, target, smooth in (
-        (module.model.classifier, 0, labels, smoothing),
-        (module.model.distillation_classifier, 1, guided.argmax(-1), 0.0),
+    for name, token, target, smooth in (
+        ("classifier", 0, labels, smoothing),
+        ("distillation_classifier", 1, guided.argmax(-1), 0.0),
     ):
+        head = getattr(before, name)
         weight = head.weight.detach().requires_grad_()
         logits = F.linear(hidden[:, token], weight, head.bias.detach())
         (0.5 * F.cross_entropy(logits, target, label_smoothing=smooth)).backward()
-        torch.testing.assert_close(head.weight.grad, weight.grad, atol=1e-6, rtol=1e-4)
-    torch.testing.assert_close(seen.logits, module.model(inputs_embeds=embedded).logits)
+        torch.testing.assert_close(gradients[f"{name}.weight"], weight.grad, atol=1e-6, rtol=1e-4)
+    # The teacher is compared with what both heads say.
+    module, compared = finetuner(**settings), []
+    module.loss.register_forward_pre_hook(lambda _, args: compared.append(args[0].detach()))
+    trainer(tmp_path, **once).fit(module, images())
+    torch.testing.assert_close(compared[0], before(pixels).logits, atol=1e-6, rtol=1e-4)
 
 
 def test_a_guide_of_other_classes_is_refused_in_one_clear_error(

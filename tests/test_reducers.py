@@ -25,8 +25,8 @@ from mctf_hf.pairing import energy, merge_within_ranking, pair_highest
 from mctf_hf.presets import preset
 from mctf_hf.reducers import REDUCERS, Observation, Reducer, Stage, build_reducer, register
 from mctf_hf.selection import drop_and_merge, keep_most_important, merge_into_most_important
-from tests.conftest import TINY, Golden, tiny_model
-from tests.test_backbones import MODELS, pictures, small
+from tests.helpers import TINY, Golden, tiny_model
+from tests.tiny_models import BACKBONES, pixels, small_backbone
 
 EVIT = Golden("evit")
 EXACT = {"atol": 1e-5, "rtol": 0}
@@ -361,7 +361,9 @@ def test_prefix_tokens_stay_on_every_backbone(
         own["num_register_tokens"] = 4
     if kind == "vit":
         own["patch_size"] = 16
-    model = small(kind, **own, r=r, reduction=reduction, min_tokens=1, fusion_layers=[0, 2])
+    model = small_backbone(
+        kind, **own, r=r, reduction=reduction, min_tokens=1, fusion_layers=[0, 2]
+    )
     assert model.config.num_prefix_tokens == prefix
     torch.manual_seed(seed)
     output = model(torch.randn(2, 3, 96, 96), r=r, output_fusion=True)
@@ -376,16 +378,16 @@ def test_prefix_tokens_stay_on_every_backbone(
 
 @torch.no_grad()
 def test_without_class_token_the_head_reads_the_mean_of_all_patches() -> None:
-    model = small("vit", class_token=False, patch_size=16, r=6)
-    output = model(pictures(), output_fusion=True, output_hidden_states=True)
+    model = small_backbone("vit", class_token=False, patch_size=16, r=6)
+    output = model(pixels(), output_fusion=True, output_hidden_states=True)
     last = model.vit.layernorm(output.hidden_states[-1])
     assert last.shape[1] == output.token_sizes.shape[1] < 36
     spread = last.gather(1, output.assignment[:, :, None].expand(-1, -1, last.shape[2]))
     torch.testing.assert_close(output.class_token, spread.mean(1))
     torch.testing.assert_close(output.logits, model.classifier(output.class_token))
     backbone = MCTFViTModel(model.config).eval()
-    assert backbone(pictures()).pooler_output.shape == (2, 24)
-    assert "token_sizes" not in backbone(pictures())
+    assert backbone(pixels()).pooler_output.shape == (2, 24)
+    assert "token_sizes" not in backbone(pixels())
 
 
 @torch.no_grad()
@@ -460,12 +462,12 @@ def test_coarse_patches_are_shared_by_the_patches_that_they_cover() -> None:
     assert (added[:4] == 0).all() and (added[4:, 4:] == 0).all()
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", BACKBONES)
 @torch.no_grad()
 def test_multi_scale_on_every_backbone(kind: str) -> None:
-    plain, model = small(kind), small(kind, multi_scale=[2])
+    plain, model = small_backbone(kind), small_backbone(kind, multi_scale=[2])
     model.load_state_dict(plain.state_dict(), strict=False)
-    assert torch.equal(model(pictures()).logits, plain(pictures()).logits)
+    assert torch.equal(model(pixels()).logits, plain(pixels()).logits)
 
 
 def test_published_cost_of_token_mergence() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from tests.conftest import REPOSITORY
+from tests.helpers import REPOSITORY
 
 try:
     import tomllib

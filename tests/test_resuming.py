@@ -19,7 +19,7 @@ from lightning_modules import (
     LastCheckpoint,
     MCTFFinetuner,
 )
-from tests.conftest import DIGITS
+from tests.helpers import DIGITS
 from tests.training_runs import finetuner, images, trainer
 
 STEPS_PER_EPOCH = 4

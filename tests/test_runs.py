@@ -28,8 +28,7 @@ from cli.main import main
 from lightning_modules import HuggingFaceFolder, LastCheckpoint, MCTFFinetuner, ProgressLines
 from mctf_hf import MCTFViTForImageClassification
 from mctf_hf.trainer import ConsistencyTrainer
-from tests.conftest import DIGITS, TINY
-from tests.test_conversion import in_timm_names
+from tests.helpers import DIGITS, TINY, in_timm_names
 from tests.training_runs import finetuner, images, start, trainer
 
 pytestmark = pytest.mark.timeout(300)

@@ -18,7 +18,7 @@ from mctf_hf import MCTFViTForImageClassification, fuse_tokens
 from mctf_hf.hub import push, save
 from mctf_hf.model_card import make_card
 from mctf_hf.model_folder import RECORD, held_back
-from tests.conftest import TINY, tiny_model
+from tests.helpers import TINY, tiny_model
 from tests.local_hub import LocalHub
 
 REPO = "org/model"

@@ -26,9 +26,8 @@ from mctf_hf import (
 )
 from mctf_hf.cost import describe, multiply_accumulates
 from mctf_hf.presets import preset
-from tests.conftest import tiny_model
-from tests.test_backbones import pictures, small
-from tests.tiny_models import tiny
+from tests.helpers import tiny_model
+from tests.tiny_models import pixels, small_backbone, tiny
 
 SETTINGS: list[dict[str, Any]] = [
     {"r": 0},
@@ -73,12 +72,12 @@ def test_logits_are_the_same(settings: dict[str, Any], attention: str, images: T
 @pytest.mark.parametrize("kind", ["distilled", "t2t transformer", "lv"])
 @torch.no_grad()
 def test_all_classifiers(kind: str) -> None:
-    model = small(kind, r=4).eval()
-    found = model(pictures()).logits
+    model = small_backbone(kind, r=4).eval()
+    found = model(pixels()).logits
     skips = model.num_read_tokens
     assert skips == {"distilled": 2, "t2t transformer": 1, "lv": None}[kind]
     model.config.skip_unread = False
-    whole = model(pictures()).logits
+    whole = model(pixels()).logits
     torch.testing.assert_close(found, whole, atol=1e-6, rtol=0)
     assert model.num_read_tokens is None
 
@@ -218,7 +217,7 @@ def test_what_reads_all_tokens_is_refused() -> None:
     with pytest.raises(ValueError, match=message):
         MCTFDinov2ForImageClassification(MCTFDinov2Config(**DINO, **CLASS_TOKEN))
     with pytest.raises(ValueError, match=r"skip_unread=True is not allowed in MCTFLVViT"):
-        small("lv", skip_unread=True)
+        small_backbone("lv", skip_unread=True)
     with pytest.raises(StrictDataclassError, match=r"skip_unread=True is not allowed in a model"):
         tiny_model(class_token=False, skip_unread=True)
     message = "skip_unread=True is not allowed with Dinov2ForImageClassification, which reads all"

@@ -11,14 +11,13 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from datasets import Dataset, Features, Value, load_dataset
-from datasets import Image as ImageFeature
+from datasets import load_dataset
 from PIL import Image
 
 from lightning_modules.images import NOT_COUNTED, AsBytes, Process
 from lightning_modules.streaming import Share, StreamedImages, StreamLoader, count_rows
-from tests.conftest import DIGITS
-from tests.test_data import BROKEN, PROCESSOR, data_module
+from tests.helpers import DIGITS
+from tests.image_sets import BROKEN, PROCESSOR, data_module, numbered_png, write_shards
 
 EVEN, UNEVEN = (6, 6, 6, 6, 6, 6, 6, 6), (7, 5, 9, 2, 3, 8, 11)
 ALL = 1000
@@ -30,28 +29,6 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
 
 
-def png(number: int) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (4, 4), (number, 0, 0)).save(file, "png")
-    return file.getvalue()
-
-
-def write_parquet(
-    folder: Path, sizes: Sequence[int], broken: dict[int, bytes] | None = None
-) -> str:
-    """Shards of numbered images, whose labels are the numbers."""
-    features = Features({"image": ImageFeature(), "label": Value("int64")})
-    folder.mkdir()
-    first = 0
-    for shard, size in enumerate(sizes):
-        numbers = range(first, first + size)
-        images = [{"bytes": (broken or {}).get(n, png(n)), "path": f"{n}.png"} for n in numbers]
-        rows = Dataset.from_dict({"image": images, "label": list(numbers)}, features=features)
-        rows.to_parquet(folder / f"train-{shard:05d}-of-{len(sizes):05d}.parquet")
-        first += size
-    return str(folder)
-
-
 def write_tar(folder: Path, sizes: Sequence[int]) -> str:
     """The same as WebDataset shards."""
     folder.mkdir()
@@ -59,7 +36,10 @@ def write_tar(folder: Path, sizes: Sequence[int]) -> str:
     for shard, size in enumerate(sizes):
         with tarfile.open(folder / f"train-{shard:05d}.tar", "w") as tar:
             for n in range(first, first + size):
-                for name, data in ((f"{n:06d}.png", png(n)), (f"{n:06d}.cls", str(n).encode())):
+                for name, data in (
+                    (f"{n:06d}.png", numbered_png(n)),
+                    (f"{n:06d}.cls", str(n).encode()),
+                ):
                     info = tarfile.TarInfo(name)
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
@@ -71,8 +51,8 @@ def write_tar(folder: Path, sizes: Sequence[int]) -> str:
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     base = tmp_path_factory.mktemp("shards")
     return {
-        "even": write_parquet(base / "even", EVEN),
-        "uneven": write_parquet(base / "uneven", UNEVEN),
+        "even": write_shards(base / "even", EVEN),
+        "uneven": write_shards(base / "uneven", UNEVEN),
         "tar": write_tar(base / "tar", UNEVEN),
     }
 
@@ -203,16 +183,17 @@ def test_a_resumed_epoch_goes_on_exactly(
 
 
 def test_images_that_a_resumed_run_has_seen_are_not_decoded(
-    folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    folders: dict[str, str],
 ) -> None:
     decoded = []
-    real = StreamedImages._image
-    monkeypatch.setattr(
-        StreamedImages,
-        "_image",
-        lambda self, row, *where: decoded.append(row["label"]) or real(self, row, *where),
-    )
-    rest = labels_of(loader(folders["even"], steps=12, done=9))
+
+    class Remembering(AsBytes):
+        def __call__(self, image: Image.Image) -> torch.Tensor:
+            decoded.append(image.getpixel((0, 0))[0])
+            return super().__call__(image)
+
+    stream = loader(folders["even"], steps=12, done=9, process=Remembering(PROCESSOR))
+    rest = labels_of(stream)
     assert sorted(decoded) == sorted(rest) and len(rest) == 12
 
 
@@ -227,7 +208,7 @@ def test_workers_live_on_between_epochs(folders: dict[str, str]) -> None:
 
 def test_broken_images_of_a_stream(tmp_path: Path) -> None:
     broken = dict(zip((3, 7, 8, 44), BROKEN, strict=True))
-    folder = write_parquet(tmp_path / "broken", UNEVEN, broken)
+    folder = write_shards(tmp_path / "broken", UNEVEN, broken)
     with pytest.raises(
         ValueError, match=r"row 3 that worker 0 of process 0 reads in epoch 0 of .*"
     ):
@@ -306,10 +287,10 @@ def test_the_data_module_streams(folders: dict[str, str]) -> None:
 
 
 def test_many_shards_are_shared_out_and_few_are_all_read(tmp_path: Path) -> None:
-    write_parquet(tmp_path / "many", [2] * 17)
+    write_shards(tmp_path / "many", [2] * 17)
     for folder, each, all_read in (("many", 16, False), ("few", 2, True)):
         if folder == "few":
-            write_parquet(tmp_path / "few", [6, 5, 6])
+            write_shards(tmp_path / "few", [6, 5, 6])
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             shares = [

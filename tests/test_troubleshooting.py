@@ -19,7 +19,7 @@ from transformers import (
 
 from cli.main import main
 from mctf_hf.hub import load_image_processor, save
-from tests.conftest import DIGITS, REPOSITORY, TINY, tiny_model
+from tests.helpers import DIGITS, REPOSITORY, TINY, tiny_model
 
 PAGE = (REPOSITORY / "docs" / "troubleshooting.md").read_text()
 BLOCK = r"```{}\n(.*?)```"

@@ -19,7 +19,7 @@ from mctf_hf.candidates import WAYS, Candidate, Dial, budget_of, meet, ways_for
 from mctf_hf.cost import describe, multiply_accumulates
 from mctf_hf.judging import Judge, applied, judge
 from mctf_hf.tuning import Search, tune
-from tests.conftest import DIGITS, tiny_model
+from tests.helpers import DIGITS, tiny_model
 
 
 def pictures(count: int = 24) -> Tensor:

@@ -21,7 +21,7 @@ from mctf_hf.visualization import (
     enlarge,
     fused_tokens,
 )
-from tests.conftest import DIGITS, SHARED, needs_shared, tiny_model
+from tests.helpers import DIGITS, SHARED, needs_shared, tiny_model
 
 PROCESSOR = ViTImageProcessorPil(size={"height": 32, "width": 32})
 CHECKPOINT = "checkpoints/deit-tiny-cifar10"

@@ -24,7 +24,7 @@ from lightning_modules.evaluation import sweep
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
 from mctf_hf.cost import multiply_accumulates
 from mctf_hf.visualization import fused_tokens
-from tests.conftest import DIGITS
+from tests.helpers import DIGITS
 from tests.training_runs import CONFIG, STEPS_PER_EPOCH, finetuner, images, start, trainer
 
 pytestmark = pytest.mark.timeout(300)
@@ -179,7 +179,7 @@ def test_the_command_line_saves_when_told_to_stop_and_goes_on_from_the_last(
         "--model.num_labels", "10", "--model.r", "3", "--model.r_max", "2",
         "--data.dataset", DIGITS, "--data.batch_size", "8", "--data.num_workers", "0",
         "--trainer.max_epochs", "2", "--trainer.limit_val_batches", "2",
-        "--trainer.limit_train_batches", "60", "--trainer.log_every_n_steps", "20",
+        "--trainer.limit_train_batches", "30", "--trainer.log_every_n_steps", "5",
         "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false",
         "--log.folder", str(tmp_path), "--ema.decay", "0.9", "--last.folder", str(kept),
         "--last.every_n_train_steps", "1000", "--ckpt_path", "last",
@@ -200,7 +200,7 @@ def test_the_command_line_saves_when_told_to_stop_and_goes_on_from_the_last(
     saved = torch.load(kept / "last.ckpt")
     assert "averaging_state" in saved
     stopped = saved["global_step"]
-    assert 0 < stopped < 2 * 60
+    assert 0 < stopped < 2 * 30
     assert not list(tmp_path.rglob("config.json"))
 
     (kept / "previous.ckpt").write_bytes((kept / "last.ckpt").read_bytes())
@@ -213,7 +213,7 @@ def test_the_command_line_saves_when_told_to_stop_and_goes_on_from_the_last(
     assert process.exitcode == 0, output.read_text()
     assert f"Resuming from the one before it, {kept / 'previous.ckpt'}" in output.read_text()
     assert "The final model on" in output.read_text()
-    assert torch.load(kept / "last.ckpt")["global_step"] == 2 * 60
+    assert torch.load(kept / "last.ckpt")["global_step"] == 2 * 30
     steps = [
         int(row["step"])
         for version in ("version_0", "version_1", "version_2")
@@ -221,7 +221,7 @@ def test_the_command_line_saves_when_told_to_stop_and_goes_on_from_the_last(
         for row in csv.DictReader((tmp_path / "runs" / version / "metrics.csv").open())
         if row["train/loss"]
     ]
-    assert sorted(steps) == list(range(19, 2 * 60, 20))
+    assert sorted(steps) == list(range(4, 2 * 30, 5))
     with pytest.raises(SystemExit):
         main(["fit", "--model.config", "{}", "--ckpt_path", "last"])
     assert "ckpt_path='last' needs last.folder" in capsys.readouterr().err

@@ -35,7 +35,7 @@ from cli.web_tables import answers_table
 from mctf_hf.cost import multiply_accumulates
 from mctf_hf.problems import MULTI
 from mctf_hf.visualization import fused_tokens
-from tests.conftest import DIGITS, REPOSITORY, tiny_model
+from tests.helpers import DIGITS, REPOSITORY, tiny_model
 
 # Flags of a browser that asks for nothing by itself.
 FLAGS = (

@@ -1,4 +1,4 @@
-"""Tiny random models of transformers with a vision encoder, one of each kind that can fuse."""
+"""Tiny random models: of transformers, each with a vision encoder that can fuse, and our own."""
 
 import functools
 import importlib
@@ -13,6 +13,14 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, PreTrainedModel, PreTrainedTokenizerFast
+
+from mctf_hf import (
+    MCTFLVViTConfig,
+    MCTFT2TViTConfig,
+    MCTFViTConfig,
+    MCTFViTForImageClassification,
+    registry,
+)
 
 SIZE: dict[str, Any] = {
     "hidden_size": 24,
@@ -265,3 +273,36 @@ def save_with_words(name: str, folder: Path) -> Path:
     size = {"height": 48, "width": 48}
     CLIPImageProcessorPil(size=size, crop_size=size).save_pretrained(folder)
     return folder
+
+
+SMALL_BACKBONE = {"hidden_size": 24, "intermediate_size": 72, "num_hidden_layers": 4}
+SMALL_BACKBONE |= {"num_attention_heads": 2, "num_labels": 10}
+# Small models of all backbones, for images of 96 pixels.
+BACKBONES: dict[str, tuple[type[MCTFViTConfig], dict[str, Any]]] = {
+    "vit": (MCTFViTConfig, {}),
+    "t2t transformer": (MCTFT2TViTConfig, {"token_dim": 16}),
+    "t2t performer": (MCTFT2TViTConfig, {"token_dim": 16, "tokens_type": "performer"}),
+    "lv": (MCTFLVViTConfig, {"patch_size": 16, "stem_channels": 8}),
+    "distilled": (MCTFViTConfig, {"distillation_token": True, "distillation_head": True}),
+    "registers": (MCTFViTConfig, {"num_register_tokens": 4}),
+}
+
+
+def small_backbone(kind: str, **more: Any) -> MCTFViTForImageClassification:
+    """One of them, with statistics and tokens that show where they are left out."""
+    config_class, own = BACKBONES[kind]
+    torch.manual_seed(0)
+    settings = {**SMALL_BACKBONE, "image_size": 96, "r": 4, **own, **more}
+    model = registry.build(config_class(**settings)).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 2)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("_token", "_tokens")):
+            nn.init.normal_(parameter)
+    return model
+
+
+def pixels(count: int = 2, size: int = 96) -> Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))

@@ -1,6 +1,7 @@
-"""Trainings in processes of their own, forked from one that has imported everything.
+"""Trainings of a few steps, here or in processes of their own.
 
-They are what tests kill, starve of disk space and run side by side.
+Those are forked from one that has imported everything. They are what tests kill, starve of disk
+space and run side by side.
 """
 
 import json
@@ -18,7 +19,9 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.nn.parallel import DistributedDataParallel
+from transformers import Dinov2Config, Dinov2ForImageClassification
 
 from lightning_modules import (
     AveragedWeights,
@@ -27,7 +30,8 @@ from lightning_modules import (
     LastCheckpoint,
     MCTFFinetuner,
 )
-from tests.conftest import DIGITS
+from mctf_hf import fuse_tokens
+from tests.helpers import DIGITS
 
 CONFIG = {
     "image_size": 16, "patch_size": 4, "hidden_size": 16, "intermediate_size": 32,
@@ -92,6 +96,36 @@ def trainer(folder: Path | str, *callbacks: Callback, **settings: Any) -> L.Trai
             **settings,
         }
     )
+
+
+def digits(**settings: Any) -> HFImageDataModule:
+    return HFImageDataModule(DIGITS, **{"batch_size": 16, "num_workers": 0, **settings})
+
+
+def short_trainer(folder: Path, **settings: Any) -> L.Trainer:
+    """A trainer of ten steps that writes nothing."""
+    return L.Trainer(
+        **{
+            "default_root_dir": folder,
+            "max_epochs": 2,
+            "limit_train_batches": 5,
+            "limit_val_batches": 1,
+            "accelerator": "cpu",
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "log_every_n_steps": 1,
+            **settings,
+        }
+    )
+
+
+def loss_of(module: MCTFFinetuner, folder: Path) -> float:
+    """That of 300 test images."""
+    data = digits(eval_batch_size=100)
+    (result,) = short_trainer(folder, limit_test_batches=3).test(module, data, verbose=False)
+    return result["test/loss"]
 
 
 class Journal(Callback):
@@ -197,6 +231,32 @@ def as_rank(
         TORCHELASTIC_RUN_ID="test",
     )  # fmt: skip
     run(*args, **options)
+
+
+def compare_gradients(folder: Path) -> None:
+    """Of a fused encoder in two processes and in one; both are to have called :func:`as_rank`."""
+    distributed.init_process_group("gloo")
+    rank = distributed.get_rank()
+    torch.manual_seed(0)
+    config = Dinov2Config(
+        image_size=48, patch_size=6, hidden_size=24, num_hidden_layers=3,
+        num_attention_heads=2, use_mask_token=False,
+    )  # fmt: skip
+    model = DistributedDataParallel(fuse_tokens(Dinov2ForImageClassification(config), r=6))
+    pixels = torch.randn(4, 3, 48, 48, generator=torch.Generator().manual_seed(1))
+    labels = torch.tensor([0, 1, 1, 0])
+    mine = slice(2 * rank, 2 * rank + 2)
+    model(pixels[mine], labels=labels[mine]).loss.backward()
+    if rank == 0:
+        alone = fuse_tokens(Dinov2ForImageClassification(config), r=6)
+        alone.load_state_dict(model.module.state_dict())
+        alone(pixels, labels=labels).loss.backward()
+        for one, other in zip(model.module.parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(one.grad, other.grad)
+        (folder / "compared").write_text("all gradients")
+    distributed.barrier()  # none goes while the other still needs it
+    del model
+    distributed.destroy_process_group()
 
 
 class Curve(Callback):

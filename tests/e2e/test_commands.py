@@ -20,41 +20,11 @@ from transformers import AutoModelForImageClassification
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from cli.main import COMMANDS, FINETUNING, main
-from tests.conftest import DIGITS, REPOSITORY
-from tests.test_data import PNG, encoded, write_dataset
+from tests.helpers import DIGITS, REPOSITORY, fails, fit_words, mctf, predict_words
+from tests.image_sets import PNG, encoded, write_dataset
+from tests.training_runs import as_rank, free_port, start
 
 pytestmark = pytest.mark.timeout(300)
-
-
-def mctf(*words: str | Path, **options: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "cli.main", *map(str, words)]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "100"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, **options)
-
-
-def fit_words(folder: Path, pretrained: Path) -> list[str | Path]:
-    return [
-        "fit",
-        "--model.pretrained", pretrained,
-        "--model.r", "6",
-        "--model.r_max", "3",
-        "--model.drop_path_rate", "0.1",
-        "--model.learning_rate", "0.02",
-        "--data.dataset", DIGITS,
-        "--data.batch_size", "32",
-        "--data.num_workers", "1",
-        "--data.crop", "padded",
-        "--trainer.accelerator", "cpu",
-        "--trainer.default_root_dir", folder,
-        "--trainer.logger", "CSVLogger",
-        "--trainer.logger.save_dir", folder,
-        "--trainer.logger.name", "",
-        "--trainer.logger.version", "run",
-        "--trainer.max_epochs", "2",
-        "--trainer.log_every_n_steps", "1",
-        "--last.every_n_train_steps", "5",
-        "--export.folder", folder / "model",
-    ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +76,7 @@ def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(
     words = fit_words(tmp_path, tiny_folder)
     process = subprocess.Popen(
         [sys.executable, "-m", "cli.main", *map(str, words)],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -215,17 +185,16 @@ def test_a_mistake_gets_one_clear_message(
     assert not list(tmp_path.rglob("*.ckpt")) and not (tmp_path / "model").exists()
 
 
-def test_a_broken_image_in_a_worker_is_named(tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_broken_image_in_a_worker_is_named(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     jpeg = encoded(Image.effect_noise((64, 64), 50), "jpeg")
     rows = [(PNG, 0)] * 20 + [(jpeg[: len(jpeg) // 2], 1)] + [(PNG, 1)] * 20
     folder = write_dataset(tmp_path / "set", rows)
-    done = mctf(
-        *fit_words(tmp_path, tiny_folder), "--data.dataset", folder, "--data.val_split", "train",
-        "--trainer.num_sanity_val_steps", "0", "--model.num_labels", "2",
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert f"mctf: error: row 20 of {folder}, split train holds no readable image" in done.stderr
-    assert "Traceback" not in done.stderr
+    words = [*map(str, fit_words(tmp_path, tiny_folder)), "--data.dataset", folder]
+    words += ["--data.val_split", "train", "--trainer.num_sanity_val_steps", "0"]
+    line = fails([*words, "--model.num_labels", "2"], capsys)
+    assert f"mctf: error: row 20 of {folder}, split train holds no readable image" in line
 
 
 @pytest.mark.parametrize("config", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=str)
@@ -257,22 +226,27 @@ def test_a_folder_of_something_else_is_refused_before_training(
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
-def test_two_processes_train_and_predict_together(tiny_folder: Path, tmp_path: Path) -> None:
+def test_two_processes_train_together(tiny_folder: Path, tmp_path: Path) -> None:
     together = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
     done = mctf(
         *fit_words(tmp_path, tiny_folder), *together, "--trainer.max_epochs", "1",
         "--trainer.limit_train_batches", "4",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert (tmp_path / "model" / "config.json").exists()
+
+
+def test_two_processes_predict_together(tiny_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     for i in range(5):  # an odd number, so that one process repeats an image
         Image.new("L", (20, 20), 50 * i).save(tmp_path / "photos" / f"{i}.png")
-    done = mctf(
-        "predict", "--model.pretrained", tmp_path / "model", "--trainer.accelerator", "cpu",
-        "--data.predict_folder", tmp_path / "photos", "--predictions.path", tmp_path / "p.csv",
-        "--trainer.logger", "false", *together,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    words = predict_words(tiny_folder, tmp_path / "photos", "--predictions.path", "p.csv")
+    words += ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    port = free_port()
+    runs = [start(as_rank, rank, 2, port, main, words) for rank in range(2)]
+    for run in runs:
+        run.join()
+    assert [run.exitcode for run in runs] == [0, 0]
     rows = list(csv.DictReader((tmp_path / "p.csv").open()))
     assert [Path(row["file"]).name for row in rows] == [f"{i}.png" for i in range(5)]
 

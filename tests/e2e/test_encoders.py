@@ -21,7 +21,7 @@ from transformers import (
 
 from cli.main import main
 from mctf_hf.model_card import ModelCard
-from tests.conftest import DIGITS
+from tests.helpers import DIGITS
 
 BASE: dict[str, Any] = {
     "image_size": 32,

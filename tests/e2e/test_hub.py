@@ -5,8 +5,8 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,10 +24,10 @@ from mctf_hf.cost import describe, multiply_accumulates
 from mctf_hf.hub import push, save
 from mctf_hf.model_card import make_card
 from mctf_hf.model_folder import RECORD
-from tests.conftest import DIGITS, tiny_model
-from tests.e2e.test_commands import fit_words, mctf
+from tests.helpers import DIGITS, fit_words, tiny_model
 from tests.local_hub import LocalHub
-from tests.test_loading import BLOCKED
+from tests.strangers import OF_STRANGERS
+from tests.warm import COMMAND, Warm, warm_commands
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -45,6 +45,7 @@ CODE = {
     "modeling_mctf.py",
     "schedule.py",
     "fusion.py",
+    "kernels.py",
     "matching.py",
     "modeling_mctf_vit.py",
     "own_reducers.py",
@@ -63,9 +64,9 @@ FILES = CODE | {
     "preprocessor_config.json",
 }
 
-STRANGER = (
-    BLOCKED
-    + """
+LOAD = """
+import sys
+
 import torch
 from transformers import AutoModel, AutoModelForImageClassification
 
@@ -83,7 +84,6 @@ with torch.no_grad():
         "r": classifier.config.r,
     }, results)
 """
-)
 
 
 @pytest.fixture
@@ -91,6 +91,20 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     with LocalHub(tokens={TOKEN}) as hub:
         yield hub
+
+
+@pytest.fixture
+def mctf(hub: LocalHub, tmp_path: Path) -> Iterator[Callable[..., subprocess.CompletedProcess]]:
+    """Commands of a user of this Hub, each in a process of its own."""
+    with warm_commands(hub.environment(tmp_path / "home", TOKEN)) as warm:
+        yield partial(warm.run, COMMAND)
+
+
+@pytest.fixture
+def stranger(hub: LocalHub, tmp_path: Path) -> Iterator[Warm]:
+    """Processes of somebody without this library, with one cache."""
+    with Warm(OF_STRANGERS, hub.environment(tmp_path / "home of a stranger")) as warm:
+        yield warm
 
 
 @pytest.fixture
@@ -104,31 +118,19 @@ def api(hub: LocalHub, token: str = TOKEN) -> HfApi:
 
 
 def load(
-    hub: LocalHub, home: Path, images: Tensor, revision: str = "", options: str = ""
+    stranger: Warm, images: Tensor, revision: str = "", options: str = ""
 ) -> subprocess.CompletedProcess:
-    """Load the repository in a process without this library; the results lie beside ``home``."""
-    given, results = home.with_suffix(".images"), home.with_suffix(".results")
-    torch.save(images, given)
-    return subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            STRANGER.replace("**pinned", f"**pinned, {options}"),
-            REPO,
-            revision,
-            given,
-            results,
-        ],
-        env=hub.environment(home),
-        capture_output=True,
-        text=True,
-    )
+    """Load the repository in a process without this library; the results lie in ``found.pt``."""
+    torch.save(images, "images.pt")
+    Path("found.pt").unlink(missing_ok=True)
+    code = LOAD.replace("**pinned", f"**pinned, {options}")
+    return stranger.run(code, REPO, revision, "images.pt", "found.pt")
 
 
 @torch.no_grad()
-def check(done: subprocess.CompletedProcess, home: Path, images: Tensor, r: int) -> None:
+def check(done: subprocess.CompletedProcess, images: Tensor, r: int) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
-    found = torch.load(home.with_suffix(".results"))
+    found = torch.load("found.pt")
     model = tiny_model(r=r, num_labels=10)
     assert found["r"] == r
     assert torch.equal(found["logits"], model(images).logits)
@@ -137,15 +139,13 @@ def check(done: subprocess.CompletedProcess, home: Path, images: Tensor, r: int)
 
 def test_pushed_measured_and_loaded_by_a_stranger(
     hub: LocalHub,
+    mctf: Callable[..., subprocess.CompletedProcess],
+    stranger: Warm,
     folder: Path,
-    tmp_path: Path,
     images: Tensor,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     words = ["--license", "apache-2.0", "--dataset", DIGITS, "--max-images", "40", "--rounds", "2"]
     words += ["--picture", DIGITS]
-    for name, value in hub.environment(tmp_path / "home", TOKEN).items():
-        monkeypatch.setenv(name, value)
     shas = []
     for r in (7, 3):
         done = mctf("push", f"{folder},r={r}", REPO, *words, "--batch-size", "4")
@@ -157,23 +157,20 @@ def test_pushed_measured_and_loaded_by_a_stranger(
     made = [path for method, path in hub.requests if method == "POST" and "/commit/" in path]
     assert len(made) == 2 and len(hub.repos[REPO].commits) == 3  # with that of the new repository
 
-    check(load(hub, tmp_path / "latest", images), tmp_path / "latest", images, r=3)
-    check(load(hub, tmp_path / "pinned", images, shas[0]), tmp_path / "pinned", images, r=7)
-    card_is_true(hub, tmp_path)
+    check(load(stranger, images), images, r=3)
+    check(load(stranger, images, shas[0]), images, r=7)
+    card_is_true(hub, stranger)
 
 
 def test_commands_take_ids_of_the_hub(
     hub: LocalHub,
+    mctf: Callable[..., subprocess.CompletedProcess],
     folder: Path,
     tiny_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     push(folder, REPO, private=True, api=api(hub))
     api(hub).create_repo("org/plain")
     api(hub).upload_folder(repo_id="org/plain", folder_path=tiny_folder)
-    for name, value in hub.environment(tmp_path / "home", TOKEN).items():
-        monkeypatch.setenv(name, value)
     for words in (
         ["benchmark", "org/plain", f"{REPO},r=3", "--rounds", "1", "--batch_sizes", "[2]",
          "--output", "speed.json"],
@@ -191,14 +188,16 @@ def test_commands_take_ids_of_the_hub(
 
 
 def test_training_and_measurements_are_told_as_they_were(
-    hub: LocalHub, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hub: LocalHub,
+    mctf: Callable[..., subprocess.CompletedProcess],
+    tiny_folder: Path,
+    tmp_path: Path,
 ) -> None:
     """From ``fit`` by ``push`` to the card, and again from the Hub to another repository."""
-    for name, value in hub.environment(tmp_path / "home", TOKEN).items():
-        monkeypatch.setenv(name, value)
-    done = mctf(*fit_words(tmp_path, tiny_folder), "--trainer.max_epochs", "1")
+    few = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "5"]
+    done = mctf(*fit_words(tmp_path, tiny_folder), *few)
     assert done.returncode == 0, done.stderr[-3000:]
-    words = ["--license", "mit", "--dataset", DIGITS, "--rounds", "1"]
+    words = ["--license", "mit", "--dataset", DIGITS, "--max-images", "100", "--rounds", "1"]
     done = mctf("push", tmp_path / "model", REPO, *words)
     assert done.returncode == 0, done.stderr[-3000:]
     card = ModelCard(hub.files(REPO)["README.md"].decode())
@@ -210,7 +209,7 @@ def test_training_and_measurements_are_told_as_they_were(
     assert card.data.base_model is None and card.data.datasets is None  # no id of the Hub
 
     model = MCTFViTForImageClassification.from_pretrained(tmp_path / "model").eval()
-    rows = load_dataset(DIGITS, split="test")
+    rows = load_dataset(DIGITS, split="test").select(range(0, 500, 5))
     processor = ViTImageProcessorPil.from_pretrained(tmp_path / "model")
     pixels = processor([image.convert("RGB") for image in rows["image"]], return_tensors="pt")
     evaluation = json.loads(hub.files(REPO)["evaluation.json"])
@@ -259,7 +258,7 @@ def test_the_plain_model_is_that_of_transformers(images: Tensor) -> None:
         assert torch.equal(plain(images).logits, model(images, r=0).logits)
 
 
-def card_is_true(hub: LocalHub, tmp_path: Path) -> None:
+def card_is_true(hub: LocalHub, stranger: Warm) -> None:
     """Its metadata say what was measured, and its code runs for a stranger as it stands."""
     text = hub.files(REPO)["README.md"].decode()
     card = ModelCard(text)
@@ -282,7 +281,7 @@ def card_is_true(hub: LocalHub, tmp_path: Path) -> None:
         assert f"| {row['name']} | {row['gmacs']:.3f} | {100 * row['accuracy']:.2f}% |" in text
     assert len(evaluation["others"]) >= 3
 
-    Image.effect_noise((40, 50), 80).save(tmp_path / "photo.jpg")
+    Image.effect_noise((40, 50), 80).save("photo.jpg")
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(blocks) == 3
     # Older releases hide this name where torchvision is missing, though it works without.
@@ -291,16 +290,10 @@ def card_is_true(hub: LocalHub, tmp_path: Path) -> None:
         "from transformers.models.auto.image_processing_auto import AutoImageProcessor\n"
         "from transformers import ",
     )
-    done = subprocess.run(
-        [sys.executable, "-c", BLOCKED + code],
-        cwd=tmp_path,
-        env=hub.environment(tmp_path / "snippets"),
-        capture_output=True,
-        text=True,
-    )
+    done = stranger.run(code)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "LABEL_" in done.stdout and "tensor(" in done.stdout
-    picture = tmp_path / "card.png"
+    picture = Path("card.png")
     picture.write_bytes(hub.files(REPO)["fused_tokens.png"])
     assert min(Image.open(picture).size) > 200
 
@@ -376,8 +369,8 @@ def test_a_card_does_not_outlive_what_was_measured(
 @pytest.mark.parametrize("revision", ["main", "fast"])
 def test_an_upload_that_breaks_off_changes_nothing_and_can_be_repeated(
     hub: LocalHub,
+    stranger: Warm,
     folder: Path,
-    tmp_path: Path,
     images: Tensor,
     revision: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -399,7 +392,8 @@ def test_an_upload_that_breaks_off_changes_nothing_and_can_be_repeated(
     assert not hub.faults
     assert REPO in str(broken.value) and "\n" not in str(broken.value)
     assert hub.repos[REPO].branches == before
-    check(load(hub, tmp_path / "old", images), tmp_path / "old", images, r=7)
+    if revision == "main":  # the same commit is as good
+        check(load(stranger, images), images, r=7)
 
     sent = len([path for method, path in hub.requests if method == "PUT"])
     push(folder, REPO, revision=revision, api=api(hub))
@@ -465,10 +459,8 @@ def test_errors_of_xet_come_without_a_response(
 
 
 def test_a_failed_push_keeps_what_was_measured(
-    hub: LocalHub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hub: LocalHub, mctf: Callable[..., subprocess.CompletedProcess], folder: Path
 ) -> None:
-    for name, value in hub.environment(tmp_path / "home", TOKEN).items():
-        monkeypatch.setenv(name, value)
     hub.refuse_commits(403, times=1)
     asked = ["--private", "--revision", "dev", "--message", "It's $HOME"]
     done = mctf("push", folder, REPO, "--license", "mit", "--rounds", "1", *asked)
@@ -533,32 +525,31 @@ def test_what_changed_meanwhile_is_not_overwritten(
 
 
 def test_a_damaged_download_is_told_and_repaired_by_loading_again(
-    hub: LocalHub, folder: Path, tmp_path: Path, images: Tensor
+    hub: LocalHub, stranger: Warm, folder: Path, images: Tensor
 ) -> None:
     push(folder, REPO, api=api(hub))
     old = hub.repos[REPO].branches["main"]
-    home = tmp_path / "home"
-    check(load(hub, home, images), home, images, r=7)
+    check(load(stranger, images), images, r=7)
     changed = tiny_model(r=3, num_labels=10)
     changed.classifier.bias.data += 1
     save(changed, ViTImageProcessorPil.from_pretrained(folder), folder)
     push(folder, REPO, api=api(hub))
 
     hub.corrupt_downloads(".safetensors", times=1)
-    damaged = load(hub, home, images)
+    damaged = load(stranger, images)
     assert damaged.returncode == 1 and not hub.faults
     message = damaged.stderr.strip().splitlines()[-1]
     assert re.match(f"OSError: model.safetensors of {REPO} arrived damaged: its SHA-256", message)
     assert message.endswith("removed from the cache: load the model again")
-    check(load(hub, home, images, old), home, images, r=7)
+    check(load(stranger, images, old), images, r=7)
     hub.corrupt_downloads(".safetensors", times=1)
-    forced = load(hub, home, images, options="force_download=True")
+    forced = load(stranger, images, options="force_download=True")
     assert forced.returncode == 1 and not hub.faults and "arrived damaged" in forced.stderr
-    again = load(hub, home, images)
+    again = load(stranger, images)
     assert again.returncode == 0, again.stderr[-3000:]
     with torch.no_grad():
         expected = changed(images).logits
-    assert torch.equal(torch.load(home.with_suffix(".results"))["logits"], expected)
+    assert torch.equal(torch.load("found.pt")["logits"], expected)
 
 
 @pytest.mark.parametrize(
