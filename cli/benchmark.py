@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import ViTImageProcessorPil
 
-from lightning_modules.images import LabelledImages
+from lightning_modules.labelled_images import LabelledImages
 from lightning_modules.opening import NamedDataset
 from lightning_modules.processors import fit_shape, output_size
 from mctf_hf.checks import check_scores
@@ -27,11 +27,11 @@ from mctf_hf.problems import QUALITIES, Quality, quality
 
 from .contestants import Contestant, make
 from .evaluation import open_labelled
-from .files import check_output, open_images
 from .measuring import machine_name, peak_bytes, seconds_in_rounds
 from .models import labels
 from .options import read, refuse
 from .parsing import ArgumentParser
+from .paths import check_output, open_images
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FIGURES = 73  # columns of a terminal that a table needs beside the models' names

@@ -9,10 +9,9 @@ import numpy as np
 from transformers import ViTImageProcessorPil
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from lightning_modules.evaluation import fusion_text
+from lightning_modules.amounts import fusion_text
 from lightning_modules.processors import settle_size
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
-from mctf_hf.checkpoints import SUFFIXES, read_checkpoint
 from mctf_hf.configuration_mctf import as_pair
 from mctf_hf.conversion import build_model, infer_config, load_pretrained
 from mctf_hf.cost import describe
@@ -24,6 +23,7 @@ from mctf_hf.hub import (
 )
 from mctf_hf.registry import backbone_of, only_if_asked, output_of, settings_for
 from mctf_hf.sources import SOURCES, detect_source
+from mctf_hf.weight_files import SUFFIXES, read_checkpoint
 
 from .models import parse, resolve
 from .parsing import ArgumentParser

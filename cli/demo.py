@@ -19,7 +19,7 @@ from mctf_hf.cost import multiply_accumulates
 from mctf_hf.hub import load_image_processor
 from mctf_hf.images import ImageReader
 
-from .finetuning import finetuning
+from .fitting import finetuning
 from .measuring import images_per_second
 from .parsing import ArgumentParser
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_modules.comparing import Comparison, compare_settings
-from lightning_modules.embedding import (
+from lightning_modules.embedding_run import (
     Embedding,
     EmbeddingRun,
     Pace,

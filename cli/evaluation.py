@@ -10,8 +10,8 @@ import transformers
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_modules.evaluation import Amount, add_up, amount_text, as_counts, sweep
-from lightning_modules.images import LabelledImages, Process
+from lightning_modules.amounts import Amount, add_up, amount_text, as_counts, sweep
+from lightning_modules.labelled_images import LabelledImages, Process
 from lightning_modules.opening import NamedDataset
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
 from mctf_hf.classes import check_classes, names_of
@@ -20,8 +20,8 @@ from mctf_hf.model_card import Evaluation, Measurement
 from mctf_hf.problems import problem_type, quality
 from mctf_hf.registry import NO_FUSION, plain_class, plain_config
 
-from .files import evenly_spaced
 from .measuring import images_per_second, machine_name
+from .paths import evenly_spaced
 
 
 def open_labelled(

@@ -21,11 +21,11 @@ from mctf_hf.images import ImageReader
 from mctf_hf.presets import PRESETS, preset, preset_class
 from mctf_hf.registry import only_if_asked
 
-from .files import check_output, open_images
 from .measuring import images_per_second, machine_name
 from .models import load, parse, resolve
 from .options import read, refuse
 from .parsing import ArgumentParser
+from .paths import check_output, open_images
 
 WRITE = {
     "onnx": exporting.to_onnx,

@@ -96,7 +96,7 @@ def _run(words: Sequence[str]) -> None:
         print(f"mctf {version('mctf-hf')}")
     elif command in FINETUNING or re.match("(-c|--config)(=|$)", command):
         with quiet(), _extras_told(command):
-            from .finetuning import finetuning
+            from .fitting import finetuning
 
             finetuning(words, imports)
     elif command in COMMANDS:

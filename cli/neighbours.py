@@ -10,7 +10,7 @@ from rich.table import Table
 from torch import Tensor
 
 from lightning_modules.image_sources import open_source
-from lightning_modules.neighbours import Neighbour, nearest
+from lightning_modules.nearest import Neighbour, nearest
 from lightning_modules.vector_folder import VectorFolder
 from mctf_hf.embedding import Embedder, digest
 from mctf_hf.files import replace
@@ -18,9 +18,9 @@ from mctf_hf.images import ImageReader, decode, is_image_name
 from mctf_hf.texts import TextEncoder
 from mctf_hf.visualization import contact_sheet
 
-from .files import check_output
 from .models import load_encoder, parse
 from .parsing import ArgumentParser
+from .paths import check_output
 
 EDGE = 224  # of a thumbnail, in pixels
 COLUMNS = 6

@@ -37,10 +37,10 @@ from mctf_hf.model_folder import (
 from mctf_hf.visualization import contact_sheet, enlarge, fused_tokens
 
 from .evaluation import evaluate, open_labelled
-from .files import open_images
 from .models import load, parse
 from .options import command, read, refuse
 from .parsing import ArgumentParser
+from .paths import open_images
 
 OF_AS_IS = {"model", "repo_id", "as_is", "private", "revision", "message"}
 OF_DATASET = {"name", "dataset_revision", "split", "image_column", "label_column", "max_images"}

@@ -9,11 +9,11 @@ from mctf_hf.candidates import Candidate, Setting, budget_of, meet
 from mctf_hf.files import replace, write_text
 from mctf_hf.judging import Judge, Verdict, judge
 
-from .files import check_output
 from .measuring import machine_name
 from .models import load, parse
 from .options import read, refuse
 from .parsing import ArgumentParser
+from .paths import check_output
 from .verdicts import csv_of, draw, measure_speed, open_judge, table_of, ways_of
 
 

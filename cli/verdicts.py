@@ -20,8 +20,8 @@ from mctf_hf.judging import Judge, Verdict, applied
 from mctf_hf.problems import SINGLE, problem_type
 
 from .evaluation import open_labelled
-from .files import open_images
 from .measuring import images_per_second
+from .paths import open_images
 
 
 def open_judge(

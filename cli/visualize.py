@@ -5,9 +5,9 @@ from collections.abc import Iterable, Sequence
 from mctf_hf.files import replace
 from mctf_hf.visualization import FusedTokens, contact_sheet, enlarge, fused_tokens
 
-from .files import check_output, open_images
 from .models import labels, load
 from .parsing import ArgumentParser
+from .paths import check_output, open_images
 
 
 def main(args: Sequence[str]) -> None:

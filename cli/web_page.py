@@ -12,9 +12,9 @@ from PIL import Image
 from mctf_hf.images import decode
 from mctf_hf.problems import REGRESSION, problem_type
 
-from .files import open_images
 from .measuring import machine_name
 from .models import labels
+from .paths import open_images
 from .web_looks import OWN, ROUNDS, Look, Viewed
 from .web_tables import CSS, answers_table, figures_table, layers_chart
 
@@ -81,7 +81,7 @@ def open_examples(images: str | None = None) -> dict[str, Image.Image]:
             evenly spaced ones are taken; unset, those that ship with this library.
 
     Raises:
-        ValueError, OSError: see :func:`.files.open_images`.
+        ValueError, OSError: see :func:`.paths.open_images`.
     """
     if images is None:
         return {file.stem: decode(file, file.name) for file in sorted(EXAMPLES.glob("*.jpg"))}

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from .images import DRAWS
+from .labelled_images import DRAWS
 from .rand_augment import GREY, RandAugment, on_device
 
 

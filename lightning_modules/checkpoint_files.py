@@ -20,8 +20,8 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 
-from mctf_hf.checkpoints import DAMAGED
 from mctf_hf.files import replace
+from mctf_hf.weight_files import DAMAGED
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 

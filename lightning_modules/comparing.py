@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from mctf_hf.embedding import Embedder
 
-from .embedding import EmbeddingRun
+from .embedding_run import EmbeddingRun
 
 NEIGHBOURS = 10
 

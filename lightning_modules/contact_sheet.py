@@ -19,7 +19,7 @@ from mctf_hf.files import replace
 
 from .augmentation import FlipAndCrop
 from .batch_augmentation import Mixing, Normalization, RandomErasing
-from .images import DRAWS, as_bytes
+from .labelled_images import DRAWS, as_bytes
 from .rand_augment import OPERATIONS, RandAugment, operate, strength
 
 EDGE, GAP, LEFT, CAPTION = 64, 6, 140, 14

@@ -21,7 +21,7 @@ from mctf_hf.problems import SINGLE
 from .augmentation import Crop, FlipAndCrop
 from .batch_augmentation import BatchAugmentation, Mixing, Normalization, RandomErasing
 from .folders import find_images
-from .images import (
+from .labelled_images import (
     AsBytes,
     ImageFolder,
     LabelledImages,

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torchmetrics import MeanMetric, Metric, MetricCollection
 
+from lightning_modules.amounts import are_counted, fusion_text
 from lightning_modules.checkpoint_files import check_file
 from lightning_modules.distillation import Guide
-from lightning_modules.evaluation import are_counted, fusion_text
+from lightning_modules.learning_rates import cosine_with_cooldown, parameter_groups
 from lightning_modules.lightning_private import has_trainer
 from lightning_modules.metrics import accuracy_by_class, make_counts, make_metrics
 from lightning_modules.pretrained import load_or_make
-from lightning_modules.schedule import cosine_with_cooldown, parameter_groups
 from mctf_hf.checks import check_scores
 from mctf_hf.classes import check_classes, give_names, has_names, names_of
 from mctf_hf.cost import describe, resolve_budget

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from mctf_hf.extras import needed_by
 
-from .embedding import EmbeddingRun
+from .embedding_run import EmbeddingRun
 from .locks import FolderLock
 from .unit_batches import load_units
 

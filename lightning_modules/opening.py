@@ -10,8 +10,9 @@ from datasets import ClassLabel, Dataset, IterableDataset, get_dataset_split_nam
 from datasets.exceptions import DatasetGenerationCastError, DatasetGenerationError
 from datasets.inspect import SplitsNotFoundError
 
+from .columns import class_names, find_columns
 from .folders import LABEL, open_image_folder
-from .images import Rows, class_names, find_columns
+from .labelled_images import Rows
 from .streaming import count_rows
 
 SHARDS = 64  # of a folder of images, as a stream

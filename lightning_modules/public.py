@@ -1,9 +1,10 @@
 """What ``lightning_modules`` offers by name."""
 
-from .callbacks import HuggingFaceFolder, PredictionFile
 from .checkpoints import AveragedWeights, BestCheckpoint, LastCheckpoint
 from .data import HFImageDataModule
 from .finetuning import MCTFFinetuner
+from .model_export import HuggingFaceFolder
+from .predictions import PredictionFile
 from .watching import FusedTokensPicture, ProgressLines, Summary, Watch, make_loggers
 
 __all__ = [

@@ -21,12 +21,11 @@ from mctf_hf.images import UnreadableImage
 from mctf_hf.problems import SINGLE
 
 from .augmentation import FlipAndCrop
-from .images import (
-    Columns,
+from .columns import Columns, find_columns
+from .labelled_images import (
     OnBadImage,
     Process,
     Sample,
-    find_columns,
     make_sample,
 )
 from .labels import encode, not_counted, settle

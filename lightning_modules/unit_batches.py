@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from mctf_hf.images import ImageReader, UnreadableImage
 
-from .image_sources import ImageSource, StoredImage
+from .image_units import ImageSource, StoredImage
 from .sampling import stop_with_parent_only
 from .vector_folder import UnitBatch, Unreadable
 

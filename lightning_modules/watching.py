@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from lightning_modules.evaluation import add_up, amount_text, sweep
+from lightning_modules.amounts import add_up, amount_text, sweep
 from lightning_modules.lightning_private import accumulates, logs
 from mctf_hf.configuration_mctf import as_pair
 from mctf_hf.cost import multiply_accumulates

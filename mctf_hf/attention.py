@@ -367,7 +367,7 @@ class FusionAttention:
         shown = attention.map
         if reduction is None:
             output = self._attend(attention.first(num_queries), value)
-        elif reduction.kept_weights is None:
+        elif reduction.maximum:
             assert attention.map is not None
             shown = fuse_attention(attention.map, reduction)
             output = self._attend(attention._replace(map=shown).first(num_queries), value)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .checkpoints import UNREADABLE, reading
 from .checks import check_weights
 from .modeling_mctf_vit import MCTFViTConfig, MCTFViTForImageClassification, MCTFViTModel
 from .registry import build, class_of, stored_config
 from .sources import EMBEDDINGS, ours, refuse, table_of, theirs
+from .weight_files import UNREADABLE, reading
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # The weights that tell the architecture of the layers, and how many axes they have.

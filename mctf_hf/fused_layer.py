@@ -77,8 +77,7 @@ def _move(positions: Tensor, reduction: Reduction, rope_positions: str | None) -
     if rope_positions == "kept":
         return positions.flatten(0, 1).index_select(0, reduction.kept).view(batch, -1, axes)
     counted = torch.cat([positions, torch.ones_like(positions[:, :, :1])], 2)
-    linear = reduction.kept_weights is not None
-    total = fuse(counted, reduction) if linear else add_up(counted, reduction)
+    total = add_up(counted, reduction) if reduction.maximum else fuse(counted, reduction)
     return total[:, :, :axes] / total[:, :, axes:]
 
 
@@ -312,6 +311,7 @@ class FusedLayer:
     def _reduction(self, tokens: Tokens, attention: Attention | None, step: Step) -> Reduction:
         assert attention is not None
         reduction = self._choose(tokens, attention, step)
+        reduction.maximum = step.reducer is not None and not step.reducer.pools_linearly
         if not torch.compiler.is_compiling():
             _check(reduction, tokens, step)
         return reduction
@@ -363,8 +363,7 @@ def _check(reduction: Reduction, tokens: Tokens, step: Step) -> None:
         raise ValueError(
             f"{name} left {found // images} tokens, where there are to be {num_tokens - step.r}"
         )
-    linear = step.reducer is None or step.reducer.pools_linearly
-    if linear and reduction.kept_weights is None:
+    if reduction.kept_weights is None and not reduction.maximum:
         raise ValueError(
             f"{name} returned a reduction without weights: call its weigh(), or set "
             "pools_linearly=False for elementwise maximum"

@@ -25,10 +25,11 @@ class Reduction:
         kept: (b * m,) int64, the old row that each new row starts from.
         merged: (b * k,) int64, the old rows that are merged; without drops, k is n - m.
         destination: (b * k,) int64, the new rows that these are merged into.
-        kept_weights: (b * m, 1), the coefficients of the rows that are kept, in their new row;
-            ``None`` stands for elementwise maximum. See :meth:`weigh`.
+        kept_weights: (b * m, 1), the coefficients of the rows that are kept, in their new row. See
+            :meth:`weigh`.
         merged_weights: (b * k, 1), those of the rows that are merged.
         size_factors: (b * k,), by how much the sizes of those count; ``None`` for 1.
+        maximum: whether fusing is the elementwise maximum, without weights.
     """
 
     batch: int
@@ -39,6 +40,7 @@ class Reduction:
     kept_weights: Tensor | None = None
     merged_weights: Tensor | None = None
     size_factors: Tensor | None = None
+    maximum: bool = False
 
     @classmethod
     def from_positions(
@@ -57,8 +59,13 @@ class Reduction:
         rows = kept.new_full((batch, num_tokens), -1)
         rows = rows.scatter(1, kept, torch.arange(num_new, device=kept.device) + new)
         rows = rows.scatter(1, merged, destination + new)
-        parts = (rows, kept + old, merged + old, destination + new)
-        return cls(batch, *(part.flatten() for part in parts))
+        return cls(
+            batch,
+            rows.flatten(),
+            (kept + old).flatten(),
+            (merged + old).flatten(),
+            (destination + new).flatten(),
+        )
 
     @classmethod
     def from_assignment(
@@ -123,13 +130,19 @@ def add_up(x: Tensor, reduction: Reduction, factors: Tensor | None = None) -> Te
 
 
 def fuse(x: Tensor, reduction: Reduction) -> Tensor:
-    """Pool the members of each new token: (b, n, d) -> (b, m, d)."""
+    """Pool the members of each new token: (b, n, d) -> (b, m, d).
+
+    Raises:
+        ValueError: for a reduction that has no weights, and is not to take maxima.
+    """
     flat = x.flatten(0, 1)
     kept = flat.index_select(0, reduction.kept)
     merged = flat.index_select(0, reduction.merged)
-    if reduction.kept_weights is None or reduction.merged_weights is None:
+    if reduction.maximum:
         into = reduction.destination[:, None].expand_as(merged)
         fused = kept.scatter_reduce(0, into, merged, "amax")
+    elif reduction.kept_weights is None or reduction.merged_weights is None:
+        raise ValueError("a reduction has no weights: call its weigh(), or set its maximum")
     else:
         fused = kept.mul_(reduction.kept_weights.to(x.dtype))
         merged.mul_(reduction.merged_weights.to(x.dtype))

@@ -18,7 +18,7 @@ from lightning_modules.batch_augmentation import (
     RandomErasing,
 )
 from lightning_modules.contact_sheet import augmented_rows, coloured_digits, contact_sheet
-from lightning_modules.images import DRAWS
+from lightning_modules.labelled_images import DRAWS
 from lightning_modules.rand_augment import OPERATIONS, RandAugment, operate, strength
 from tests.helpers import DIGITS
 

@@ -9,7 +9,7 @@ import torch
 from transformers import ViTImageProcessorPil
 
 from cli.main import main
-from lightning_modules.evaluation import add_up
+from lightning_modules.amounts import add_up
 from mctf_hf.export import to_torch_export
 from mctf_hf.hub import save
 from tests.helpers import DIGITS, in_timm_names, tiny_model

@@ -24,11 +24,11 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from cli.convert import main
 from cli.main import EXPECTED
 from lightning_modules.data import HFImageDataModule
-from lightning_modules.images import LabelledImages
+from lightning_modules.labelled_images import LabelledImages
 from mctf_hf import MCTFViTForImageClassification
-from mctf_hf.checkpoints import load_checkpoint
 from mctf_hf.conversion import build_model, convert_state_dict, infer_config
 from mctf_hf.cost import describe, multiply_accumulates, r_for_budget
+from mctf_hf.weight_files import load_checkpoint
 from tests.helpers import DIGITS, SHARED, TINY, Golden, in_timm_names, needs_shared, tiny_model
 
 GOLDEN = Golden("deit")

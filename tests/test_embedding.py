@@ -35,7 +35,7 @@ from transformers import (
 
 from cli.main import main
 from cli.models import load_encoder
-from lightning_modules.embedding import Pace
+from lightning_modules.embedding_run import Pace
 from lightning_modules.vector_folder import UnitBatch
 from mctf_hf.embedding import Embedder
 from mctf_hf.hub import load_image_processor

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from torch import nn
 
-from lightning_modules.callbacks import PredictionFile
 from lightning_modules.checkpoints import SafeCheckpointIO
 from lightning_modules.locks import FolderLock
+from lightning_modules.predictions import PredictionFile
 from lightning_modules.watching import write_json
 from mctf_hf.files import draft, replace, write_text
 

@@ -9,8 +9,8 @@ import pytest
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 
-from cli.files import open_images
 from cli.main import main
+from cli.paths import open_images
 from lightning_modules.folders import open_image_folder
 from lightning_modules.opening import NamedDataset
 from tests.helpers import fails

@@ -1,5 +1,7 @@
 """Reductions as data: pooling, broadcasting back, composing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -26,8 +28,8 @@ def example(batch: int = 2, n: int = 9, m: int = 5, weighted: bool = True) -> Re
     )
     reduction = Reduction.from_assignment(assignment, m)
     assert torch.equal(reduction.assignment, assignment)
-    if weighted:
-        reduction.weigh(torch.rand(batch, n, generator=generator))
+    reduction.maximum = not weighted
+    reduction.weigh(torch.rand(batch, n, generator=generator))
     return reduction
 
 
@@ -43,7 +45,7 @@ def test_fusing_by_hand() -> None:
     mean = Reduction.from_assignment(assignment, 2)
     mean.weigh(torch.tensor([[1.0, 7.0, 3.0]]))
     assert fuse(x, mean).tolist() == [[[10.0], [75.25]]]
-    assert fuse(x, Reduction.from_assignment(assignment, 2)).tolist() == [[[10.0], [100.0]]]
+    assert fuse(x, replace(mean, maximum=True)).tolist() == [[[10.0], [100.0]]]
     assert fuse_sizes(torch.tensor([[1.0, 2.0, 3.0]]), mean).tolist() == [[2.0, 4.0]]
     assert unfuse(torch.tensor([[[5.0], [7.0]]]), mean).tolist() == [[[7.0], [5.0], [7.0]]]
 

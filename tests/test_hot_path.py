@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cli.measuring import peak_bytes
 from lightning_modules.batch_augmentation import BatchAugmentation, Mixing, Normalization
-from lightning_modules.images import DRAWS
+from lightning_modules.labelled_images import DRAWS
 from lightning_modules.rand_augment import RandAugment
 from mctf_hf import (
     MCTFLVViTConfig,

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil, ViTConfig, ViTForImageClassification
 
-from cli.files import open_images
 from cli.main import main
+from cli.paths import open_images
 from mctf_hf.hub import load_image_processor, save
 from mctf_hf.images import ImageReader
 from tests.helpers import TINY, fails, predict_words, tiny_model

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps
 
 from cli.main import main
-from lightning_modules.neighbours import nearest
+from lightning_modules.nearest import nearest
 from lightning_modules.vector_folder import VectorFolder
 from mctf_hf.images import read_image
 from mctf_hf.texts import TextEncoder

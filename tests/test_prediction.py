@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import AutoModelForImageClassification, pipeline
 
 from cli.main import main
-from lightning_modules.callbacks import PredictionFile
+from lightning_modules.predictions import PredictionFile
 from mctf_hf.hub import load_image_processor
 from tests.helpers import TINY, fails, predict_words
 from tests.image_sets import JPEG, PNG

@@ -16,7 +16,7 @@ AVERAGING = "lightning.pytorch.callbacks.WeightAveraging"
     [
         ("cli.argparse_private", "Python", "argparse._ArgumentGroup", "_group_actions"),
         (
-            "cli.lightning_private",
+            "cli.lightning_cli_private",
             "lightning",
             "lightning.pytorch.cli.LightningCLI",
             "_parse_ckpt_path",

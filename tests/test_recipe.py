@@ -23,7 +23,7 @@ from lightning_modules import (
     MCTFFinetuner,
 )
 from lightning_modules.distillation import Guide
-from lightning_modules.schedule import cosine_with_cooldown, parameter_groups
+from lightning_modules.learning_rates import cosine_with_cooldown, parameter_groups
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
 from mctf_hf.losses import Distillation
 from tests.helpers import tiny_model

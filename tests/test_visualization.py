@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from transformers import ViTImageProcessorPil
 
-from cli.files import open_images
 from cli.models import load
+from cli.paths import open_images
 from cli.visualize import main
 from mctf_hf.visualization import (
     BORDER_COLOURS,

@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cli.main import main
 from lightning_modules import FusedTokensPicture, Summary, Watch, make_loggers
-from lightning_modules.evaluation import sweep
+from lightning_modules.amounts import sweep
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
 from mctf_hf.cost import multiply_accumulates
 from mctf_hf.visualization import fused_tokens

@@ -9,7 +9,7 @@ import numpy as np
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from lightning_modules.images import find_image_column
+from lightning_modules.columns import find_image_column
 from lightning_modules.opening import NamedDataset
 from mctf_hf.images import decode
 

@@ -19,7 +19,7 @@ from mctf_hf.embedding import Embedded, Embedder
 from mctf_hf.images import ImageReader
 
 from .checkpoints import by_the_first
-from .image_sources import ImageSource
+from .image_units import ImageSource
 from .locks import FolderLock
 from .unit_batches import OnBadImage, UnitBatches, load_units
 from .vector_folder import ShardWriter, UnitBatch, VectorFolder

@@ -32,7 +32,7 @@ from mctf_hf.problems import REGRESSION
 from mctf_hf.registry import backbone_of
 
 from .help import BriefHelp
-from .lightning_private import OpenCLI
+from .lightning_cli_private import OpenCLI
 from .main import FINETUNING
 from .options import command
 from .parsing import BriefErrors

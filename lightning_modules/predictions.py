@@ -1,0 +1,94 @@
+"""What a model makes of images, written to a file."""
+
+import json
+import os
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_modules.checkpoints import by_the_first
+from mctf_hf.files import draft, write_csv
+
+
+class PredictionFile(BasePredictionWriter):
+    """Write predictions to a CSV or JSON Lines file, which appears when all of them are there.
+
+    Its columns are ``file``, ``label`` and ``score``, and where images that can't be read are
+    skipped ``error``, the reason. What a spreadsheet would take for a formula has ``'`` before it
+    in CSV. Bytes of a file's name that are no UTF-8 are written as ``\\udc80`` to ``\\udcff``.
+
+    Args:
+        path: of the file; it ends in ``.csv`` or ``.jsonl``.
+        top_k: labels of each image, each in a row of its own, from the highest score on. Regression
+            has all of its values.
+    """
+
+    def __init__(self, path: str = "predictions.csv", top_k: int = 1):
+        super().__init__(write_interval="epoch")
+        if Path(path).suffix not in (".csv", ".jsonl"):
+            raise ValueError(f"path={path!r} is not allowed: it ends in .csv or .jsonl")
+        if top_k < 1:
+            raise ValueError(f"top_k={top_k!r} is not allowed: it is at least 1")
+        self.path = Path(path)
+        self.top_k = top_k
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        pl_module.top_k = self.top_k
+        if stage == "predict":  # before the work, not after it
+            by_the_first(trainer, self._check_path)
+
+    def _check_path(self) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise type(error)(
+                f"predictions.path={str(self.path)!r} cannot be written: its folder cannot be made "
+                f"({error.strerror})"
+            ) from error
+        if self.path.is_dir():
+            raise IsADirectoryError(f"predictions.path={str(self.path)!r} is a folder")
+        if not os.access(self.path.parent, os.W_OK):
+            raise PermissionError(f"predictions.path={str(self.path)!r} cannot be written there")
+
+    def write_on_epoch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        predictions: Sequence[Any],
+        batch_indices: Sequence[Any],
+    ) -> None:
+        rows = [row for batch in predictions for row in batch]
+        if trainer.world_size > 1:  # each process has its share, some padded with repetitions
+            shares: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(shares, rows)
+            by_file = {
+                file: list(group)
+                for share in shares
+                for file, group in groupby(share, key=lambda row: row["file"])
+            }
+            rows = [row for file in sorted(by_file, key=Path) for row in by_file[file]]
+        if trainer.is_global_zero:
+            self._write(rows)
+            skipped = sum(bool(row.get("error")) for row in rows)
+            images = len({row["file"] for row in rows}) - skipped
+            unread = f", and {skipped} that can't be read" if skipped else ""
+            rank_zero_info(f"Predictions of {images:,} images{unread}: {self.path}")
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            draft(self.path) as path,
+            path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+        ):
+            if self.path.suffix == ".csv":
+                columns = list(rows[0]) if rows else ["file", "label", "score"]
+                write_csv(file, columns, rows)
+            else:
+                lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows)
+                file.writelines(f"{line}\n" for line in lines)
