@@ -11,13 +11,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import ViTImageProcessorPil
 
 from mctf_hf import MCTFViTForImageClassification
 from mctf_hf import export as exporting
 from mctf_hf.export import TOLERANCE, Agreement
 from mctf_hf.files import draft
-from mctf_hf.images import ImageReader
+from mctf_hf.images import ImageReader, usual_processor
 from mctf_hf.presets import PRESETS, preset, preset_class
 from mctf_hf.registry import only_if_asked
 
@@ -136,9 +135,7 @@ def _pixel_values(
     if images is None:
         return torch.randn(count, *shape, generator=torch.Generator().manual_seed(0))
     if processor is None:
-        half = [0.5] * model.config.num_channels
-        size = {"height": height, "width": width}
-        processor = ViTImageProcessorPil(size=size, image_mean=half, image_std=half)
+        processor = usual_processor(model.config)
     reader = ImageReader(processor, model.config.num_channels)
     pixel_values = reader.batch(open_images(images, count).values())
     if pixel_values.shape[1:] != shape:

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from transformers import ViTImageProcessorPil
 
 from lightning_modules.processors import fit_shape, settle_size
 from lightning_modules.resizing import resize
@@ -14,6 +13,7 @@ from mctf_hf import MCTFViTConfig
 from mctf_hf.checks import check_weights
 from mctf_hf.classes import give_names
 from mctf_hf.hub import load_image_processor
+from mctf_hf.images import usual_processor
 from mctf_hf.problems import REGRESSION, SINGLE, problem_type
 from mctf_hf.registry import (
     BACKBONES,
@@ -104,12 +104,7 @@ def _loaded_or_made(
                 f"config={config!r} tells no number of classes: set num_labels, there or beside it"
             )
         model_config = config_class(**only_if_asked({**config, **labels, **fusion}))
-        height, width = model_config.usual_size
-        half = [0.5] * model_config.num_channels
-        processor = ViTImageProcessorPil(
-            size={"height": height, "width": width}, image_mean=half, image_std=half
-        )
-        return build(model_config), processor
+        return build(model_config), usual_processor(model_config)
 
     assert pretrained is not None
     backbone = backbone_of(pretrained)

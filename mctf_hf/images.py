@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+from transformers import ViTImageProcessorPil
 
 from .checks import LARGEST_EDGE, check_processor
 
@@ -240,6 +241,18 @@ class ImageReader:
                 "it is to crop them, or to resize them to a height and a width"
             )
         return torch.stack(list(made))
+
+
+def usual_processor(config: Any) -> ViTImageProcessorPil:
+    """What makes pixels for a model that comes without a processor: its usual size, -1 to 1.
+
+    Args:
+        config: of a model of this library.
+    """
+    height, width = config.usual_size
+    half = [0.5] * config.num_channels
+    size = {"height": height, "width": width}
+    return ViTImageProcessorPil(size=size, image_mean=half, image_std=half)
 
 
 def scaling(processor: Any, channels: int = 3) -> tuple[Tensor, Tensor]:
