@@ -19,7 +19,7 @@ from transformers import ViTImageProcessorPil
 from lightning_modules.labelled_images import LabelledImages
 from lightning_modules.opening import NamedDataset
 from lightning_modules.processors import fit_shape, output_size
-from mctf_hf.checks import check_scores
+from mctf_hf.checks import check_range, check_scores
 from mctf_hf.files import replace, write_text
 from mctf_hf.hub import load_image_processor
 from mctf_hf.images import ImageReader
@@ -106,14 +106,7 @@ def benchmark(
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         allowed = "cpu or cuda" if torch.cuda.is_available() else "cpu (there is no GPU here)"
         raise ValueError(f"device={device!r} is not allowed: it is {allowed}")
-    for name, value in {
-        "rounds": rounds,
-        "threads": threads,
-        "image_size": image_size,
-        "max_images": max_images,
-    }.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name}={value!r} is not allowed: it is at least 1")
+    check_range(1, rounds=rounds, threads=threads, image_size=image_size, max_images=max_images)
     batches = _counts("batch_sizes", batch_sizes)
     for file, suffix in ((output, ".json"), (plot, ".png")):
         if file is not None:

@@ -14,6 +14,7 @@ from rich.table import Table
 from transformers import ViTImageProcessorPil
 
 from lightning_modules import HFImageDataModule
+from mctf_hf.checks import check_range
 
 from .measuring import machine_name
 from .parsing import ArgumentParser
@@ -71,10 +72,7 @@ def images_per_second(
     Raises:
         ValueError: for a number below 1.
     """
-    numbers = {"image_size": image_size, "batches": batches, "warmup": warmup}
-    for name, value in numbers.items():
-        if value < 1:
-            raise ValueError(f"{name}={value!r} is not allowed: it is at least 1")
+    check_range(1, image_size=image_size, batches=batches, warmup=warmup)
     stopwatch = _Stopwatch(image_size, num_labels, warmup)
     with TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that nothing is trained

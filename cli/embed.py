@@ -27,6 +27,7 @@ from lightning_modules.embedding_run import (
 )
 from lightning_modules.image_sources import open_source
 from lightning_modules.vector_folder import UNREADABLE, VectorFolder, row_features
+from mctf_hf.checks import check_range
 from mctf_hf.configuration_mctf import FusionConfigMixin
 from mctf_hf.embedding import Embedder, digest
 from mctf_hf.images import MODES, ImageReader
@@ -152,16 +153,9 @@ def embed(
         ray_address: of a cluster of Ray; unset, the one around, or one on this machine.
         trainer: settings of :func:`make_trainer`.
     """
-    numbers = {
-        "batch_size": (batch_size, 1),
-        "num_workers": (num_workers, 0),
-        "shard_size": (shard_size, 1),
-        "sample": (sample, 2),
-        "actors": (actors, 1),
-    }
-    for setting, (value, least) in numbers.items():
-        if value < least:
-            raise ValueError(f"{setting}={value!r} is not allowed: it is at least {least}")
+    check_range(0, num_workers=num_workers)
+    check_range(1, batch_size=batch_size, shard_size=shard_size, actors=actors)
+    check_range(2, sample=sample)
     other = None if compare is None else f"{parse(model)[0]},{compare}"
     if other is not None:
         parse(other)  # before the work

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mctf_hf import MCTFViTForImageClassification
 from mctf_hf import export as exporting
+from mctf_hf.checks import check_range
 from mctf_hf.export import TOLERANCE, Agreement
 from mctf_hf.files import draft
 from mctf_hf.images import ImageReader, usual_processor
@@ -89,11 +90,9 @@ def export(
             f"aot_inductor=True is not allowed with output={output!r}: the file's name ends in .pt2"
         )
     kind = "aot_inductor" if aot_inductor else kind
-    for name, value, least in (("count", count, 3), ("batch_size", batch_size, 2)):
-        if value < least:
-            raise ValueError(f"{name}={value!r} is not allowed: it is at least {least}")
-    if rounds < 1:
-        raise ValueError(f"rounds={rounds!r} is not allowed: it is at least 1")
+    check_range(3, count=count)
+    check_range(2, batch_size=batch_size)
+    check_range(1, rounds=rounds)
     if kind == "onnx":
         exporting.import_onnx()
     made, processor = _load(model)

@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_modules.image_sources import open_source
 from lightning_modules.nearest import Neighbour, nearest
 from lightning_modules.vector_folder import VectorFolder
+from mctf_hf.checks import check_range
 from mctf_hf.embedding import Embedder, digest
 from mctf_hf.files import replace
 from mctf_hf.images import ImageReader, decode, is_image_name
@@ -49,8 +50,7 @@ def neighbours(
         count: how many.
         output: PNG file to draw; null draws none.
     """
-    if count < 1:
-        raise ValueError(f"count={count!r} is not allowed: it is at least 1")
+    check_range(1, count=count)
     file = None if output is None else check_output(output, ".png")
     vectors = VectorFolder(folder)
     manifest = vectors.manifest()

@@ -16,6 +16,7 @@ from jsonargparse import ActionYesNo
 
 from lightning_modules.opening import NamedDataset
 from mctf_hf import MCTFViTForImageClassification
+from mctf_hf.checks import check_range
 from mctf_hf.files import read_object
 from mctf_hf.hub import (
     check_folder,
@@ -129,10 +130,7 @@ def push_model(
         )
     if base_model is not None:
         check_base_model(base_model)
-    numbers = {"max_images": max_images, "batch_size": batch_size, "rounds": rounds}
-    for setting, value in numbers.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{setting}={value!r} is not allowed: it is at least 1")
+    check_range(1, max_images=max_images, batch_size=batch_size, rounds=rounds)
     if dry_run is not None:
         check_folder(dry_run, alone=True)
     loaded, processor = load(model)

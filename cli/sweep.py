@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Console
 
 from mctf_hf.candidates import Candidate, Setting, budget_of, meet
+from mctf_hf.checks import check_range
 from mctf_hf.files import replace, write_text
 from mctf_hf.judging import Judge, Verdict, judge
 
@@ -68,10 +69,7 @@ def sweep(
         output: CSV file to write.
         plot: PNG file to draw.
     """
-    numbers = {"num_images": num_images, "batch_size": batch_size, "rounds": rounds}
-    for name, value in numbers.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name}={value!r} is not allowed: it is at least 1")
+    check_range(1, num_images=num_images, batch_size=batch_size, rounds=rounds)
     fractions = _fractions(budgets)
     for file, suffix in ((output, ".csv"), (plot, ".png")):
         if file is not None:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mctf_hf.candidates import Candidate, budget_of, meet, untuned
+from mctf_hf.checks import check_range
 from mctf_hf.hub import check_folder, save
 from mctf_hf.judging import Judge, Verdict, judge
 from mctf_hf.model_card import public_name
@@ -111,12 +112,8 @@ def tune_model(
     _check("budget", budget, 0, 1)
     _check("speed", speed, 1, 100)
     _check("max_loss", max_loss, 0, 100)
-    numbers = {"trials": trials, "batch_size": batch_size, "rounds": rounds}
-    for name, value in numbers.items():
-        if value < 1:
-            raise ValueError(f"{name}={value!r} is not allowed: it is at least 1")
-    if num_images < 4:
-        raise ValueError(f"num_images={num_images!r} is not allowed: it is at least 4")
+    check_range(1, trials=trials, batch_size=batch_size, rounds=rounds)
+    check_range(4, num_images=num_images)
     folder = check_folder(output)
     storage = Path(study or f"{output.rstrip('/')}.study")
     if not storage.resolve().parent.is_dir():

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
+from mctf_hf.checks import check_range
 from mctf_hf.files import replace
 from mctf_hf.visualization import FusedTokens, contact_sheet, enlarge, fused_tokens
 
@@ -48,9 +49,7 @@ def visualize(
         layer: zero-based layer after which the tokens are shown; unset, the last.
         scale: pixels of the picture per pixel of an image; unset, as many as 448 have room for.
     """
-    for name, value in {"count": count, "scale": scale}.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name}={value!r} is not allowed: it is at least 1")
+    check_range(1, count=count, scale=scale)
     file = check_output(output, ".png")
     pictures = open_images(images, count or 4, exactly=count is not None)
     seen: list[list[FusedTokens]] = []

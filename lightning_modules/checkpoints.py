@@ -28,6 +28,7 @@ from lightning_modules.lightning_private import (
 )
 from lightning_modules.locks import FolderLock
 from lightning_modules.run_settings import compare, settings_of
+from mctf_hf.checks import check_range
 from mctf_hf.files import replace
 
 SETTINGS = "settings"  # what a checkpoint tells of its run
@@ -144,10 +145,7 @@ class LastCheckpoint(Checkpoint):
     def __init__(
         self, every_n_train_steps: int = 100, folder: str | None = None, use_previous: bool = False
     ):
-        if every_n_train_steps < 1:
-            raise ValueError(
-                f"every_n_train_steps={every_n_train_steps!r} is not allowed: it is at least 1"
-            )
+        check_range(1, every_n_train_steps=every_n_train_steps)
         self.every_n_train_steps = every_n_train_steps
         self.folder = folder
         self.use_previous = use_previous
@@ -309,9 +307,8 @@ class AveragedWeights(BegunAverage):
     """
 
     def __init__(self, decay: float | None = None, every_n_steps: int = 1, from_step: int = 0):
-        for name, value, low in (("every_n_steps", every_n_steps, 1), ("from_step", from_step, 0)):
-            if value < low:
-                raise ValueError(f"{name}={value!r} is not allowed: it is at least {low}")
+        check_range(1, every_n_steps=every_n_steps)
+        check_range(0, from_step=from_step)
         if decay is not None and not 0 <= decay < 1:
             raise ValueError(f"decay={decay!r} is not allowed: it is at least 0 and below 1")
         self.decay = decay

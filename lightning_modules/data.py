@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
+from mctf_hf.checks import check_range
 from mctf_hf.classes import names_of
 from mctf_hf.images import UnreadableImage, check_head
 from mctf_hf.problems import SINGLE
@@ -121,20 +122,11 @@ class HFImageDataModule(L.LightningDataModule):
         super().__init__()
         if not 0 < val_fraction < 1:
             raise ValueError(f"val_fraction={val_fraction!r} is not allowed: it is between 0 and 1")
-        if not 0 <= random_erasing <= 1:
-            raise ValueError(f"random_erasing={random_erasing!r} is not allowed: it is 0 to 1")
-        for setting, value, least in (
-            ("batch_size", batch_size, 1),
-            ("eval_batch_size", eval_batch_size, 1),
-            ("num_workers", num_workers, 0),
-            ("mixup", mixup, 0),
-            ("cutmix", cutmix, 0),
-            ("repeated_augmentation", repeated_augmentation, 1),
-            ("shuffle_buffer", shuffle_buffer, 1),
-            ("train_images", train_images, 1),
-        ):
-            if value is not None and value < least:
-                raise ValueError(f"{setting}={value!r} is not allowed: it is at least {least}")
+        check_range(0, 1, random_erasing=random_erasing)
+        check_range(0, num_workers=num_workers, mixup=mixup, cutmix=cutmix)
+        check_range(1, batch_size=batch_size, eval_batch_size=eval_batch_size)
+        check_range(1, repeated_augmentation=repeated_augmentation)
+        check_range(1, shuffle_buffer=shuffle_buffer, train_images=train_images)
         if streaming and repeated_augmentation > 1:
             raise ValueError(
                 f"repeated_augmentation={repeated_augmentation!r} is not allowed with streaming: "

@@ -22,7 +22,7 @@ from lightning_modules.learning_rates import cosine_with_cooldown, parameter_gro
 from lightning_modules.lightning_private import has_trainer
 from lightning_modules.metrics import accuracy_by_class, make_counts, make_metrics
 from lightning_modules.pretrained import load_or_make
-from mctf_hf.checks import check_scores
+from mctf_hf.checks import check_range, check_scores
 from mctf_hf.classes import check_classes, give_names, has_names, names_of
 from mctf_hf.cost import describe, resolve_budget
 from mctf_hf.losses import Distillation, TokenReductionConsistency, label_loss
@@ -160,22 +160,15 @@ class MCTFFinetuner(L.LightningModule):
         seed: int = 0,
     ):
         super().__init__()
-        _check_numbers(
-            num_labels=(num_labels, 1, math.inf),
-            teacher_weight=(teacher_weight, 0, math.inf),
-            consistency_weight=(consistency_weight, 0, math.inf),
-            confidence_threshold=(confidence_threshold, 0, 1),
-            label_smoothing=(label_smoothing, 0, 1),
-            learning_rate=(learning_rate, 0, math.inf),
-            reference_batch_size=(reference_batch_size, 1, math.inf),
-            min_learning_rate=(min_learning_rate, 0, math.inf),
-            warmup_epochs=(warmup_epochs, 0, math.inf),
-            cooldown_epochs=(cooldown_epochs, 0, math.inf),
-            layer_decay=(layer_decay, 0, 1),
-            distillation_weight=(distillation_weight, 0, 1),
-            distillation_temperature=(distillation_temperature, 0.01, math.inf),
-            weight_decay=(weight_decay, 0, math.inf),
-        )
+        check_range(1, num_labels=num_labels, reference_batch_size=reference_batch_size)
+        check_range(0, teacher_weight=teacher_weight, consistency_weight=consistency_weight)
+        check_range(0, learning_rate=learning_rate, min_learning_rate=min_learning_rate)
+        check_range(0, warmup_epochs=warmup_epochs, cooldown_epochs=cooldown_epochs)
+        check_range(0, weight_decay=weight_decay)
+        check_range(0, 1, label_smoothing=label_smoothing, layer_decay=layer_decay)
+        check_range(0, 1, confidence_threshold=confidence_threshold)
+        check_range(0, 1, distillation_weight=distillation_weight)
+        check_range(0.01, distillation_temperature=distillation_temperature)
         self.save_hyperparameters()
         settings = dict(fusion or {}, drop_path_rate=drop_path_rate)
         given = {
@@ -580,15 +573,6 @@ class MCTFFinetuner(L.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"},
         }
-
-
-def _check_numbers(**settings: tuple[float | None, float, float]) -> None:
-    """Raise ValueError for the first (value, low, high) out of its range; None is in any."""
-    for name, (value, low, high) in settings.items():
-        if value is not None and not (low <= value <= high and math.isfinite(value)):
-            limit = f" and at most {high}" if math.isfinite(high) else ""
-            limit += "" if math.isfinite(value) else ", and finite"
-            raise ValueError(f"{name}={value!r} is not allowed: it is at least {low}{limit}")
 
 
 def _check_frozen(**settings: tuple[Any, Any]) -> None:

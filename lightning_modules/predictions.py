@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_modules.checkpoints import by_the_first
+from mctf_hf.checks import check_range
 from mctf_hf.files import draft, write_csv
 
 
@@ -33,8 +34,7 @@ class PredictionFile(BasePredictionWriter):
         super().__init__(write_interval="epoch")
         if Path(path).suffix not in (".csv", ".jsonl"):
             raise ValueError(f"path={path!r} is not allowed: it ends in .csv or .jsonl")
-        if top_k < 1:
-            raise ValueError(f"top_k={top_k!r} is not allowed: it is at least 1")
+        check_range(1, top_k=top_k)
         self.path = Path(path)
         self.top_k = top_k
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lightning_modules.amounts import add_up, amount_text, sweep
 from lightning_modules.lightning_private import accumulates, logs
+from mctf_hf.checks import check_range
 from mctf_hf.configuration_mctf import as_pair
 from mctf_hf.cost import multiply_accumulates
 from mctf_hf.files import replace, write_text
@@ -106,10 +107,7 @@ class ProgressLines(Callback):
     """
 
     def __init__(self, every_n_seconds: float = 60.0, terminal: bool | None = None):
-        if every_n_seconds < 0:
-            raise ValueError(
-                f"every_n_seconds={every_n_seconds!r} is not allowed: it is at least 0"
-            )
+        check_range(0, every_n_seconds=every_n_seconds)
         self.every_n_seconds = every_n_seconds
         self.terminal = Console().is_terminal if terminal is None else terminal
         self._begun = self._told = -math.inf
@@ -195,9 +193,8 @@ class FusedTokensPicture(Callback):
     """
 
     def __init__(self, every_n_epochs: int = 5, images: int = 4):
-        for name, value, low in (("every_n_epochs", every_n_epochs, 0), ("images", images, 1)):
-            if value < low:
-                raise ValueError(f"{name}={value!r} is not allowed: it is at least {low}")
+        check_range(0, every_n_epochs=every_n_epochs)
+        check_range(1, images=images)
         self.every_n_epochs = every_n_epochs
         self.images = images
 

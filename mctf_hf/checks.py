@@ -1,4 +1,4 @@
-"""Numbers that are to be finite, or bounded: of weights, of image processors, of scores."""
+"""Numbers that are to be finite, or bounded: settings, weights, image processors, scores."""
 
 import math
 from collections.abc import Mapping
@@ -8,6 +8,21 @@ from torch import Tensor, nn
 
 SHOWN = 3  # names in a message
 LARGEST_EDGE = 2560  # pixels of what an image processor makes; each patch of it is a token
+
+
+def check_range(least: float, most: float = math.inf, /, **settings: float | None) -> None:
+    """Check that settings, by name, are finite and neither below nor above what is allowed.
+
+    ``None`` stands for what is not set, and is allowed.
+
+    Raises:
+        ValueError: for the first one that is not.
+    """
+    for name, value in settings.items():
+        if value is not None and not (least <= value <= most and math.isfinite(value)):
+            limit = f" and at most {most}" if math.isfinite(most) else ""
+            limit += "" if math.isfinite(value) else ", and finite"
+            raise ValueError(f"{name}={value!r} is not allowed: it is at least {least}{limit}")
 
 
 def check_weights(weights: nn.Module | Mapping[str, Tensor], owner: object) -> None:
