@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from lightning_modules.labels import NOT_COUNTED
+from lightning_modules.labels import are_counted
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
 from mctf_hf.checks import check_scores
 from mctf_hf.cost import Description, keep_rate_for_budget, r_for_budget
@@ -85,8 +85,3 @@ def as_counts(config: MCTFViTConfig, images: torch.Tensor, amount: Amount) -> Am
         return amount
     num_tokens = config.num_tokens((images.shape[-2], images.shape[-1]))
     return {"r": list(config.tokens_fused(num_tokens, **amount))}
-
-
-def are_counted(labels: torch.Tensor) -> torch.Tensor:
-    """Which images have labels: (b,) or (b, c) -> (b,) bool."""
-    return (labels != NOT_COUNTED).flatten(1).all(1) if labels.ndim > 1 else labels != NOT_COUNTED

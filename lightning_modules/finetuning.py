@@ -5,28 +5,26 @@ import os
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torchmetrics import MeanMetric, Metric, MetricCollection
 
-from lightning_modules.amounts import are_counted, fusion_text
+from lightning_modules.amounts import fusion_text
 from lightning_modules.checkpoint_files import check_file
+from lightning_modules.classifier import Batch, ImageClassifier
 from lightning_modules.distillation import Guide
 from lightning_modules.learning_rates import cosine_with_cooldown, parameter_groups
 from lightning_modules.lightning_private import has_trainer
-from lightning_modules.metrics import accuracy_by_class, make_counts, make_metrics
 from lightning_modules.pretrained import load_or_make
-from mctf_hf.checks import check_range, check_scores
+from mctf_hf.checks import check_range
 from mctf_hf.classes import check_classes, give_names, has_names, names_of
 from mctf_hf.cost import describe, resolve_budget
-from mctf_hf.losses import Distillation, TokenReductionConsistency, label_loss
-from mctf_hf.problems import REGRESSION, SINGLE, ranked, scores
+from mctf_hf.losses import Distillation, TokenReductionConsistency
+from mctf_hf.problems import REGRESSION, SINGLE
 from mctf_hf.teacher import (
     check_compiled,
     mix_seed,
@@ -35,8 +33,6 @@ from mctf_hf.teacher import (
 )
 from mctf_hf.torch_private import compile_for_many
 
-FEW_CLASSES = 20  # each of which is told of by itself
-Batch = dict[str, Any]
 LEARNING_RATE = 1.5e-5  # the paper's, for a global batch of 512
 
 
@@ -54,7 +50,7 @@ class Pass(NamedTuple):
     loss: Tensor
 
 
-class MCTFFinetuner(L.LightningModule):
+class MCTFFinetuner(ImageClassifier):
     """A Vision Transformer of the Hugging Face Hub, finetuned with token fusion.
 
     Each step runs the same weights twice, as student with the full ``r`` and as teacher with one
@@ -203,10 +199,7 @@ class MCTFFinetuner(L.LightningModule):
             setattr(self.model.config, name, resolve_budget(self.model.config, name, budget))
         self.model.config.check_effect({**settings, **budgets})
         self.r_max = teacher_limit(self.model.config, r_max)
-        self.problem_type: str = self.model.config.problem_type
-        self.num_labels: int = self.model.config.num_labels
-        self.num_channels: int = self.model.config.num_channels
-        self.top_k = 1  # labels of an image in prediction
+        self.prepare_metrics(class_metrics)
         if label_smoothing is None:
             label_smoothing = 0.0 if self.problem_type == REGRESSION else 0.1
         self.loss = TokenReductionConsistency(
@@ -226,13 +219,6 @@ class MCTFFinetuner(L.LightningModule):
         self._unchecked: Tensor | float = 0.0  # sum of losses since the last optimizer step
         if compile and self.r_max:
             check_compiled(self.model.config, f"compile={compile!r}", "set r_max to 0 (no teacher)")
-        metrics = make_metrics(self.model.config)
-        self.val_metrics, self.test_metrics = metrics.clone("val/"), metrics.clone("test/")
-        self.val_counts = self.test_counts = None
-        if class_metrics or (class_metrics is None and self.num_labels <= FEW_CLASSES):
-            self.val_counts, self.test_counts = (make_counts(self.model.config) for _ in range(2))
-        # Not Lightning's own mean, which rounds the number of images over processes.
-        self.val_loss, self.test_loss = (MeanMetric(nan_strategy=math.nan) for _ in range(2))
 
     def _check_problem(self, distill_from: str | None) -> None:
         """Raise ValueError for settings that are not those of the head."""
@@ -249,11 +235,6 @@ class MCTFFinetuner(L.LightningModule):
                 "label per image is distilled"
             )
 
-    @property
-    def backbone(self) -> nn.Module:
-        """All but the heads, as Lightning's ``BackboneFinetuning`` wants it."""
-        return self.model.base_model
-
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Lightning's own, of a file that is whole.
@@ -264,10 +245,6 @@ class MCTFFinetuner(L.LightningModule):
         if isinstance(checkpoint_path, str | os.PathLike) and "://" not in str(checkpoint_path):
             check_file(checkpoint_path)
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
-
-    def forward(self, pixel_values: Tensor | None = None, **options: Any) -> Any:
-        """Classify images, (b, channels, height, width); see ``MCTFViTForImageClassification``."""
-        return self.model(pixel_values, output_class_token=True, **options)
 
     def configure_model(self) -> None:
         """Shard the weights, where the strategy is to (FSDP2).
@@ -444,99 +421,13 @@ class MCTFFinetuner(L.LightningModule):
         torch.distributed.all_reduce(total)
         return total / self.trainer.world_size
 
-    def _log_skipped(self, batch: Batch, stage: str) -> None:
-        """Count the rows whose image could not be read, over the epoch and all processes."""
-        if "skipped" in batch:
-            name, skipped = f"{stage}/skipped_images", batch["skipped"].sum().float()
-            self.log(name, skipped, on_step=False, on_epoch=True, reduce_fx="sum", sync_dist=True)
-
-    def on_validation_start(self) -> None:
-        self._check_head()
-        self.val_loss.set_dtype(torch.float32)  # whatever the weights have become
-
-    def on_test_start(self) -> None:
-        self._check_head()
-        self.test_loss.set_dtype(torch.float32)
-
-    def on_predict_start(self) -> None:
-        self._check_head()
-
-    def _check_head(self) -> None:
+    def check_head(self) -> None:
         """Raise ValueError for a head that has random weights still."""
         if self._new_head and self.trainer.state.fn != "fit":
             raise ValueError(
                 f"num_labels={self.hparams['num_labels']!r} is not allowed without training: it "
                 f"gives {self.hparams['pretrained']} a new head, with random weights; leave it out"
             )
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, "val", self.val_metrics, self.val_loss, self.val_counts)
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, "test", self.test_metrics, self.test_loss, self.test_counts)
-
-    def _evaluate(
-        self,
-        batch: Batch,
-        stage: str,
-        metrics: MetricCollection,
-        mean_loss: MeanMetric,
-        counts: Metric | None,
-    ) -> None:
-        logits, labels = self.model(batch["pixel_values"]).logits.float(), batch["labels"]
-        counted = are_counted(labels)
-        found, wanted = scores(logits, self.model.config)[counted], labels[counted]
-        if len(wanted):
-            targets = wanted.view_as(found) if self.problem_type == REGRESSION else wanted.long()
-            metrics.update(found, targets)
-            if counts is not None:
-                counts.update(found, targets)
-            mean_loss.update(
-                label_loss(logits[counted], wanted, self.problem_type, reduction="none")
-            )
-        self.log(f"{stage}/loss", mean_loss, batch_size=len(labels))
-        self._log_skipped(batch, stage)
-        self.log_dict(metrics, prog_bar=True, batch_size=len(labels))
-
-    def on_validation_epoch_end(self) -> None:
-        self._check_counted("val", self.val_loss)
-        self._log_classes("val", self.val_counts)
-
-    def on_test_epoch_end(self) -> None:
-        self._check_counted("test", self.test_loss)
-        self._log_classes("test", self.test_counts)
-
-    def _check_counted(self, stage: str, mean_loss: MeanMetric) -> None:
-        """Raise ValueError if no process could read an image."""
-        if self.trainer.sanity_checking:
-            return
-        counted = self.trainer.strategy.reduce(mean_loss.weight.clone(), reduce_op="sum")
-        if not counted:
-            raise ValueError(f"{stage}: none of the images can be read, so nothing is measured")
-
-    def _log_classes(self, stage: str, counts: Metric | None) -> None:
-        """Log the accuracy of each class, over all processes."""
-        if counts is not None:
-            found = accuracy_by_class(self.model.config, counts)
-            self.log_dict({f"{stage}/accuracy/{name}": value for name, value in found.items()})
-            counts.reset()
-
-    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
-        """Rows of a file, a label and its score, ``top_k`` for each image, see :func:`ranked`.
-
-        An image that could not be read has one row, without label and score, that tells why.
-        """
-        logits = self.model(batch["pixel_values"]).logits
-        check_scores(logits, f"images from {batch['files'][0]} on")
-        files, errors = batch["files"], batch.get("errors")
-        rows: list[dict[str, Any]] = []
-        for i, found in enumerate(ranked(logits, self.model.config, self.top_k)):
-            reason = {} if errors is None else {"error": errors[i]}
-            if errors is not None and errors[i]:
-                rows.append({"file": files[i], "label": None, "score": None} | reason)
-                continue
-            rows += [{"file": files[i], "label": a, "score": score} | reason for a, score in found]
-        return rows
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         hparams, trainer = self.hparams, self.trainer

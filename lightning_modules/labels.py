@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, LargeList, List, Value
 from numpy.typing import NDArray
+from torch import Tensor
 
 from mctf_hf.problems import MULTI, REGRESSION, SINGLE
 
@@ -137,3 +138,8 @@ def not_counted(problem: str, num_labels: int) -> int | NDArray[np.float32]:
 
 def _inner(feature: Any) -> Any:
     return feature.feature if isinstance(feature, (List, LargeList)) else feature
+
+
+def are_counted(labels: Tensor) -> Tensor:
+    """Which images have labels: (b,) or (b, c) -> (b,) bool."""
+    return (labels != NOT_COUNTED).flatten(1).all(1) if labels.ndim > 1 else labels != NOT_COUNTED

@@ -26,7 +26,7 @@ from transformers import DeiTImageProcessorPil
 from cli.main import main
 from lightning_modules import HFImageDataModule, MCTFFinetuner
 from lightning_modules.augmentation import FlipAndCrop
-from lightning_modules.labelled_images import NOT_COUNTED
+from lightning_modules.labels import NOT_COUNTED
 from lightning_modules.sampling import ResumableSampler
 from mctf_hf.images import decode, read_image
 from tests.helpers import DIGITS

@@ -14,7 +14,8 @@ import torch
 from datasets import load_dataset
 from PIL import Image
 
-from lightning_modules.labelled_images import NOT_COUNTED, AsBytes, Process
+from lightning_modules.labelled_images import AsBytes, Process
+from lightning_modules.labels import NOT_COUNTED
 from lightning_modules.streaming import Share, StreamedImages, StreamLoader, count_rows
 from tests.helpers import DIGITS
 from tests.image_sets import BROKEN, PROCESSOR, data_module, numbered_png, write_shards
