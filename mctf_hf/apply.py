@@ -4,403 +4,27 @@ The model stays the object that it was, with its weights and their names. Its la
 modules between them and the model, are told to be of classes that can fuse.
 """
 
-import dataclasses
-import functools
-import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
-from pathlib import Path
-from threading import Lock
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
-from transformers.modeling_outputs import (
-    BackboneOutput,
-    BaseModelOutput,
-    BaseModelOutputWithPooling,
-    ImageClassifierOutput,
-)
-from transformers.utils import ModelOutput, cached_file
+from transformers.utils import cached_file
 
 from .anatomy import check_layer
 from .configuration_mctf import ROPE_POSITIONS, FusionConfigMixin, TokenFusion
 from .families import Encoder, explain, find_encoders, num_read_tokens, supported
-from .files import drop_links, read_object, write_text
-from .fused_encoder import FusedLayers, check_mask, exchange_class, fuse_layers, fused_class
+from .files import read_object
+from .fused_encoder import FusedLayers, exchange_class, fuse_layers, fused_class
 from .fused_layer import Tokens
+from .fused_models import FILE, FusedModel, FusedRunner
+from .fused_outputs import tracked
+from .hosted_layers import SETTINGS, Call, HostedLayers, enter_calls, leave_calls, show_to_compiled
 from .modeling_mctf_dinov3_vit import FusedRotaryEmbedding
-from .reducers import build_reducer
 from .registry import BACKBONES
-from .schedule import KeepRate, TokensFused
-
-FILE = "token_fusion.json"
-# What a user sets; the rest of TokenFusion is the encoder's.
-SETTINGS = (*(field.name for field in dataclasses.fields(FusionConfigMixin)), "rope_positions")
-
-
-@dataclasses.dataclass(eq=False)
-class Call:
-    """How tokens are fused in some calls, and what became of them.
-
-    Attributes:
-        settings: of the fusion.
-        r, keep_rate: of these calls, or None.
-        unmasked: nobody gave a mask, so that what transformers makes of none for a program that is
-            exported masks nothing.
-        history: the tokens tell what each layer has made of them, too.
-        tokens: of the last of these calls.
-    """
-
-    settings: TokenFusion
-    r: TokensFused | None = None
-    keep_rate: KeepRate | None = None
-    unmasked: bool = False
-    history: bool = False
-    tokens: Tokens | None = None
-
-
-# By the id of the layers. What is compiled cannot look here and finds it in the layers instead.
-_CALLS: ContextVar[dict[int, Call]] = ContextVar("calls")
-
-
-# The ids of layers that a module of transformers runs here and now.
-_RUNNING: ContextVar[frozenset[int]] = ContextVar("running", default=frozenset())
-
-
-class HostedLayers(FusedLayers):
-    """Layers in a model of transformers, which iterates over them to run them one by one.
-
-    While it runs, it finds a single one that runs all; whoever else looks finds each.
-    """
-
-    settings: TokenFusion
-    call: Call | None = None  # for what is compiled
-    running: bool = False
-    __repr__ = nn.Module.__repr__  # that of lists does not say how tokens are fused
-
-    def __iter__(self) -> Iterator[nn.Module]:
-        runs = self.running
-        if not torch.compiler.is_compiling():
-            runs = id(self) in _RUNNING.get()
-        return iter((self,)) if runs else super().__iter__()
-
-    def extra_repr(self) -> str:
-        return f"fusion: {self.settings.reduction}, {self.settings.own_amount()}"
-
-    def _replicate_for_data_parallel(self) -> Any:
-        raise ValueError(
-            "nn.DataParallel is not supported by models that fuse_tokens was called with: use "
-            "DistributedDataParallel, one process for each device"
-        )
-
-    def active(self) -> Call:
-        """How tokens are fused here and now."""
-        call = self.call
-        if not torch.compiler.is_compiling():
-            call = _CALLS.get({}).get(id(self))
-        return Call(self.settings) if call is None else call
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Run all layers: (b, n, d) -> (b, n, d), or fewer tokens where some are dropped."""
-        call = self.active()
-        if kwargs.keys() & {"r", "keep_rate"}:  # of a call that went past the model's own
-            call = Call(call.settings, kwargs.pop("r", None), kwargs.pop("keep_rate", None))
-        _refuse(kwargs)
-        settings, rotary = call.settings, kwargs.pop("position_embeddings", None)
-        counts = settings.tokens_fused(hidden_states.shape[1], call.r, call.keep_rate)
-        read = settings.num_read_tokens
-        if not (any(counts) or read):
-            if rotary is not None:
-                kwargs["position_embeddings"] = tuple(rotary.rotation)
-            call.tokens = Tokens(hidden_states)
-            for layer in self.children():
-                hidden_states = layer(hidden_states, *args, **kwargs)
-            return hidden_states
-        reducer = build_reducer(settings)
-        drops = reducer is not None and reducer.drops_tokens
-        if args:
-            mask, args = args[0], (None, *args[1:])
-        else:
-            mask = kwargs.get("attention_mask")
-            kwargs |= {"attention_mask": None} if mask is not None else {}
-        if not call.unmasked and any(counts):
-            check_mask(mask)
-        tokens = self.encode(
-            hidden_states,
-            *args,
-            settings=settings,
-            r=call.r,
-            keep_rate=call.keep_rate,
-            track=not read,
-            history=call.history,
-            rotary=rotary,
-            whole=not drops,
-            num_read=read,
-            **kwargs,
-        )
-        call.tokens = tokens
-        return tokens.hidden_states if drops else tokens.restored()
-
-
-def _refuse(options: dict[str, Any]) -> None:
-    """Raise ValueError for settings of fusion that a call does not take."""
-    wrong = sorted(options.keys() & {*SETTINGS, "output_fusion"})
-    if wrong:
-        raise ValueError(
-            f"{wrong} are not allowed in this call: use fusion_of for a while, and output_fusion "
-            "in the call of the model that fuse_tokens was called with"
-        )
-
-
-class FusedRunner:
-    """What runs layers with fusion; before its class, of transformers or torch."""
-
-    hosted_layers: HostedLayers
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        host = cls.__dict__.get("host")
-        if host is None:  # a class that others make of this one, such as FSDP2
-            return
-
-        @functools.wraps(host.forward)
-        def forward(self: FusedRunner, *args: Any, **kwargs: Any) -> Any:
-            return _run([self.hosted_layers], host.forward, self, *args, **kwargs)
-
-        cls.forward = forward  # type: ignore[attr-defined]
-
-
-def _run(
-    layers: Sequence[HostedLayers], forward: Callable[..., Any], *args: Any, **kwargs: Any
-) -> Any:
-    """Call a forward that iterates over layers to run them."""
-    if torch.compiler.is_compiling():
-        for one in layers:
-            one.running = True
-        try:
-            return forward(*args, **kwargs)
-        finally:
-            for one in layers:
-                one.running = False
-    token = _RUNNING.set(_RUNNING.get() | {id(one) for one in layers})
-    try:
-        return forward(*args, **kwargs)
-    finally:
-        _RUNNING.reset(token)
-
-
-class FusedModel:
-    """The model that fusion was given to; before its class of transformers.
-
-    Its calls take ``r``, ``keep_rate`` and ``output_fusion`` beside all else, as the models of this
-    library do. Saving writes the settings of fusion beside the checkpoint, which is unchanged.
-    """
-
-    fused_layers: list[HostedLayers]
-    host: ClassVar[Any]
-    config: Any
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """A new model has no fusion, whatever the one had whose class was called."""
-        return cls.host(*args, **kwargs) if args or kwargs else object.__new__(cls)
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "host" in cls.__dict__:  # not of a class that others make of this one, such as FSDP2
-            cls.forward = _forward_of(cls.host)  # type: ignore[attr-defined]
-
-    def save_pretrained(
-        self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any
-    ) -> None:
-        """Save the checkpoint as transformers does, and the settings of fusion beside it.
-
-        Raises:
-            ValueError: for ``push_to_hub=True``, which would leave the settings behind.
-        """
-        if kwargs.get("push_to_hub"):
-            raise ValueError(
-                "push_to_hub=True is not allowed in save_pretrained of a model with fusion: use "
-                "its push_to_hub(), which takes the settings of fusion along"
-            )
-        if is_main_process:
-            drop_links(save_directory, {FILE})
-        super().save_pretrained(save_directory, is_main_process, **kwargs)
-        if is_main_process:
-            settings = self.fused_layers[0].settings
-            told = {name: getattr(settings, name) for name in SETTINGS}
-            write_text(Path(save_directory, FILE), json.dumps(told, indent=2) + "\n")
-
-
-def _forward_of(host: type[PreTrainedModel]) -> Callable[..., Any]:
-    """The forward of a class of transformers, with settings of fusion for one call."""
-
-    @functools.wraps(host.forward)
-    def forward(
-        self: FusedModel,
-        *args: Any,
-        r: TokensFused | None = None,
-        keep_rate: KeepRate | None = None,
-        output_fusion: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        _refuse(kwargs)
-        calls = [layers.active() for layers in self.fused_layers]
-        fewer = not all(call.settings.restore for call in calls)
-        exported = torch.compiler.is_exporting()
-        if len(calls) > 1 and (output_fusion or fewer):
-            raise ValueError(
-                f"{'output_fusion=True' if output_fusion else 'restore=False'} is not allowed with "
-                f"{type(self).__name__}, which has {len(calls)} vision encoders"
-            )
-        if (r, keep_rate) == (None, None) and not (output_fusion or fewer or exported):
-            return _run(self.fused_layers, host.forward, self, *args, **kwargs)
-        active = calls
-        if (r, keep_rate) != (None, None):
-            calls = [Call(call.settings, r, keep_rate) for call in calls]
-        if output_fusion:
-            calls = [dataclasses.replace(call, history=True) for call in calls]
-        if exported:
-            masks = [value for name, value in kwargs.items() if "attention_mask" in name]
-            unmasked = all(mask is None for mask in masks)
-            calls = [dataclasses.replace(call, unmasked=unmasked) for call in calls]
-        as_tuple = kwargs.get("return_dict") is False or (
-            kwargs.get("return_dict") is None and not self.config.return_dict
-        )
-        named = {**kwargs, "return_dict": True} if as_tuple else kwargs
-        before = _enter(self.fused_layers, calls)
-        try:
-            output = _run(self.fused_layers, host.forward, self, *args, **named)
-        finally:
-            _leave(self.fused_layers, before)
-        for one, call in zip(active, calls, strict=True):
-            one.tokens = call.tokens
-        told = output_fusion or (fewer and not as_tuple)
-        output = _told(output, calls, told, fewer, by_layer=output_fusion)
-        return output.to_tuple() if as_tuple else output
-
-    return forward
-
-
-def _told(output: Any, calls: Sequence[Call], told: bool, fewer: bool, *, by_layer: bool) -> Any:
-    """An output with what became of the tokens, if that was asked for."""
-    if calls[0].tokens is None or not (told or fewer):
-        return output
-    tokens = _tracked(calls[0].tokens, calls[0])
-    if fewer:
-        output = _left(output, tokens)
-    if not told:
-        return output
-    found = (tokens.sizes, tokens.assignment(), tokens.assignments if by_layer else None)
-    return _extended(type(output))(**dict(output), **dict(zip(_TOLD, found, strict=True)))
-
-
-def _enter(layers: Sequence[HostedLayers], calls: Sequence[Call]) -> Any:
-    """Let layers run as in some calls from here on; returns what :func:`_leave` needs."""
-    if torch.compiler.is_compiling():
-        before = [one.call for one in layers]
-        for one, call in zip(layers, calls, strict=True):
-            one.call = call
-        return before
-    mine = {id(one): call for one, call in zip(layers, calls, strict=True)}
-    return _CALLS.set({**_CALLS.get({}), **mine})
-
-
-def _leave(layers: Sequence[HostedLayers], entered: Any) -> None:
-    if not isinstance(entered, list):
-        _CALLS.reset(entered)
-        return
-    for one, call in zip(layers, entered, strict=True):
-        one.call = call
-
-
-_COMPILED = Lock()
-_BLOCKS: dict[int, list[Call]] = {}  # of fusion_of, by the id of the layers
-
-
-def _show_to_compiled(layers: Sequence[HostedLayers], calls: Sequence[Call], inside: bool) -> None:
-    """Let what is compiled see the calls of a block, in whatever thread, while it lasts."""
-    with _COMPILED:
-        for one, call in zip(layers, calls, strict=True):
-            blocks = _BLOCKS.setdefault(id(one), [])
-            if inside:
-                blocks.append(call)
-            else:
-                blocks[:] = [other for other in blocks if other is not call]
-            one.call = blocks[-1] if blocks else None
-            if not blocks:
-                del _BLOCKS[id(one)]
-
-
-def _tracked(tokens: Tokens, call: Call) -> Tokens:
-    """The tokens of a call with sizes and rows, which layers without fusion do not make."""
-    if tokens.rows is not None:
-        return tokens
-    batch, num_tokens, _ = tokens.hidden_states.shape
-    device = tokens.hidden_states.device
-    sizes = torch.ones(batch, num_tokens, device=device)
-    places = torch.arange(num_tokens, device=device).expand(batch, -1)
-    return tokens._replace(
-        sizes=sizes,
-        rows=torch.arange(batch * num_tokens, device=device),
-        assignments=(places,) * call.settings.num_hidden_layers if call.history else None,
-    )
-
-
-def _left(output: Any, tokens: Tokens) -> Any:
-    """An output with one row for each token that is left, in place of one for each position.
-
-    Everything that reads tokens has seen each as often as it has patches by then.
-    """
-    assignment = tokens.assignment()
-    assert assignment is not None
-    batch, num_tokens = assignment.shape
-    places = torch.arange(num_tokens, device=assignment.device).expand(batch, -1)
-    first = places.new_full((batch, tokens.hidden_states.shape[1]), num_tokens)
-    first = first.scatter_reduce(1, assignment.clamp(min=0), places, "amin")  # [b, m]
-
-    def fewer(value: Any) -> Any:
-        if num_tokens == first.shape[1]:
-            return value
-        return value.gather(1, first[:, :, None].expand(-1, -1, value.shape[2]))
-
-    changed = dict(output)
-    whole = changed.get("last_hidden_state")
-    if whole is not None and whole.shape[1] == num_tokens:
-        changed["last_hidden_state"] = fewer(whole)
-    if isinstance(changed.get("vision_model_output"), ModelOutput):
-        changed["vision_model_output"] = _left(changed["vision_model_output"], tokens)
-    return type(output)(**changed)
-
-
-# What an output tells of the fusion, besides what transformers' has.
-_TOLD: dict[str, Any] = {
-    "token_sizes": Tensor | None,
-    "assignment": Tensor | None,
-    "assignments": tuple[Tensor, ...] | None,
-}
-
-
-def _extended(output: type[Any]) -> type[Any]:
-    """A class of outputs with more fields."""
-    if "token_sizes" in output.__dataclass_fields__:
-        return output
-    if output not in _EXTENDED:
-        more = [(name, kind, None) for name, kind in _TOLD.items()]
-        name = f"Fused{output.__name__}"
-        made = dataclasses.make_dataclass(name, more, bases=(output,))
-        made.__module__, made.__qualname__ = __name__, name  # by which it is pickled
-        globals()[name] = _EXTENDED[output] = made
-    return _EXTENDED[output]
-
-
-_EXTENDED: dict[type[Any], type[Any]] = {}
-for _output in (BaseModelOutput, BaseModelOutputWithPooling, BackboneOutput, ImageClassifierOutput):
-    _extended(_output)  # what is compiled cannot make classes
 
 
 def fuse_tokens(model: Any, **settings: Any) -> Any:
@@ -571,7 +195,7 @@ class FusionRecord:
         tokens = self._calls[0].tokens
         if tokens is None:
             raise ValueError("the model has not been called in this block of fusion_of")
-        return _tracked(tokens, self._calls[0])
+        return tracked(tokens, self._calls[0])
 
     @property
     def token_sizes(self) -> Tensor | None:
@@ -617,13 +241,13 @@ def fusion_of(model: Any, **settings: Any) -> Iterator[FusionRecord]:
         chosen = _settings(encoder, _defined(own) | settings, settings)
         calls.append(Call(chosen, history=True))
     _settle_readers(model, find_encoders(model), [call.settings for call in calls])
-    before = _enter(model.fused_layers, calls)
-    _show_to_compiled(model.fused_layers, calls, inside=True)
+    before = enter_calls(model.fused_layers, calls)
+    show_to_compiled(model.fused_layers, calls, inside=True)
     try:
         yield FusionRecord(calls)
     finally:
-        _show_to_compiled(model.fused_layers, calls, inside=False)
-        _leave(model.fused_layers, before)
+        show_to_compiled(model.fused_layers, calls, inside=False)
+        leave_calls(model.fused_layers, before)
 
 
 def _defined(settings: dict[str, Any]) -> dict[str, Any]:

@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .anatomy import attention_core, attention_names
-from .apply import FusedModel, HostedLayers, fusion_of
+from .apply import fusion_of
 from .configuration_mctf import FusionConfigMixin, as_pair
 from .families import find_encoders
 from .fused_encoder import FusedLayers
+from .fused_models import FusedModel
+from .hosted_layers import HostedLayers
 from .reducers import Reducer, Stage, build_reducer
 from .registry import BACKBONES
 from .schedule import KeepRate, TokensFused

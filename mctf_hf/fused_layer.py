@@ -128,7 +128,7 @@ class Step(NamedTuple):
         return self.reducer.stage if self.num_read is None or self.reducer.stage.ahead else None
 
 
-NOTHING = Step(None, 0, 0, False, False)
+UNFUSED = Step(None, 0, 0, False, False)
 
 
 def rotation_at(positions: Tensor, frequencies: Tensor) -> Rotation:
@@ -179,7 +179,7 @@ class FusedLayer:
         if step is None or tokens is None:
             if self.runs_as_host:
                 return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
-            return self._run(Tokens(hidden_states), NOTHING, *args, **kwargs).hidden_states
+            return self._run(Tokens(hidden_states), UNFUSED, *args, **kwargs).hidden_states
         tokens = self._run(tokens._replace(hidden_states=hidden_states), step, *args, **kwargs)
         shown = step.restore and self._forward_hooks
         return tokens.restored() if shown else tokens.hidden_states, tokens

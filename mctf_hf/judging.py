@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .apply import FusedModel, fusion_of
+from .apply import fusion_of
 from .candidates import Setting
 from .cost import describe, settings_of
+from .fused_models import FusedModel
 
 # Images that are judged at once.
 CHUNK = 32

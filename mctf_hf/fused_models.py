@@ -1,0 +1,137 @@
+"""Models of transformers with fusion, and what runs their layers, as classes before theirs."""
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from transformers import PreTrainedModel
+
+from .files import drop_links, write_text
+from .fused_outputs import with_fusion
+from .hosted_layers import (
+    SETTINGS,
+    Call,
+    HostedLayers,
+    enter_calls,
+    leave_calls,
+    refuse,
+    run_hosted,
+)
+from .schedule import KeepRate, TokensFused
+
+FILE = "token_fusion.json"
+
+
+class FusedRunner:
+    """What runs layers with fusion; before its class, of transformers or torch."""
+
+    hosted_layers: HostedLayers
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        host = cls.__dict__.get("host")
+        if host is None:  # a class that others make of this one, such as FSDP2
+            return
+
+        @functools.wraps(host.forward)
+        def forward(self: FusedRunner, *args: Any, **kwargs: Any) -> Any:
+            return run_hosted([self.hosted_layers], host.forward, self, *args, **kwargs)
+
+        cls.forward = forward  # type: ignore[attr-defined]
+
+
+class FusedModel:
+    """The model that fusion was given to; before its class of transformers.
+
+    Its calls take ``r``, ``keep_rate`` and ``output_fusion`` beside all else, as the models of this
+    library do. Saving writes the settings of fusion beside the checkpoint, which is unchanged.
+    """
+
+    fused_layers: list[HostedLayers]
+    host: ClassVar[Any]
+    config: Any
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """A new model has no fusion, whatever the one had whose class was called."""
+        return cls.host(*args, **kwargs) if args or kwargs else object.__new__(cls)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "host" in cls.__dict__:  # not of a class that others make of this one, such as FSDP2
+            cls.forward = _forward_of(cls.host)  # type: ignore[attr-defined]
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any
+    ) -> None:
+        """Save the checkpoint as transformers does, and the settings of fusion beside it.
+
+        Raises:
+            ValueError: for ``push_to_hub=True``, which would leave the settings behind.
+        """
+        if kwargs.get("push_to_hub"):
+            raise ValueError(
+                "push_to_hub=True is not allowed in save_pretrained of a model with fusion: use "
+                "its push_to_hub(), which takes the settings of fusion along"
+            )
+        if is_main_process:
+            drop_links(save_directory, {FILE})
+        super().save_pretrained(save_directory, is_main_process, **kwargs)
+        if is_main_process:
+            settings = self.fused_layers[0].settings
+            told = {name: getattr(settings, name) for name in SETTINGS}
+            write_text(Path(save_directory, FILE), json.dumps(told, indent=2) + "\n")
+
+
+def _forward_of(host: type[PreTrainedModel]) -> Callable[..., Any]:
+    """The forward of a class of transformers, with settings of fusion for one call."""
+
+    @functools.wraps(host.forward)
+    def forward(
+        self: FusedModel,
+        *args: Any,
+        r: TokensFused | None = None,
+        keep_rate: KeepRate | None = None,
+        output_fusion: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        refuse(kwargs)
+        calls = [layers.active() for layers in self.fused_layers]
+        fewer = not all(call.settings.restore for call in calls)
+        exported = torch.compiler.is_exporting()
+        if len(calls) > 1 and (output_fusion or fewer):
+            raise ValueError(
+                f"{'output_fusion=True' if output_fusion else 'restore=False'} is not allowed with "
+                f"{type(self).__name__}, which has {len(calls)} vision encoders"
+            )
+        if (r, keep_rate) == (None, None) and not (output_fusion or fewer or exported):
+            return run_hosted(self.fused_layers, host.forward, self, *args, **kwargs)
+        active = calls
+        if (r, keep_rate) != (None, None):
+            calls = [Call(call.settings, r, keep_rate) for call in calls]
+        if output_fusion:
+            calls = [dataclasses.replace(call, history=True) for call in calls]
+        if exported:
+            masks = [value for name, value in kwargs.items() if "attention_mask" in name]
+            unmasked = all(mask is None for mask in masks)
+            calls = [dataclasses.replace(call, unmasked=unmasked) for call in calls]
+        as_tuple = kwargs.get("return_dict") is False or (
+            kwargs.get("return_dict") is None and not self.config.return_dict
+        )
+        named = {**kwargs, "return_dict": True} if as_tuple else kwargs
+        before = enter_calls(self.fused_layers, calls)
+        try:
+            output = run_hosted(self.fused_layers, host.forward, self, *args, **named)
+        finally:
+            leave_calls(self.fused_layers, before)
+        for one, call in zip(active, calls, strict=True):
+            one.tokens = call.tokens
+        told = output_fusion or (fewer and not as_tuple)
+        output = with_fusion(output, calls, told, fewer, by_layer=output_fusion)
+        return output.to_tuple() if as_tuple else output
+
+    return forward

@@ -1,0 +1,195 @@
+"""Layers of a model of transformers that fuse as the call, or the block around it, says.
+
+Calls are in context variables, so that each thread has its own. What is compiled cannot look there
+and finds them in the layers.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .configuration_mctf import FusionConfigMixin, TokenFusion
+from .fused_encoder import FusedLayers, check_mask
+from .fused_layer import Tokens
+from .reducers import build_reducer
+from .schedule import KeepRate, TokensFused
+
+# What a user sets; the rest of TokenFusion is the encoder's.
+SETTINGS = (*(field.name for field in dataclasses.fields(FusionConfigMixin)), "rope_positions")
+
+
+@dataclasses.dataclass(eq=False)
+class Call:
+    """How tokens are fused in some calls, and what became of them.
+
+    Attributes:
+        settings: of the fusion.
+        r, keep_rate: of these calls, or None.
+        unmasked: nobody gave a mask, so that what transformers makes of none for a program that is
+            exported masks nothing.
+        history: the tokens tell what each layer has made of them, too.
+        tokens: of the last of these calls.
+    """
+
+    settings: TokenFusion
+    r: TokensFused | None = None
+    keep_rate: KeepRate | None = None
+    unmasked: bool = False
+    history: bool = False
+    tokens: Tokens | None = None
+
+
+# By the id of the layers. What is compiled cannot look here and finds it in the layers instead.
+_CALLS: ContextVar[dict[int, Call]] = ContextVar("calls")
+
+
+# The ids of layers that a module of transformers runs here and now.
+_RUNNING: ContextVar[frozenset[int]] = ContextVar("running", default=frozenset())
+
+
+class HostedLayers(FusedLayers):
+    """Layers in a model of transformers, which iterates over them to run them one by one.
+
+    While it runs, it finds a single one that runs all; whoever else looks finds each.
+    """
+
+    settings: TokenFusion
+    call: Call | None = None  # for what is compiled
+    running: bool = False
+    __repr__ = nn.Module.__repr__  # that of lists does not say how tokens are fused
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        runs = self.running
+        if not torch.compiler.is_compiling():
+            runs = id(self) in _RUNNING.get()
+        return iter((self,)) if runs else super().__iter__()
+
+    def extra_repr(self) -> str:
+        return f"fusion: {self.settings.reduction}, {self.settings.own_amount()}"
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise ValueError(
+            "nn.DataParallel is not supported by models that fuse_tokens was called with: use "
+            "DistributedDataParallel, one process for each device"
+        )
+
+    def active(self) -> Call:
+        """How tokens are fused here and now."""
+        call = self.call
+        if not torch.compiler.is_compiling():
+            call = _CALLS.get({}).get(id(self))
+        return Call(self.settings) if call is None else call
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run all layers: (b, n, d) -> (b, n, d), or fewer tokens where some are dropped."""
+        call = self.active()
+        if kwargs.keys() & {"r", "keep_rate"}:  # of a call that went past the model's own
+            call = Call(call.settings, kwargs.pop("r", None), kwargs.pop("keep_rate", None))
+        refuse(kwargs)
+        settings, rotary = call.settings, kwargs.pop("position_embeddings", None)
+        counts = settings.tokens_fused(hidden_states.shape[1], call.r, call.keep_rate)
+        read = settings.num_read_tokens
+        if not (any(counts) or read):
+            if rotary is not None:
+                kwargs["position_embeddings"] = tuple(rotary.rotation)
+            call.tokens = Tokens(hidden_states)
+            for layer in self.children():
+                hidden_states = layer(hidden_states, *args, **kwargs)
+            return hidden_states
+        reducer = build_reducer(settings)
+        drops = reducer is not None and reducer.drops_tokens
+        if args:
+            mask, args = args[0], (None, *args[1:])
+        else:
+            mask = kwargs.get("attention_mask")
+            kwargs |= {"attention_mask": None} if mask is not None else {}
+        if not call.unmasked and any(counts):
+            check_mask(mask)
+        tokens = self.encode(
+            hidden_states,
+            *args,
+            settings=settings,
+            r=call.r,
+            keep_rate=call.keep_rate,
+            track=not read,
+            history=call.history,
+            rotary=rotary,
+            whole=not drops,
+            num_read=read,
+            **kwargs,
+        )
+        call.tokens = tokens
+        return tokens.hidden_states if drops else tokens.restored()
+
+
+def refuse(options: dict[str, Any]) -> None:
+    """Raise ValueError for settings of fusion that a call does not take."""
+    wrong = sorted(options.keys() & {*SETTINGS, "output_fusion"})
+    if wrong:
+        raise ValueError(
+            f"{wrong} are not allowed in this call: use fusion_of for a while, and output_fusion "
+            "in the call of the model that fuse_tokens was called with"
+        )
+
+
+def run_hosted(
+    layers: Sequence[HostedLayers], forward: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Call a forward that iterates over layers to run them."""
+    if torch.compiler.is_compiling():
+        for one in layers:
+            one.running = True
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            for one in layers:
+                one.running = False
+    token = _RUNNING.set(_RUNNING.get() | {id(one) for one in layers})
+    try:
+        return forward(*args, **kwargs)
+    finally:
+        _RUNNING.reset(token)
+
+
+def enter_calls(layers: Sequence[HostedLayers], calls: Sequence[Call]) -> Any:
+    """Let layers run as in some calls from here on; returns what :func:`leave_calls` needs."""
+    if torch.compiler.is_compiling():
+        before = [one.call for one in layers]
+        for one, call in zip(layers, calls, strict=True):
+            one.call = call
+        return before
+    mine = {id(one): call for one, call in zip(layers, calls, strict=True)}
+    return _CALLS.set({**_CALLS.get({}), **mine})
+
+
+def leave_calls(layers: Sequence[HostedLayers], entered: Any) -> None:
+    if not isinstance(entered, list):
+        _CALLS.reset(entered)
+        return
+    for one, call in zip(layers, entered, strict=True):
+        one.call = call
+
+
+_COMPILED = Lock()
+
+
+_BLOCKS: dict[int, list[Call]] = {}  # of fusion_of, by the id of the layers
+
+
+def show_to_compiled(layers: Sequence[HostedLayers], calls: Sequence[Call], inside: bool) -> None:
+    """Let what is compiled see the calls of a block, in whatever thread, while it lasts."""
+    with _COMPILED:
+        for one, call in zip(layers, calls, strict=True):
+            blocks = _BLOCKS.setdefault(id(one), [])
+            if inside:
+                blocks.append(call)
+            else:
+                blocks[:] = [other for other in blocks if other is not call]
+            one.call = blocks[-1] if blocks else None
+            if not blocks:
+                del _BLOCKS[id(one)]
