@@ -30,6 +30,10 @@ class ImageClassifier(L.LightningModule):
 
     model: Any
     image_processor: Any
+    problem_type: str
+    num_labels: int
+    num_channels: int
+    top_k: int = 1
 
     def prepare_metrics(self, class_metrics: bool | None) -> None:
         """Make what measures the model, which is there by now.
@@ -37,10 +41,6 @@ class ImageClassifier(L.LightningModule):
         Args:
             class_metrics: the accuracy of each class as well; ``None`` for up to 20 classes.
         """
-        self.problem_type: str = self.model.config.problem_type
-        self.num_labels: int = self.model.config.num_labels
-        self.num_channels: int = self.model.config.num_channels
-        self.top_k = 1
         metrics = make_metrics(self.model.config)
         self.val_metrics, self.test_metrics = metrics.clone("val/"), metrics.clone("test/")
         self.val_counts = self.test_counts = None

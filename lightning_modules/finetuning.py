@@ -199,7 +199,9 @@ class MCTFFinetuner(ImageClassifier):
             setattr(self.model.config, name, resolve_budget(self.model.config, name, budget))
         self.model.config.check_effect({**settings, **budgets})
         self.r_max = teacher_limit(self.model.config, r_max)
-        self.prepare_metrics(class_metrics)
+        self.problem_type: str = self.model.config.problem_type
+        self.num_labels: int = self.model.config.num_labels
+        self.num_channels: int = self.model.config.num_channels
         if label_smoothing is None:
             label_smoothing = 0.0 if self.problem_type == REGRESSION else 0.1
         self.loss = TokenReductionConsistency(
@@ -219,6 +221,7 @@ class MCTFFinetuner(ImageClassifier):
         self._unchecked: Tensor | float = 0.0  # sum of losses since the last optimizer step
         if compile and self.r_max:
             check_compiled(self.model.config, f"compile={compile!r}", "set r_max to 0 (no teacher)")
+        self.prepare_metrics(class_metrics)
 
     def _check_problem(self, distill_from: str | None) -> None:
         """Raise ValueError for settings that are not those of the head."""

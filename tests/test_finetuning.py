@@ -348,11 +348,9 @@ def test_a_compiled_step_does_not_go_with_shards_of_weights(tiny_folder: Path) -
         module.configure_model()
 
 
-def test_more_amounts_than_are_usually_compiled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@torch._dynamo.config.patch(recompile_limit=1)  # of usually 8
+def test_more_amounts_than_are_usually_compiled(tmp_path: Path) -> None:
     torch._dynamo.reset()  # programs of other tests count
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)  # of usually 8
     module = MCTFFinetuner(
         config={**TINY, "num_hidden_layers": 1, "num_labels": 10},
         fusion_layers=[0],
@@ -361,10 +359,9 @@ def test_more_amounts_than_are_usually_compiled(
         compile={"backend": "eager"},
         learning_rate=0.01,
     )
-    limit = torch._dynamo.config.recompile_limit
     run = short_trainer(tmp_path, limit_train_batches=3, logger=CSVLogger(tmp_path, "", ""))
     run.fit(module, digits())
-    assert torch._dynamo.config.recompile_limit == limit
+    assert torch._dynamo.config.recompile_limit == 1
     rows = [row for row in _metrics(tmp_path) if row["train/teacher_r"]]
     assert len({row["train/teacher_r"] for row in rows}) > 2
 

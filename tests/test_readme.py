@@ -68,6 +68,8 @@ ONLY_READ = {"_imagenet.yaml": "ImageNet is not here"}
 LEFT_OUT = {
     "make ": "sets up an environment, and `make test` is this",
     "pip install": "installs what is installed",
+    "benchmarks.gpu": "measures a GPU, and tests/test_gpu_benchmark.py runs it without one",
+    "benchmarks/cpu.sh": "measures for half an hour with `mctf benchmark`, which is run",
     "jupyter lab": "tests/test_notebooks.py runs the notebooks",
     "--as-is": "needs the Hub, and tests/e2e/test_hub.py has one",
     "--aot_inductor": "compiles for long, and tests/test_export.py does so",
