@@ -1,5 +1,5 @@
 #!/bin/sh
-# All that docs/performance.md tells of one processor, in one go, in about 25 minutes on two cores:
+# All that docs/performance.md tells of one processor, in one go, in about half an hour on two cores:
 #     sh benchmarks/cpu.sh FOLDER
 # FOLDER gets a JSON file for each table, what `mctf export` printed, and tables.md.
 # A table that FOLDER has already is not measured again.
@@ -32,6 +32,12 @@ for size in 384 512 1024; do
     rounds=$((size < 1000 ? 7 : 3))
     measure image_$size 1 $rounds --image_size $size deit_s deit_s,r=auto:0.56,sliced \
         deit_s,r=auto:0.56 deit_s,r=auto:0.56,one_step_ahead=present
+done
+measure methods 1,16 7 deit_s deit_s,r=auto:0.67 deit_s,reduction=tome,r=auto:0.67 \
+    deit_s,reduction=evit,keep_rate=auto:0.67 deit_s,reduction=token_mergence,keep_rate=auto:0.67 \
+    "deit_s,reduction=token_mergence,multi_scale=[2],keep_rate=0.7"
+for fused in t2t_vit_t_14,r=13 t2t_vit_t_19,r=9 t2t_vit_14,r=13 lv_vit_s,r=12; do
+    measure ${fused%,*} 16 5 ${fused%,*},r=0 $fused
 done
 for batch in 1 16; do
     measure compiled_$batch $batch 15 deit_s,compile deit_s,r=16,compile
