@@ -10,9 +10,9 @@ import yaml
 
 from lightning_modules.processors import settle_size
 from mctf_hf.configuration_mctf import EncoderConfigMixin
-from mctf_hf.conversion import load_pretrained
 from mctf_hf.cost import resolve_budget
 from mctf_hf.hub import load_image_processor
+from mctf_hf.loading import load_pretrained
 from mctf_hf.registry import (
     BACKBONES,
     backbone_of,

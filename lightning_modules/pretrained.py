@@ -14,6 +14,7 @@ from mctf_hf.checks import check_weights
 from mctf_hf.classes import give_names
 from mctf_hf.hub import load_image_processor
 from mctf_hf.images import usual_processor
+from mctf_hf.loading import load_reported
 from mctf_hf.problems import REGRESSION, SINGLE, problem_type
 from mctf_hf.registry import (
     BACKBONES,
@@ -115,16 +116,14 @@ def _loaded_or_made(
     _check_names(f"fusion with {pretrained}", fusion, known)
     fusion = settings_for(pretrained, fusion)
     size = settle_size(backbone.config.from_pretrained(pretrained), processor)
-    model, report = backbone.classifier.from_pretrained(
+    model, misfits = load_reported(
+        backbone.classifier,
         pretrained,
         **labels,
         **fusion,
         **size,
         dtype=torch.float32,  # whatever the file holds: trainer.precision decides
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
     )
-    mismatched = {key[0] if isinstance(key, tuple) else key for key in report["mismatched_keys"]}
     stored = getattr(model.config_class.from_pretrained(pretrained), "multi_scale", None) or []
     wanted = getattr(model.config, "multi_scale", None) or []
     if wanted[: len(stored)] != stored:
@@ -135,8 +134,8 @@ def _loaded_or_made(
     added = tuple(  # these begin as the identity
         f".coarse_patch_embeddings.{i}." for i in range(len(stored), len(wanted))
     )
-    missing = {name for name in report["missing_keys"] if not any(scale in name for scale in added)}
-    wrong = sorted(mismatched | missing)
+    missing = {name for name in misfits.missing if not any(scale in name for scale in added)}
+    wrong = sorted(missing | misfits.misshapen.keys())
     if num_labels is not None:
         wrong = [name for name in wrong if "classifier." not in name]
         for name, head in model.named_children():

@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import logging
 
 from .checks import check_weights
-from .modeling_mctf_vit import MCTFViTConfig, MCTFViTForImageClassification, MCTFViTModel
-from .registry import build, class_of, stored_config
+from .loading import complain
+from .modeling_mctf_vit import MCTFViTConfig, MCTFViTForImageClassification
+from .registry import build
 from .sources import EMBEDDINGS, ours, refuse, table_of, theirs
-from .weight_files import UNREADABLE, reading
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # The weights that tell the architecture of the layers, and how many axes they have.
@@ -87,7 +86,7 @@ def infer_config(
     telling = {**_TELLING, **table.telling}
     lacking = [name for name, axes in telling.items() if len(shapes.get(name, ())) != axes]
     if lacking:
-        _complain(
+        complain(
             unknown=[name for name in state_dict if not ours(name, table)],
             missing_or_misshapen=[theirs(name, table) for name in lacking],
         )
@@ -164,7 +163,7 @@ def build_model(
             continue
         joined = shapes.get(their_name, [0])[0]
         shapes[their_name] = [joined + weight.shape[0], *weight.shape[1:]]
-    _complain(
+    complain(
         unknown=[name for name in state_dict if name not in shapes],
         missing=[name for name in shapes if name not in state_dict],
         misshapen=[
@@ -187,60 +186,3 @@ def _fits(tensor: Tensor, shape: list[int], *, counts: bool) -> bool:
     dtypes = (torch.int64,) if counts else _DTYPES
     plain = tensor.dtype in dtypes and tensor.layout == torch.strided
     return plain and list(tensor.shape) == shape
-
-
-def load_pretrained(
-    name: str, model_class: type[Any] | None = None, **settings: Any
-) -> MCTFViTForImageClassification:
-    """A model from a folder of transformers or of this library, with all of its weights.
-
-    Args:
-        name: local folder, or id on the Hub.
-        model_class: of this library; unset, that of :func:`.class_of`. A ViT's encoder comes
-            without the pooler that transformers puts on it.
-        settings: fields of the configuration, such as ``r``, that replace the checkpoint's.
-
-    Raises:
-        OSError: if there is no such model.
-        ValueError: for another architecture, files that cannot be read, or unless the weights are
-            exactly those of the model, and finite; all that are unknown, missing or misshapen are
-            listed.
-    """
-    if "model_type" not in stored_config(name):
-        raise ValueError(
-            f"{name} holds no model of transformers, for its config.json has no model_type: if it "
-            "is timm's, convert the model.safetensors that lies there"
-        )
-    model_class = class_of(name) if model_class is None else model_class
-    model_class.config_class.from_pretrained(name, **settings)  # says what it has to of another
-    bare = issubclass(model_class, MCTFViTModel)
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # all that loading reports is reported below
-    try:
-        with reading(name, UNREADABLE):
-            model, report = model_class.from_pretrained(
-                name,
-                **settings,
-                **({"add_pooling_layer": False} if bare else {}),
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
-    finally:
-        logging.set_verbosity(verbosity)
-    unknown = [key for key in report["unexpected_keys"] if not (bare and key[:7] == "pooler.")]
-    _complain(
-        unknown=sorted(unknown),
-        missing=sorted(report["missing_keys"]),
-        misshapen=sorted(
-            f"{key} {list(found)}, not {list(wanted)}"
-            for key, found, wanted in report["mismatched_keys"]
-        ),
-    )
-    check_weights(model, name)
-    return model.eval()
-
-
-def _complain(**problems: list[str]) -> None:
-    found = [f"{kind.replace('_', ' ')}: {names}" for kind, names in problems.items() if names]
-    if found:
-        raise ValueError(f"the weights do not fit a ViT: {'; '.join(found)}")

@@ -18,6 +18,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from .checks import check_processor
 from .configuration_mctf import check_exists
 from .files import WEIGHTS, is_plain_name, read_index, read_object
+from .loading import load_reported
 from .reducers import REDUCERS
 from .registry import BACKBONES
 
@@ -189,11 +190,8 @@ def check_fit(folder: Path) -> None:
     known = (backbone.model, backbone.classifier, *backbone.further)
     saved = [one for one in known if one.__name__ in (settings.get("architectures") or ())]
     for model_class in saved:
-        _, report = model_class.from_pretrained(
-            folder, ignore_mismatched_sizes=True, output_loading_info=True
-        )
-        misshapen = {name for name, *_ in report["mismatched_keys"]}
-        if wrong := sorted({*report["missing_keys"], *misshapen}):
+        _, misfits = load_reported(model_class, folder)
+        if wrong := sorted({*misfits.missing, *misfits.misshapen}):
             raise ValueError(
                 f"{folder} is not allowed: weights are missing, or of another shape than the model "
                 f"that config.json describes: {', '.join(wrong[:3])}"

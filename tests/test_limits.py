@@ -16,8 +16,8 @@ from transformers import AutoModelForImageClassification, ViTImageProcessorPil
 
 from cli.main import main
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
-from mctf_hf.conversion import load_pretrained
 from mctf_hf.hub import save
+from mctf_hf.loading import load_pretrained
 from mctf_hf.registry import BACKBONES, class_of
 from tests.helpers import in_timm_names, tiny_model
 

@@ -18,10 +18,10 @@ from cli.contestants import make
 from cli.evaluation import evaluate
 from cli.main import main
 from lightning_modules import MCTFFinetuner
-from mctf_hf.conversion import load_pretrained
 from mctf_hf.cost import keep_rate_for_budget, multiply_accumulates
 from mctf_hf.export import check, to_onnx, to_torch_export
 from mctf_hf.hub import save
+from mctf_hf.loading import load_pretrained
 from mctf_hf.model_card import make_card
 from mctf_hf.teacher import teacher_amount, teacher_limit
 from mctf_hf.trainer import ConsistencyTrainer
