@@ -311,7 +311,6 @@ class FusedLayer:
     def _reduction(self, tokens: Tokens, attention: Attention | None, step: Step) -> Reduction:
         assert attention is not None
         reduction = self._choose(tokens, attention, step)
-        reduction.maximum = step.reducer is not None and not step.reducer.pools_linearly
         if not torch.compiler.is_compiling():
             _check(reduction, tokens, step)
         return reduction
@@ -365,8 +364,12 @@ def _check(reduction: Reduction, tokens: Tokens, step: Step) -> None:
         )
     if reduction.kept_weights is None and not reduction.maximum:
         raise ValueError(
-            f"{name} returned a reduction without weights: call its weigh(), or set "
-            "pools_linearly=False for elementwise maximum"
+            f"{name} returned a reduction without weights: call its weigh(), or set its maximum"
+        )
+    if step.reducer is not None and reduction.maximum == step.reducer.pools_linearly:
+        raise ValueError(
+            f"{name} returned a reduction with maximum={reduction.maximum}, where its "
+            f"pools_linearly is {step.reducer.pools_linearly}"
         )
     if step.whole and found + reduction.merged.shape[0] < reduction.rows.shape[0]:
         raise ValueError(

@@ -71,7 +71,7 @@ class Reducer(ABC):
         amount: the setting that says how many tokens a layer loses, ``"r"`` or ``"keep_rate"``.
         settings: of the configuration that this method has for itself.
         biases_attention: whether sizes enter attention where ``proportional_attention`` is set.
-        pools_linearly: whether its reductions have weights, rather than take maxima.
+        pools_linearly: whether its reductions have weights, rather than ``maximum``.
         drops_tokens: whether some tokens become part of no other, so that none can be restored.
     """
 
@@ -255,6 +255,8 @@ class MCTFReducer(Reducer):
         )
         if self.pools_linearly:
             reduction.weigh(self._pooling_weights(informativeness, seen.sizes))
+        else:
+            reduction.maximum = True
         return reduction
 
     def _informativeness(self, seen: Observation) -> Tensor:

@@ -562,15 +562,22 @@ def test_what_a_reducer_returns_is_checked(everything: Any, images: Tensor) -> N
             reduction.kept_weights = reduction.merged_weights = None
             return reduction
 
+    class Contrary(everything):
+        def __call__(self, seen: Observation, r: int) -> Reduction:
+            reduction = super().__call__(seen, r)
+            reduction.maximum = True
+            return reduction
+
     for wrong, message in (
         (Greedy, "Greedy left 60 tokens, where there are to be 61"),
         (Careless, r"Careless returned a reduction without weights: call its weigh\(\)"),
+        (Contrary, "Contrary returned a reduction with maximum=True, where its pools_linearly is"),
     ):
         REDUCERS["everything"] = wrong
         model = tiny_model(reduction="everything", r=4, fusion_layers=[2])
         with pytest.raises(ValueError, match=message):
             model(images)
-    Careless.pools_linearly = False
+    Contrary.pools_linearly = False
     tiny_model(reduction="everything", r=4, fusion_layers=[2])(images)
 
 
