@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
 
-from .main import COMMANDS, FINETUNING
+from .commands import COMMANDS, FINETUNING
 from .main import main as run
 
 SCRIPT = """\

@@ -27,7 +27,7 @@ from mctf_hf.registry import (
     settings_for,
 )
 
-from .main import nearest
+from .commands import nearest
 from .models import parse, resolve
 from .sliced import slice_tokens
 

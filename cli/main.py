@@ -1,59 +1,23 @@
 """The console command ``mctf``: one command line for everything the library does."""
 
-import difflib
 import importlib
 import os
 import re
-import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
+from .commands import COMMANDS, FINETUNING, MISUSED, nearest
+from .error_texts import error_text, named
 from .quiet import quiet
-
-# All commands, each with what it does. Those of Lightning's command line are in one module, the
-# others each in one of their own name; none is imported before it is asked for.
-FINETUNING = {
-    "fit": "finetune a model for the fusion of its tokens, or train one",
-    "validate": "measure a model on the split that finetuning validates on",
-    "test": "measure a model on a test split",
-    "predict": "write what a model makes of images to a file",
-}
-COMMANDS = FINETUNING | {
-    "demo": "train, fuse, finetune and compare small models of handwritten digits",
-    "benchmark": "time models side by side: cost, speed, memory, accuracy",
-    "benchmark-data": "time the input pipeline by itself",
-    "convert": "make a folder that loads anywhere from a checkpoint of other code",
-    "embed": "turn a collection of images into vectors, on as many machines as there are",
-    "export": "write a model as ONNX or as a program of torch.export",
-    "neighbours": "find the images of a collection that are nearest to one, or to a text",
-    "push": "put a model on the Hub, with its card",
-    "sweep": "compare methods of fusion at several budgets on real images",
-    "tune": "find the setting of fusion that loses least at a budget, without training",
-    "visualize": "draw which tokens a model has fused",
-    "web": "show in the browser what fusion makes of images, or write a Space of it",
-    "completion": "print what lets a shell complete commands and options",
-}
 
 USAGE = """\
 usage: mctf [--import MODULE] COMMAND …
        mctf COMMAND --help
        mctf --version"""
 
-# What a user can mend, a setting, a file, a dataset, the memory, is told by its message alone:
-# of Python's own errors, and by name of those of other libraries, which are not imported for it.
-EXPECTED = (ValueError, OSError, RuntimeError, FloatingPointError, ImportError)
-EXPECTED_NAMES = {
-    "DatasetsError",
-    "DecompressionBombError",
-    "MisconfigurationException",
-    "StrictDataclassError",
-    "YAMLError",
-}
-
-MISUSED = 2  # the exit status of argparse
 INTERRUPTED = 128 + 2  # of what SIGINT ends
 
 
@@ -79,7 +43,7 @@ def main(args: Sequence[str] | None = None) -> None:
             sys.exit(1)
         if os.environ.get("MCTF_DEBUG"):
             raise
-        print(_error_text(error, words), file=sys.stderr)
+        print(error_text(error, words), file=sys.stderr)
         sys.exit(1)
 
 
@@ -132,11 +96,6 @@ def _no_command(word: str) -> str:
     return f"mctf: error: there is no command {word!r}{hint}\nThe commands: {', '.join(COMMANDS)}"
 
 
-def nearest(word: str, known: Sequence[str]) -> str | None:
-    """The known word that a mistyped one was most likely to be."""
-    return next(iter(difflib.get_close_matches(word, known, n=1)), None)
-
-
 def _import(name: str) -> None:
     """Import a module of the user's, or the file of one, such as one that registers a reducer."""
     if not name:
@@ -154,7 +113,7 @@ def _import(name: str) -> None:
             f"--import {name}: {error}. It is looked for in {folder} and in PYTHONPATH"
         ) from error
     except Exception as error:
-        raise ValueError(f"--import {name}: {_named(error)}") from error
+        raise ValueError(f"--import {name}: {named(error)}") from error
     finally:
         sys.path.remove(str(folder))
     if is_file and Path(getattr(imported, "__file__", None) or "").resolve() != file.resolve():
@@ -186,45 +145,6 @@ def _nobody_reads() -> bool:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True
     return False
-
-
-def _error_text(error: BaseException, words: Sequence[str]) -> str:
-    """What a command says of an error: its message, and of one that nobody foresaw all there is."""
-    message = _message(error)
-    if _is_expected(error) and message:
-        return f"mctf: error: {message}\n(MCTF_DEBUG=1 shows where)"
-    if isinstance(error, MemoryError):
-        message = f"the memory is full. {message}".strip()
-    return (
-        f"mctf: error: {_named(error, message)}\n"
-        f"(not foreseen, in: {shlex.join(['mctf', *words])}; MCTF_DEBUG=1 shows where)"
-    )
-
-
-def _is_expected(error: BaseException) -> bool:
-    names = {kind.__name__ for kind in type(error).__mro__}
-    return isinstance(error, EXPECTED) or not names.isdisjoint(EXPECTED_NAMES)
-
-
-def _named(error: BaseException, message: str | None = None) -> str:
-    message = str(error) if message is None else message
-    return f"{type(error).__name__}: {message}" if message else type(error).__name__
-
-
-def _message(error: BaseException) -> str:
-    """The error's own words, without the traceback that another process puts before them."""
-    text = str(error).strip()
-    if text.startswith("DataLoader worker"):
-        return (
-            f"a process that loads images has died ({text}): mostly the memory was full, "
-            "then take fewer num_workers, or a smaller batch_size or shuffle_buffer; checkpoints "
-            "saved so far are untouched"
-        )
-    _, traceback, rest = text.rpartition("Traceback (most recent call last):")
-    if not traceback:
-        return text
-    own = [line for line in rest.splitlines() if line.strip() and not line.startswith("  ")]
-    return re.sub(r"^[\w.]+: ", "", "\n".join(own))
 
 
 if __name__ == "__main__":

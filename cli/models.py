@@ -24,7 +24,7 @@ from mctf_hf.registry import (
 )
 from mctf_hf.registry import FUSION_SETTINGS as FUSION
 
-from .main import nearest
+from .commands import nearest
 from .yaml_texts import load_yaml
 
 

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import jsonargparse
 
 from .argparse_private import option_strings
-from .main import MISUSED, nearest
+from .commands import MISUSED, nearest
 from .yaml_texts import check_words, guard
 
 guard()

@@ -22,7 +22,7 @@ from transformers import AutoModelForImageClassification, ViTForImageClassificat
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from cli.convert import main
-from cli.main import EXPECTED
+from cli.error_texts import EXPECTED
 from lightning_modules.data import HFImageDataModule
 from lightning_modules.labelled_images import LabelledImages
 from mctf_hf import MCTFViTForImageClassification

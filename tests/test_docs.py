@@ -16,7 +16,7 @@ from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
 import lightning_modules.public
 import mctf_hf
-from cli.main import COMMANDS
+from cli.commands import COMMANDS
 from tests.helpers import REPOSITORY
 
 # Attributes by which a page loads something while it is shown.

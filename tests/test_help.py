@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from cli.main import COMMANDS, main
+from cli.commands import COMMANDS
+from cli.main import main
 from tests.helpers import REPOSITORY
 
 

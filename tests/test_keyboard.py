@@ -13,7 +13,8 @@ import pytest
 
 import cli.visualize
 import mctf_hf
-from cli.main import COMMANDS, main
+from cli.commands import COMMANDS
+from cli.main import main
 from tests.helpers import DIGITS, REPOSITORY
 
 

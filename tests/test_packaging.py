@@ -14,7 +14,7 @@ from zipfile import Path as ZipPath
 import pytest
 from packaging.requirements import Requirement
 
-from cli.main import COMMANDS, FINETUNING
+from cli.commands import COMMANDS, FINETUNING
 from tests.helpers import DIGITS, REPOSITORY
 from tests.strangers import environment_of_a_stranger
 

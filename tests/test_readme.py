@@ -19,7 +19,8 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from cli.main import COMMANDS, main
+from cli.commands import COMMANDS
+from cli.main import main
 from mctf_hf.hub import load_image_processor, save
 from mctf_hf.registry import BACKBONES
 from tests.helpers import REPOSITORY, TINY, Golden, in_timm_names, tiny_model

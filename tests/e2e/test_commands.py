@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from cli.main import COMMANDS, FINETUNING, main
+from cli.commands import COMMANDS, FINETUNING
+from cli.main import main
 from tests.helpers import DIGITS, REPOSITORY, fails, fit_words, mctf, predict_words
 from tests.image_sets import PNG, encoded, write_dataset
 from tests.training_runs import as_rank, free_port, start
