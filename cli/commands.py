@@ -1,4 +1,4 @@
-"""All commands, and the words that were perhaps meant for one."""
+"""All commands, and suggestions for mistyped words."""
 
 import difflib
 from collections.abc import Sequence

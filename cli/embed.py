@@ -30,7 +30,7 @@ from lightning_modules.vector_folder import UNREADABLE, VectorFolder, row_featur
 from mctf_hf.checks import check_range
 from mctf_hf.configuration_mctf import FusionConfigMixin
 from mctf_hf.embedding import Embedder, digest
-from mctf_hf.images import MODES, ImageReader
+from mctf_hf.images import MODES, ImageReader, OnBadImage
 from mctf_hf.texts import TextEncoder, Texts
 
 from .models import load_encoder, parse
@@ -121,7 +121,7 @@ def embed(
     batch_size: int = 32,
     num_workers: int = 2,
     shard_size: int = 1000,
-    on_bad_image: Literal["fail", "skip"] = "fail",
+    on_bad_image: OnBadImage = "error",
     compare: str | None = None,
     sample: int = 500,
     engine: Literal["lightning", "ray"] = "lightning",
@@ -144,7 +144,8 @@ def embed(
         batch_size: images that the model takes at once, in each process.
         num_workers: processes that decode images, for each that embeds them.
         shard_size: images of a shard; a tar file or a shard of a stream is one as it is.
-        on_bad_image: fail at an image that cannot be read, or skip it: unreadable.csv tells of it.
+        on_bad_image: ``error`` stops at an image that cannot be read, ``skip`` lists it in
+            unreadable.csv.
         compare: settings of fusion to compare with afterwards, such as r=0.
         sample: images that are compared.
         engine: lightning for this machine, or several that start the command together; ray for a
@@ -203,7 +204,7 @@ def _open(
     shard_size: int,
     precision: str,
     num_workers: int,
-    on_bad_image: Literal["fail", "skip"],
+    on_bad_image: OnBadImage,
 ) -> EmbeddingRun:
     """The model, the images and the folder of a run, with all that decides what is written."""
     folder = VectorFolder(output)

@@ -17,7 +17,7 @@ EXPECTED_NAMES = {
 
 
 def error_text(error: BaseException, words: Sequence[str]) -> str:
-    """What a command says of an error: its message, and of one that nobody foresaw all there is."""
+    """What a command says of an error: its message; if unexpected, also its type and the words."""
     message = _message(error)
     if _is_expected(error) and message:
         return f"mctf: error: {message}\n(MCTF_DEBUG=1 shows where)"

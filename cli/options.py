@@ -1,4 +1,4 @@
-"""What a command line says, and what it says in vain."""
+"""Options of a command line: what was given, and which of it has no effect."""
 
 import shlex
 from collections.abc import Collection, Sequence

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from mctf_hf.checks import check_range
 from mctf_hf.classes import names_of
-from mctf_hf.images import UnreadableImage, check_head
+from mctf_hf.images import OnBadImage, UnreadableImage, check_head
 from mctf_hf.problems import SINGLE
 
 from .augmentation import Crop, FlipAndCrop
@@ -26,7 +26,6 @@ from .labelled_images import (
     AsBytes,
     ImageFolder,
     LabelledImages,
-    OnBadImage,
     Process,
     Rows,
 )

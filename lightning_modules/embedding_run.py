@@ -16,12 +16,12 @@ from rich.progress import BarColumn, Progress, TextColumn
 from torch.utils.data import DataLoader
 
 from mctf_hf.embedding import Embedded, Embedder
-from mctf_hf.images import ImageReader
+from mctf_hf.images import ImageReader, OnBadImage
 
 from .checkpoints import by_the_first
 from .image_units import ImageSource
 from .locks import FolderLock
-from .unit_batches import OnBadImage, UnitBatches, load_units
+from .unit_batches import UnitBatches, load_units
 from .vector_folder import ShardWriter, UnitBatch, VectorFolder
 
 EVERY_N_SECONDS = 60.0  # between two lines on how far it is, where nobody watches

@@ -70,10 +70,10 @@ class MCTFFinetuner(ImageClassifier):
         image_size: height and width of the images in pixels, or one number for both, where it is
             not that of ``pretrained``; positions are interpolated, the image processor is changed.
         freeze: train the head alone. The rest stays as it is, without dropout; there is no teacher.
-        reduction: method of token reduction, ``mctf``, ``tome``, ``evit``, ``token_mergence`` or
-            ``none``. Unset, here and in the next four: as ``pretrained`` has it. Nothing is fused
-            where that is a plain model, or unset, and all of them are; what only some of them set
-            has the defaults of ``MCTFViTConfig`` for the others.
+        reduction: method of token reduction: ``mctf``, ``tome``, ``pitome``, ``diffrate``,
+            ``evit``, ``token_mergence``, ``none`` or one of your own. Unset (this and the next
+            four): as in ``pretrained``. A plain or new model fuses nothing if all five are unset;
+            otherwise the unset ones take the defaults of ``MCTFViTConfig``.
         r: tokens that each fusing layer fuses: a count, a fraction, a list with one per layer, or
             ``auto:0.56`` for the list that leaves 56% of the multiply-accumulates.
         keep_rate: instead of ``r`` with ``evit`` and ``token_mergence``: part of the patch tokens

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
-from mctf_hf.images import MODES, ImageReader, UnreadableImage
+from mctf_hf.images import MODES, ImageReader, OnBadImage, UnreadableImage
 
 from .augmentation import FlipAndCrop
 from .columns import Columns
@@ -26,7 +26,6 @@ from .labels import (
 from .processors import output_size
 
 Sample = dict[str, Any]
-OnBadImage = Literal["error", "skip"]
 DRAWS = 2**53  # random integers below this are exact as float64
 
 

@@ -56,9 +56,9 @@ def make_counts(config: Any) -> Metric | None:
 
 
 def accuracy_by_class(config: Any, counts: Metric) -> dict[str, float]:
-    """Fraction that is right by class, of each that was there.
+    """Accuracy of each class that has images, over these.
 
-    Of the images of a class; of several labels per image, of all images.
+    With several labels per image: of all classes, over all images.
     """
     hit, false, absent, missed, there = counts.compute().double().T  # [classes]
     right = hit / there

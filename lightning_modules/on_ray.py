@@ -33,9 +33,9 @@ class UnitEmbedder:
         self.run.embedder.to(self.device)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Embed units, whose numbers are ``unit``, and tell of each what went wrong, as ``error``.
+        """Embed units, whose numbers are ``unit``; ``error`` is what went wrong with each.
 
-        Of an error of Ray's own nobody learns what was behind it.
+        An error that is raised here would reach nobody with its cause: Ray hides it.
         """
         run, writer = self.run, self.run.writer()
         units, wrong = batch["unit"].tolist(), ""

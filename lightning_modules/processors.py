@@ -23,7 +23,7 @@ def fit_shape(processor: Any) -> bool:
     """Let a processor that keeps the aspect ratio crop the middle, so that images are of one size.
 
     Returns:
-        Whether it did not before.
+        Whether the processor was changed.
     """
     if processor.size.get("shortest_edge") is None or getattr(processor, "do_center_crop", None):
         return False
@@ -33,10 +33,10 @@ def fit_shape(processor: Any) -> bool:
 
 
 def settle_size(config: Any, processor: Any) -> dict[str, Any]:
-    """Settings of a model that takes images of any size, for those that a processor makes.
+    """``input_size``, as a setting, of a model that takes any image size, from its processor.
 
     Args:
-        config: of a model of this library, which is told, too.
+        config: of a model of this library; its ``input_size`` is set.
     """
     if not config.any_size or config.input_size is not None:
         return {}

@@ -49,7 +49,8 @@ def in_step(
 
     Args:
         images: what the batches are made of, with the attributes ``black`` and ``on_bad_image``.
-        goes_on: asked before each batch, and told whether there is one: whether any process has.
+        goes_on: called before each step with whether this process has a batch left; returns whether
+            any process has.
     """
     own = iter(batches)
     while True:

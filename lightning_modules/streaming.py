@@ -17,13 +17,12 @@ from PIL import Image
 from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data import IterableDataset as TorchIterableDataset
 
-from mctf_hf.images import UnreadableImage
+from mctf_hf.images import OnBadImage, UnreadableImage
 from mctf_hf.problems import SINGLE
 
 from .augmentation import FlipAndCrop
 from .columns import Columns, find_columns
 from .labelled_images import (
-    OnBadImage,
     Process,
     Sample,
     make_sample,

@@ -3,18 +3,16 @@
 import warnings
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from mctf_hf.images import ImageReader, UnreadableImage
+from mctf_hf.images import ImageReader, OnBadImage, UnreadableImage
 
 from .image_units import ImageSource, StoredImage
 from .sampling import stop_with_parent_only
 from .vector_folder import UnitBatch, Unreadable
-
-OnBadImage = Literal["fail", "skip"]
 
 
 class UnitBatches(IterableDataset):
@@ -28,7 +26,7 @@ class UnitBatches(IterableDataset):
         units: numbers of those that are read.
         reader: decodes an image and makes its tensor.
         batch_size: images of a batch.
-        on_bad_image: ``fail`` stops at an image that can't be read, ``skip`` tells of it.
+        on_bad_image: ``error`` stops at an image that can't be read, ``skip`` tells of it.
     """
 
     def __init__(
@@ -66,7 +64,7 @@ class UnitBatches(IterableDataset):
                     raise UnreadableImage(f"{name} can't be read: {image.problem}")
                 pixels = self.reader(self.reader.read(image.stored, name))
             except UnreadableImage as error:
-                if self.on_bad_image == "fail":
+                if self.on_bad_image == "error":
                     raise UnreadableImage(
                         f"{error}. --on_bad_image skip leaves such images out, and tells of them"
                     ) from error
@@ -82,7 +80,7 @@ class UnitBatches(IterableDataset):
 
 
 def load_units(batches: UnitBatches, num_workers: int, *, pin_memory: bool = False) -> DataLoader:
-    """A loader whose workers, of which none lacks a unit to begin with, decode ahead."""
+    """A loader whose workers decode ahead; at most one worker for each unit."""
     workers = min(num_workers, len(batches.units))
     return DataLoader(
         batches,

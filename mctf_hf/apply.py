@@ -1,7 +1,7 @@
 """Fusion for any vision encoder of transformers: given to a loaded model, and taken away again.
 
-The model stays the object that it was, with its weights and their names. Its layers, and the
-modules between them and the model, are told to be of classes that can fuse.
+The model stays the object that it was, with its weights and their names. Its layers, their
+attention, the module that runs them and the model itself get classes that can fuse.
 """
 
 import os
@@ -217,7 +217,7 @@ class FusionRecord:
 def fusion_of(model: Any, **settings: Any) -> Iterator[FusionRecord]:
     """Fuse otherwise for a while, in this thread alone.
 
-    What ``torch.compile`` made runs as the block says that was entered last, in any thread.
+    Compiled code uses the block that was entered last, in any thread.
 
     Args:
         model: one that :func:`fuse_tokens` was called with.

@@ -41,7 +41,7 @@ BY_TRITON: dict[str, tuple[torch.dtype, ...]] = {"cuda": (torch.float16, torch.b
 
 @dataclass(eq=False)
 class ColumnMeans:
-    """Where attention that is applied without a map leaves the means of its columns.
+    """Receives the column means of attention that is applied without a map.
 
     Attributes:
         means: (b, n), see :meth:`Attention.received`; ``None`` before it was applied.
@@ -60,8 +60,8 @@ class Attention(NamedTuple):
         scaling: factor of the products of queries and keys.
         map: (b, h, n, n), every row summing to 1; ``None`` where it is too large to be held or
             nobody needs it.
-        columns: where a map that is not held is to be applied in one pass with the means of its
-            columns, what takes these; ``None`` where nobody needs them, or before it is applied.
+        columns: receives the column means when attention is applied without holding a map;
+            ``None`` unless a reduction after attention needs them.
     """
 
     query: Tensor
@@ -325,7 +325,7 @@ class FusionAttention:
     def holds_map(self, hidden_states: Tensor) -> bool:
         """Whether the attention map among tokens, (b, n, d), is held to tell what these receive.
 
-        It is if it is small enough, and no kernel does without.
+        True if it fits ``MAP_BYTES`` and no kernel of Triton is used.
         """
         if not self.training and has_kernels(hidden_states):
             return False

@@ -1,7 +1,7 @@
 """Settings of fusion to choose from, each made to meet a budget.
 
 A candidate is a way to reduce tokens: a method, its settings, and how the reduction is spread over
-the layers. A number of tokens it gets from a budget of multiply-accumulates, by :func:`meet`. So
+the layers. :func:`meet` sets its numbers of tokens from a budget of multiply-accumulates. So
 candidates of all methods cost the same and can be compared by what they lose.
 """
 
@@ -20,14 +20,14 @@ MOST_WEIGHT = 3.0
 
 @dataclass(frozen=True)
 class Dial:
-    """A setting that may be turned.
+    """A setting that a search may vary.
 
     Attributes:
         name: of the setting.
-        untuned: where it stands in the method's paper or, if that has none, in this library.
+        untuned: its value in the method's paper, or else in this library.
         high: the largest value; the least one is 0.
-        inverse: the setting is a temperature, and what is turned is one over it.
-        choices: the values of a setting that is no number; unset, it is one.
+        inverse: the setting is a temperature, and its inverse is varied.
+        choices: all values of a setting that is not a number; empty for numbers.
     """
 
     name: str
@@ -67,13 +67,13 @@ _CRITERIA = (
 
 @dataclass(frozen=True)
 class Way:
-    """A method and what may be turned about it.
+    """A method and what a search may vary about it.
 
     Attributes:
         fixed: settings that make it.
-        dials: settings to be turned.
-        first_layer: that fuses where nobody has turned anything.
-        drops: whether it drops tokens, which only models may that read no single places.
+        dials: settings to be varied.
+        first_layer: the first layer that fuses by default.
+        drops: whether it drops tokens; not offered to models that read single places.
     """
 
     fixed: Mapping[str, Any]

@@ -115,7 +115,7 @@ class FusionConfigMixin(ScheduleMixin):
         min_tokens: no layer leaves fewer tokens than this, prefix tokens included.
         restore: give each original position its token's row back where the layers end, so that
             what reads the tokens finds as many as it would without fusion; or hand out the tokens
-            that are left. What no token is left of cannot be restored.
+            that are left. Dropped tokens cannot be restored.
         skip_unread: let the last layer compute only the tokens that are read behind it: class
             tokens. Unset, so do classifiers that read no others; ``True`` lets encoders do it,
             too, whose ``last_hidden_state`` then has that one row; ``False`` switches it off. It

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 def attention_rollout(attentions: Sequence[Tensor], assignments: Sequence[Tensor]) -> Tensor:
-    """How much of each embedded token each token that is left has drawn, through all layers.
+    """The share of each embedded token in each final token, through all layers.
 
     Attention rollout (arXiv 2005.00928): the product over the layers of the map's mean over heads
     and the identity in equal parts. Where a layer fuses tokens, those that a new one is made of

@@ -33,8 +33,8 @@ _FUSED_CLASSES: dict[tuple[type, type], type] = {}
 def fused_class(mixin: type, host: type, **attributes: Any) -> type:
     """The class of ``host`` with ``mixin`` before it.
 
-    It goes by the host's own name, by which libraries tell which modules to keep together, and its
-    instances are copied and pickled by the two classes that it was made of.
+    It keeps the host's name, by which libraries find the modules to keep together. Copies and
+    pickles of its instances store the two classes, and make it anew.
 
     Args:
         attributes: of the class, the same for all modules of ``host``.

@@ -141,8 +141,8 @@ def rotation_at(positions: Tensor, frequencies: Tensor) -> Rotation:
 class FusedLayer:
     """A layer that can fuse tokens between its parts; before a layer class of transformers.
 
-    Without a step it is the layer that it was. Families differ in five hooks: ``norm_attention``,
-    ``attend``, ``add`` and ``run_mlp``, and ``queries_keys`` of the attention.
+    Without a step it is the layer that it was. Own classes may differ in four hooks:
+    ``norm_attention``, ``attend``, ``add`` and ``run_mlp``.
 
     Attributes:
         names: of its parts.

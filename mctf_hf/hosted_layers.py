@@ -30,8 +30,7 @@ class Call:
     Attributes:
         settings: of the fusion.
         r, keep_rate: of these calls, or None.
-        unmasked: nobody gave a mask, so that what transformers makes of none for a program that is
-            exported masks nothing.
+        unmasked: the caller gave no mask; one that transformers makes in an export is ignored.
         history: the tokens tell what each layer has made of them, too.
         tokens: of the last of these calls.
     """
@@ -55,7 +54,7 @@ _RUNNING: ContextVar[frozenset[int]] = ContextVar("running", default=frozenset()
 class HostedLayers(FusedLayers):
     """Layers in a model of transformers, which iterates over them to run them one by one.
 
-    While it runs, it finds a single one that runs all; whoever else looks finds each.
+    In its loop, iterating yields this object alone, which runs all layers; elsewhere, each layer.
     """
 
     settings: TokenFusion

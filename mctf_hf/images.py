@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from transformers import ViTImageProcessorPil
 
 from .checks import LARGEST_EDGE, check_processor
 
+OnBadImage = Literal["error", "skip"]  # what is done about an image that cannot be read
 MODES = {1: "L", 3: "RGB"}  # Pillow's, by the number of channels
 HEIF = (".heic", ".heif", ".hif")
 # Pillow knows their names, but holds no decoder, or runs a program to draw them.

@@ -57,6 +57,29 @@ METHODS = {
   year      = {2023}
 }""",
     ),
+    "pitome": Method(
+        "PiToMe",
+        "2405.16148",
+        """@inproceedings{tran2024pitome,
+  title     = {Accelerating Transformers with Spectrum-Preserving Token Merging},
+  author    = {Tran, Hoai-Chau and Nguyen, Duy M. H. and Nguyen, Duy M. and Nguyen, Trung-Tin and
+               Le, Ngan and Xie, Pengtao and Sonntag, Daniel and Zou, James Y. and
+               Nguyen, Binh T. and Niepert, Mathias},
+  booktitle = {Advances in Neural Information Processing Systems (NeurIPS)},
+  year      = {2024}
+}""",
+    ),
+    "diffrate": Method(
+        "DiffRate",
+        "2305.17997",
+        """@inproceedings{chen2023diffrate,
+  title     = {{DiffRate}: Differentiable Compression Rate for Efficient Vision Transformers},
+  author    = {Chen, Mengzhao and Shao, Wenqi and Xu, Peng and Lin, Mingbao and Zhang, Kaipeng and
+               Chao, Fei and Ji, Rongrong and Qiao, Yu and Luo, Ping},
+  booktitle = {International Conference on Computer Vision (ICCV)},
+  year      = {2023}
+}""",
+    ),
     "evit": Method(
         "Token reorganization",
         "2202.07800",

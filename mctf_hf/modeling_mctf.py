@@ -52,8 +52,8 @@ def check_contents(model: nn.Module, files: Sequence[str | os.PathLike] | None) 
         files: of the checkpoint; ``None`` for weights that are at hand.
 
     Raises:
-        ValueError: for a model with more weights than the files have half bytes, not counting as
-            many as a new head may have.
+        ValueError: for a model with more weights than two per byte of the files, plus those that a
+            new head may have.
     """
     if files is None:
         return

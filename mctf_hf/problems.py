@@ -25,7 +25,7 @@ def problem_type(config: Any) -> str:
 
 
 def problem_of(config: Any, labels: Tensor) -> str:
-    """What training with these labels is; where a configuration does not say, it is told.
+    """The configuration's problem type; if unset, it is set here from the labels.
 
     As in transformers' losses: labels that are not integers are several per image, of a head with
     more than one output.

@@ -104,7 +104,7 @@ class Reducer(ABC):
 
     @classmethod
     def tokens_added(cls, config: Any) -> int:
-        """How many tokens come to those that ``keep_rate`` keeps."""
+        """How many tokens are left besides those that ``keep_rate`` keeps."""
         return 0
 
     @abstractmethod
@@ -117,7 +117,7 @@ class Reducer(ABC):
         """
 
     def multiply_accumulates(self, num_patches: int, r: int, width: int, heads: int) -> int:
-        """Of the matrix products that choosing takes, for one image."""
+        """Cost of the matrix products in choosing, for one image."""
         return 0
 
 

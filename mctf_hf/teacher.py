@@ -22,8 +22,8 @@ def teacher_amount(config: MCTFViTConfig, limit: int, seed: int, step: int) -> d
 
     Returns:
         Arguments of the model, by layer: ``r``, uniform in {0, …, limit - 1}, but nowhere more than
-        the student's; or ``keep_rate``, the student's raised by one share of what it lacks to 1,
-        uniform in (0, 1].
+        the student's; or ``keep_rate``: rate + (1 - rate) * share of the student's rate, with one
+        share for all layers, uniform in (0, 1].
     """
     if not _by_rate(config):
         drawn = teacher_r(seed, step, limit)

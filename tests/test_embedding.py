@@ -369,7 +369,7 @@ def test_two_processes_write_the_rows_of_one(
     tiny_folder: Path, many: Path, uninterrupted: pa.Table
 ) -> None:
     given = embed_words(f"{tiny_folder},r=4", many, "out", *OFTEN)
-    assert by_two([*given, "--on-bad-image", "fail"]) == [1, 1]
+    assert by_two([*given, "--on-bad-image", "error"]) == [1, 1]
     said = "".join(Path(f"said{rank}").read_text() for rank in range(2))
     assert "mctf: error: 077.png of " in said and "error: another process has ended" in said
     assert by_two(given) == [0, 0], Path("said0").read_text()
@@ -390,7 +390,7 @@ def test_a_cluster_of_ray_writes_the_rows_of_one_process(
     given = [word for word in given if word not in ("--trainer.accelerator", "cpu")]
     given += ["--engine", "ray", "--actors", "2", "--on-bad-image"]
     assert "many holds no readable image: its format is unknown. --on_bad" in fails(
-        [*given, "fail"], capsys
+        [*given, "error"], capsys
     )
     done = {file: file.stat().st_mtime_ns for file in Path("out").glob("*.parquet")}
     assert len(done) < 80

@@ -263,6 +263,14 @@ def test_a_card_names_it(by_norm: Any) -> None:
     assert "a\nmethod of its own (`by_norm`, in the code beside the weights)" in card
 
 
+@pytest.mark.parametrize("reduction", [name for name in REDUCERS if name != "by_norm"])
+def test_a_card_cites_a_method_of_this_library(reduction: str) -> None:
+    card = str(make_card("me/model", tiny_model(reduction=reduction).config, license="mit"))
+    assert "method of its own" not in card
+    (paper,) = re.findall(r"that fuses tokens as it goes \(\*.+\*,\n\[arXiv ([\d.]+)\]", card)
+    assert f"https://arxiv.org/abs/{paper}" in card and "author" in card
+
+
 def test_what_is_defined_in_a_script_or_named_like_a_module_of_ours_is_refused(
     by_norm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
