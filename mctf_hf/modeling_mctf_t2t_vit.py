@@ -31,6 +31,7 @@ from .modeling_mctf_vit import (
 EPSILON = 1.0000001e-8
 # Windows of the three steps: side, stride, padding.
 WINDOWS = ((7, 4, 2), (3, 2, 1), (3, 2, 1))
+PATCH = 16  # pixels of a token's side after these
 
 
 @strict
@@ -161,7 +162,17 @@ class T2TPatchEmbeddings(nn.Module):
         self.projection = nn.Linear(width * third, config.hidden_size)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """(b, channels, height, width) -> (b, height / 16 * width / 16, d)."""
+        """(b, channels, height, width) -> (b, height / 16 * width / 16, d).
+
+        Raises:
+            ValueError: for a height or width that is no multiple of 16.
+        """
+        height, width = pixel_values.shape[2:]
+        if height % PATCH or width % PATCH:
+            raise ValueError(
+                f"images of {height} x {width} pixels are not allowed: height and width of T2T-ViT's "
+                f"are multiples of {PATCH}"
+            )
         x = pixel_values.permute(0, 2, 3, 1)
         for step, transform in zip(WINDOWS, self.token_transformers, strict=False):
             x = windows(x, *step)  # [b, h, w, c]

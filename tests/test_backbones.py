@@ -214,6 +214,14 @@ def test_images_of_another_size_and_shape(kind: str) -> None:
     assert torch.isfinite(output.logits).all()
 
 
+@pytest.mark.parametrize("kind", [kind for kind in BACKBONES if kind.startswith("t2t")])
+@torch.no_grad()
+def test_windows_of_tokens_take_sizes_that_they_fill(kind: str) -> None:
+    images = torch.randn(1, 3, 140, 160)
+    with pytest.raises(ValueError, match="140 x 160 pixels are not allowed: .*multiples of 16"):
+        small_backbone(kind)(images, interpolate_pos_encoding=True)
+
+
 @torch.no_grad()
 def test_scores_are_scaled_as_the_published_weights_want_it() -> None:
     """By all channels: as if queries were smaller by the root of the number of heads."""
