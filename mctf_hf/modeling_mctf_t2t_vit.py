@@ -170,8 +170,8 @@ class T2TPatchEmbeddings(nn.Module):
         height, width = pixel_values.shape[2:]
         if height % PATCH or width % PATCH:
             raise ValueError(
-                f"images of {height} x {width} pixels are not allowed: height and width of T2T-ViT's "
-                f"are multiples of {PATCH}"
+                f"images of {height} x {width} pixels are not allowed: T2T-ViT takes heights and "
+                f"widths that are multiples of {PATCH}"
             )
         x = pixel_values.permute(0, 2, 3, 1)
         for step, transform in zip(WINDOWS, self.token_transformers, strict=False):
