@@ -29,7 +29,7 @@ ifneq ($(BROWSER),no)
 endif
 
 test: lint chromium  ## lint and the whole test suite, in two processes or as many as WORKERS says
-	$(RUN)/pytest --numprocesses $(WORKERS) --dist worksteal $(if $(filter no,$(BROWSER)),-m "not browser")
+	$(RUN)/pytest --numprocesses $(WORKERS) --dist worksteal --durations 30 $(if $(filter no,$(BROWSER)),-m "not browser")
 
 compatibility: $(READY)  ## what depends on them, with the oldest and newest transformers, torch, Lightning, datasets
 	$(RUN)/nox --session compatibility
