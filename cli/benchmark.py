@@ -231,7 +231,7 @@ def _accuracies(
     sums = torch.zeros(len(contestants), dtype=torch.float64)
     by_processor: dict[str, list[int]] = {}
     for i, images in enumerate(labelled):
-        by_processor.setdefault(images.process.processor.to_json_string(), []).append(i)
+        by_processor.setdefault(images.reader.processor.to_json_string(), []).append(i)
     for members in by_processor.values():
         images = labelled[members[0]]
         for batch in DataLoader(images, batch_size=64, num_workers=2):

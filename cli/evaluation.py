@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_modules.amounts import Amount, add_up, amount_text, as_counts, sweep
-from lightning_modules.labelled_images import LabelledImages, Process
+from lightning_modules.labelled_images import LabelledImages, PixelReader
 from lightning_modules.opening import NamedDataset
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
 from mctf_hf.classes import check_classes, names_of
@@ -53,8 +53,8 @@ def open_labelled(
     if rows.label_names is not None:
         check_classes(model.config, rows.label_names, "the model", data.dataset)
     indices = np.array(evenly_spaced(len(rows), max_images))
-    process = Process(processor, model.config.num_channels)
-    return LabelledImages(rows, process, indices=indices)
+    reader = PixelReader(processor, model.config.num_channels)
+    return LabelledImages(rows, reader, indices=indices)
 
 
 @torch.inference_mode()

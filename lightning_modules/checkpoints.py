@@ -27,7 +27,7 @@ from lightning_modules.lightning_private import (
     saves_shards,
 )
 from lightning_modules.locks import FolderLock
-from lightning_modules.run_settings import compare, settings_of
+from lightning_modules.run_settings import check_resumable, training_settings_of
 from mctf_hf.checks import check_range
 from mctf_hf.files import replace
 
@@ -170,13 +170,15 @@ class LastCheckpoint(Checkpoint):
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        checkpoint[SETTINGS] = settings_of(trainer, pl_module)
+        checkpoint[SETTINGS] = training_settings_of(trainer, pl_module)
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         if trainer.state.fn == "fit" and SETTINGS in checkpoint:
-            compare(checkpoint[SETTINGS], settings_of(trainer, pl_module), trainer.ckpt_path)
+            check_resumable(
+                checkpoint[SETTINGS], training_settings_of(trainer, pl_module), trainer.ckpt_path
+            )
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._handlers = {one: signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)}

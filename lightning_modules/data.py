@@ -26,7 +26,7 @@ from .labelled_images import (
     AsBytes,
     ImageFolder,
     LabelledImages,
-    Process,
+    PixelReader,
     Rows,
 )
 from .opening import NamedDataset
@@ -179,7 +179,7 @@ class HFImageDataModule(L.LightningDataModule):
                     "processes may have unequal numbers of batches: use ddp"
                 )
             self._sets["predict"] = ImageFolder(
-                self._image_files(), self._process(processor), self.on_bad_image
+                self._image_files(), self._reader(processor), self.on_bad_image
             )
             return
         self._fitting = stage == "fit"
@@ -234,7 +234,9 @@ class HFImageDataModule(L.LightningDataModule):
         if train:
             self._sets["train"] = self._augmented(processor, rows, indices=np.sort(order[cut:]))
 
-    def _process(self, processor: Any, kind: type[Process] = Process, **options: Any) -> Process:
+    def _reader(
+        self, processor: Any, kind: type[PixelReader] = PixelReader, **options: Any
+    ) -> PixelReader:
         channels = getattr(self.trainer.lightning_module, "num_channels", 3)
         return kind(processor, channels, **options)
 
@@ -244,19 +246,19 @@ class HFImageDataModule(L.LightningDataModule):
         """A split as the image processor makes it."""
         if self.streaming:
             assert isinstance(source, str)
-            return self._stream(source, self._process(processor), self.eval_batch_size)
+            return self._stream(source, self._reader(processor), self.eval_batch_size)
         rows = self._own_rows(source) if isinstance(source, str) else source
         options |= {"on_bad_image": self.on_bad_image, "leave_out": True}
-        return LabelledImages(rows, self._process(processor), **options)
+        return LabelledImages(rows, self._reader(processor), **options)
 
     def _augmented(
         self, processor: Any, rows: Rows | None = None, **options: Any
     ) -> LabelledImages | StreamedImages:
         """The training split as bytes, cropped and flipped."""
         assert self._augmentation is not None
-        process = self._process(processor, AsBytes)
+        reader = self._reader(processor, AsBytes)
         if self.crop == "none":
-            process = self._process(processor, do_rescale=False, do_normalize=False)
+            reader = self._reader(processor, do_rescale=False, do_normalize=False)
         options |= {
             "augment": FlipAndCrop(
                 output_size(processor), self.crop, self.flip, resample=processor.resample
@@ -265,16 +267,16 @@ class HFImageDataModule(L.LightningDataModule):
         }
         if self.streaming:
             options |= {"shuffle_buffer": self.shuffle_buffer}
-            return self._stream(self.train_split, process, self.batch_size, **options)
+            return self._stream(self.train_split, reader, self.batch_size, **options)
         options |= {"seed": self.seed, "on_bad_image": self.on_bad_image}
-        return LabelledImages(rows or self._own_rows(self.train_split), process, **options)
+        return LabelledImages(rows or self._own_rows(self.train_split), reader, **options)
 
-    def _stream(self, split: str, process: Any, batch_size: int, **options: Any) -> StreamedImages:
+    def _stream(self, split: str, reader: Any, batch_size: int, **options: Any) -> StreamedImages:
         problem, num_labels = self._head()
         images = StreamedImages(
             self.named.load(split, streaming=True),
             f"{self.dataset}, split {split}",
-            process,
+            reader,
             share=Share(self.trainer.global_rank, self.trainer.world_size),
             problem=problem,
             num_labels=num_labels,

@@ -29,7 +29,7 @@ Sample = dict[str, Any]
 DRAWS = 2**53  # random integers below this are exact as float64
 
 
-class Process(ImageReader):
+class PixelReader(ImageReader):
     """Images as the image processor makes them, see :class:`mctf_hf.images.ImageReader`."""
 
     def black(self, label: Any = NOT_COUNTED) -> Sample:
@@ -39,7 +39,7 @@ class Process(ImageReader):
         return {"pixel_values": self(image), "labels": label}
 
 
-class AsBytes(Process):
+class AsBytes(PixelReader):
     """Images as they are, (channels, height, width) uint8."""
 
     def __call__(self, image: Image.Image) -> Tensor:
@@ -115,7 +115,7 @@ class LabelledImages(TorchDataset):
 
     Args:
         rows: a split.
-        process: reads an image and makes its tensor.
+        reader: reads an image and makes its tensor.
         augment: of training images.
         indices: of the rows to use; all, unless given.
         seed: of the augmentation.
@@ -128,7 +128,7 @@ class LabelledImages(TorchDataset):
     def __init__(
         self,
         rows: Rows,
-        process: Process,
+        reader: PixelReader,
         *,
         augment: FlipAndCrop | None = None,
         indices: Sequence[int] | np.ndarray | None = None,
@@ -138,7 +138,7 @@ class LabelledImages(TorchDataset):
         leave_out: bool = False,
     ):
         self.rows = rows
-        self.process = process
+        self.reader = reader
         self.augment = augment
         self.indices = range(len(rows)) if indices is None else indices
         self.seed = seed
@@ -159,7 +159,7 @@ class LabelledImages(TorchDataset):
 
     def black(self) -> Sample:
         """A black image that is not to be counted."""
-        return self.process.black(self.rows.not_counted)
+        return self.reader.black(self.rows.not_counted)
 
     def __getitem__(self, key: int | tuple[int, ...]) -> Sample:
         epoch, index, *copy = key if isinstance(key, tuple) else (0, key)
@@ -167,7 +167,7 @@ class LabelledImages(TorchDataset):
         for skipped in range(len(self)):
             row = int(self.indices[(index + skipped) % len(self)])
             try:
-                image = self.process.read(*self.rows.stored(row))
+                image = self.reader.read(*self.rows.stored(row))
             except UnreadableImage as error:
                 if self.on_bad_image == "error":
                     raise
@@ -176,7 +176,7 @@ class LabelledImages(TorchDataset):
                     return {**self.black(), "skipped": 1}
                 continue
             generator = np.random.default_rng([self.seed, epoch, asked, *copy])
-            sample = make_sample(image, self.process, self.augment, generator, self.num_draws)
+            sample = make_sample(image, self.reader, self.augment, generator, self.num_draws)
             label = self.rows.labels[row]
             sample["labels"] = int(label) if label.ndim == 0 else label
             if self.on_bad_image == "skip":
@@ -187,7 +187,7 @@ class LabelledImages(TorchDataset):
 
 def make_sample(
     image: Image.Image,
-    process: Process,
+    reader: PixelReader,
     augment: FlipAndCrop | None,
     generator: np.random.Generator,
     num_draws: int,
@@ -195,7 +195,7 @@ def make_sample(
     """The tensor of an image, and ``num_draws`` random integers for whole-batch augmentation."""
     if augment is not None:
         image = augment(image, generator)
-    sample: Sample = {"pixel_values": process(image)}
+    sample: Sample = {"pixel_values": reader(image)}
     if num_draws:
         sample["draws"] = generator.integers(DRAWS, size=num_draws)
     return sample
@@ -206,14 +206,16 @@ class ImageFolder(TorchDataset):
 
     Args:
         files: in the order of the items.
-        process: reads an image and makes its tensor.
+        reader: reads an image and makes its tensor.
         on_bad_image: ``"skip"`` gives a black image in the place of one that can't be read, and
             tells the reason as ``errors``.
     """
 
-    def __init__(self, files: Sequence[Path], process: Process, on_bad_image: OnBadImage = "error"):
+    def __init__(
+        self, files: Sequence[Path], reader: PixelReader, on_bad_image: OnBadImage = "error"
+    ):
         self.files = files
-        self.process = process
+        self.reader = reader
         self.on_bad_image = on_bad_image
 
     def __len__(self) -> int:
@@ -222,11 +224,11 @@ class ImageFolder(TorchDataset):
     def __getitem__(self, index: int) -> Sample:
         name, reason = str(self.files[index]), ""
         try:
-            pixel_values = self.process(self.process.read(self.files[index], name))
+            pixel_values = self.reader(self.reader.read(self.files[index], name))
         except UnreadableImage as error:
             if self.on_bad_image == "error":
                 raise
             warnings.warn(f"{error}: skipped", stacklevel=2)
-            pixel_values, reason = self.process.black()["pixel_values"], str(error)
+            pixel_values, reason = self.reader.black()["pixel_values"], str(error)
         sample = {"pixel_values": pixel_values, "files": name}
         return sample | ({"errors": reason} if self.on_bad_image == "skip" else {})

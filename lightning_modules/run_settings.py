@@ -51,7 +51,7 @@ def ema_decay(trainer: L.Trainer) -> float | None:
     return next((getattr(average, "decay", None) for average in averages), None)
 
 
-def settings_of(trainer: L.Trainer, pl_module: L.LightningModule) -> Settings:
+def training_settings_of(trainer: L.Trainer, pl_module: L.LightningModule) -> Settings:
     """What decides the result of a training, by the names of the command line where it has them."""
     data = trainer.datamodule
     names = [name.removeprefix("data.") for name in _POSITION if name.startswith("data.")]
@@ -88,7 +88,7 @@ def settings_of(trainer: L.Trainer, pl_module: L.LightningModule) -> Settings:
     return json.loads(json.dumps(found, default=str))
 
 
-def compare(before: Settings, now: Settings, checkpoint: Any) -> None:
+def check_resumable(before: Settings, now: Settings, checkpoint: Any) -> None:
     """Tell what is different from the run that a checkpoint is of, a line each.
 
     Raises:

@@ -23,7 +23,7 @@ from mctf_hf.problems import SINGLE
 from .augmentation import FlipAndCrop
 from .columns import Columns, find_columns
 from .labelled_images import (
-    Process,
+    PixelReader,
     Sample,
     make_sample,
 )
@@ -56,7 +56,7 @@ class StreamedImages(TorchIterableDataset):
     Args:
         rows: the stream, of one split.
         origin: what errors call it.
-        process: reads an image and makes its tensor.
+        reader: reads an image and makes its tensor.
         share: this process's.
         num_labels: the model's classes.
         problem: the model's ``problem_type``.
@@ -75,7 +75,7 @@ class StreamedImages(TorchIterableDataset):
         self,
         rows: IterableDataset,
         origin: str,
-        process: Process,
+        reader: PixelReader,
         *,
         share: Share,
         num_labels: int,
@@ -115,7 +115,7 @@ class StreamedImages(TorchIterableDataset):
             rows = split_dataset_by_node(rows, share.rank, world_size)
         self.rows = rows
         self.origin = origin
-        self.process = process
+        self.reader = reader
         self.share = share
         self.num_labels = num_labels
         self.problem = problem
@@ -164,7 +164,7 @@ class StreamedImages(TorchIterableDataset):
                 continue
             label = self._label(rows[source], self._name(first + source, place))
             generator = np.random.default_rng([self.seed, *place, first + i])
-            sample = make_sample(image, self.process, self.augment, generator, self.num_draws)
+            sample = make_sample(image, self.reader, self.augment, generator, self.num_draws)
             sample["labels"] = label
             if self.on_bad_image == "skip":
                 sample["skipped"] = int(source != i)
@@ -185,7 +185,7 @@ class StreamedImages(TorchIterableDataset):
 
     def black(self) -> Sample:
         """A black image that is not to be counted."""
-        return self.process.black(not_counted(self.problem, self.num_labels))
+        return self.reader.black(not_counted(self.problem, self.num_labels))
 
     def _readable(
         self, rows: list[Any], i: int, first: int, place: tuple[int, ...]
@@ -202,7 +202,7 @@ class StreamedImages(TorchIterableDataset):
 
     def _image(self, row: Any, number: int, place: tuple[int, ...]) -> Image.Image | None:
         try:
-            return self.process.read(row[self.columns.image], self._name(number, place))
+            return self.reader.read(row[self.columns.image], self._name(number, place))
         except UnreadableImage as error:
             if self.on_bad_image == "error":
                 raise

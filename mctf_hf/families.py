@@ -116,7 +116,7 @@ FAMILIES = (
 )
 
 # How many prefix tokens classes read to pool or to classify, who read no other tokens for it.
-READ = {
+PREFIX_TOKENS_READ = {
     **dict.fromkeys(("Dinov2Model", "Dinov2WithRegistersModel", "DINOv3ViTModel"), 1),
     **dict.fromkeys(("CLIPVisionModel", "CLIPVisionModelWithProjection", "CLIPModel"), 1),
     **dict.fromkeys(("MetaClip2VisionModel", "MetaClip2VisionModelWithProjection"), 1),
@@ -127,7 +127,7 @@ READ = {
 }
 
 # Encoders that are known and cannot fuse yet, and why.
-LATER = {
+UNSUPPORTED = {
     "Siglip2VisionModel": "SigLIP 2 NaFlex pads its images to one length",
     "VideoMAEModel": "VideoMAE's tokens are of videos",
     "VJEPA2Model": "V-JEPA 2's tokens are of videos, with positions in three axes",
@@ -199,7 +199,9 @@ def _names(module: nn.Module) -> set[str]:
 
 def num_read_tokens(model: nn.Module) -> int | None:
     """How many prefix tokens a model reads of its encoder; ``None`` if it reads others, too."""
-    return next((READ[name] for name in _names(model) if name in READ), None)
+    return next(
+        (PREFIX_TOKENS_READ[name] for name in _names(model) if name in PREFIX_TOKENS_READ), None
+    )
 
 
 def supported() -> dict[str, tuple[str, ...]]:
@@ -220,8 +222,8 @@ def explain(model: nn.Module) -> str:
             f": fuse the tokens of the {' and the '.join(inside)} in it" if inside else ""
         )
     for module in model.modules():
-        for known in sorted(_names(module) & set(LATER)):
-            return f"{name}: {LATER[known]} ({known}), which is not supported yet"
+        for known in sorted(_names(module) & set(UNSUPPORTED)):
+            return f"{name}: {UNSUPPORTED[known]} ({known}), which is not supported yet"
     families = f"known are {', '.join(family.name for family in FAMILIES)}"
     layers = max(_stacks(model), key=len, default=None)
     if layers is None:

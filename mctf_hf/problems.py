@@ -24,7 +24,7 @@ def problem_type(config: Any) -> str:
     return config.problem_type or (REGRESSION if config.num_labels == 1 else SINGLE)
 
 
-def problem_of(config: Any, labels: Tensor) -> str:
+def settle_problem_type(config: Any, labels: Tensor) -> str:
     """The configuration's problem type; if unset, it is set here from the labels.
 
     As in transformers' losses: labels that are not integers are several per image, of a head with

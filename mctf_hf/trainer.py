@@ -14,7 +14,7 @@ from .checks import check_weights
 from .files import write_text
 from .losses import TokenReductionConsistency
 from .model_folder import TRAINING
-from .problems import SINGLE, problem_of, problem_type
+from .problems import SINGLE, problem_type, settle_problem_type
 from .teacher import (
     check_compiled,
     r_max_of,
@@ -105,7 +105,7 @@ class ConsistencyTrainer(Trainer):
         images, labels = inputs["pixel_values"], inputs["labels"]
         config = self.accelerator.unwrap_model(model).config
         if config.problem_type is None:
-            self._check(config, problem_of(config, labels))
+            self._check(config, settle_problem_type(config, labels))
         amount = teacher_amount(config, self.r_max, self.args.seed, self.state.global_step)
         student = model(images, output_class_token=True)
         teacher = model(images, **amount, output_class_token=True)

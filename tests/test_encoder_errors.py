@@ -21,7 +21,7 @@ from mctf_hf import (
     fusion_of,
     unfuse_tokens,
 )
-from mctf_hf.families import LATER
+from mctf_hf.families import UNSUPPORTED
 from mctf_hf.fusion import Reduction
 from mctf_hf.reducers import REDUCERS, Observation, Reducer, Stage, register
 from tests.tiny_models import BEIT, DINO, ENCODERS, SIZE, TEXT, Tiny, build, tiny
@@ -36,7 +36,7 @@ VIDEO = {**PATCHES, "num_frames": 4, "image_size": 48}
 PREDICTED = {"crop_size": 48, "frames_per_clip": 4, "mlp_ratio": 2.0, "pred_hidden_size": 24}
 PREDICTED |= {"pred_num_attention_heads": 2, "pred_num_hidden_layers": 1}
 
-# Encoders that are known and cannot be fused yet, by the name of the class in families.LATER.
+# Encoders that are known and cannot be fused yet, by the name of the class in families.UNSUPPORTED.
 KNOWN = {
     "Siglip2VisionModel": Tiny("Siglip2VisionModel", {**PATCHES, "num_patches": 64}),
     "VideoMAEModel": Tiny("VideoMAEModel", VIDEO),
@@ -97,16 +97,18 @@ def assert_refused(model: nn.Module, message: str, **settings: Any) -> None:
 
 
 def test_every_encoder_of_later_is_one_of_transformers() -> None:
-    without_timm = {name for name in LATER if "Timm" not in name}
+    without_timm = {name for name in UNSUPPORTED if "Timm" not in name}
     assert set(KNOWN) == without_timm
-    assert all(hasattr(transformers, name) for name in set(LATER) - without_timm)
+    assert all(hasattr(transformers, name) for name in set(UNSUPPORTED) - without_timm)
 
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_encoders_that_cannot_be_fused_yet(name: str) -> None:
     model = build(KNOWN[name].name, **KNOWN[name].config)
     assert any(type(part).__name__ == name for part in model.modules())
-    why = re.escape(f"{type(model).__name__}: {LATER[name]} ({name}), which is not supported yet")
+    why = re.escape(
+        f"{type(model).__name__}: {UNSUPPORTED[name]} ({name}), which is not supported yet"
+    )
     assert_refused(model, why, r=4)
 
 

@@ -14,7 +14,7 @@ import torch
 from datasets import load_dataset
 from PIL import Image
 
-from lightning_modules.labelled_images import AsBytes, Process
+from lightning_modules.labelled_images import AsBytes, PixelReader
 from lightning_modules.labels import NOT_COUNTED
 from lightning_modules.streaming import Share, StreamedImages, StreamLoader, count_rows
 from tests.helpers import DIGITS
@@ -193,7 +193,7 @@ def test_images_that_a_resumed_run_has_seen_are_not_decoded(
             decoded.append(image.getpixel((0, 0))[0])
             return super().__call__(image)
 
-    stream = loader(folders["even"], steps=12, done=9, process=Remembering(PROCESSOR))
+    stream = loader(folders["even"], steps=12, done=9, reader=Remembering(PROCESSOR))
     rest = labels_of(stream)
     assert sorted(decoded) == sorted(rest) and len(rest) == 12
 
@@ -228,7 +228,7 @@ def test_broken_images_of_a_stream(tmp_path: Path) -> None:
             on_bad_image="skip",
             augment=None,
             shuffle_buffer=None,
-            process=Process(PROCESSOR),
+            reader=PixelReader(PROCESSOR),
             num_draws=0,
         )
     )

@@ -77,7 +77,7 @@ def test_pictures_of_fused_tokens_come_every_so_many_epochs(watched: tuple[Path,
     rows.setup("fit")
     dataset = rows.val_dataloader().dataset
     originals = [
-        dataset.process.read(*dataset.rows.stored(int(dataset.indices[i]))) for i in range(3)
+        dataset.reader.read(*dataset.rows.stored(int(dataset.indices[i]))) for i in range(3)
     ]
     seen = fused_tokens(module.model.eval(), module.image_processor, originals)
     drawn = np.asarray(Image.open(pictures[-1]))
