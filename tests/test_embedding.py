@@ -304,7 +304,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_rows_of_one_that_was_not(
         process = start(main, given, output=Path("said"))
         # Some die at once, others when they have written shards of their own.
         wanted = len(list(Path().glob("out/*.parquet"))) + (number > 1)
-        until = time.monotonic() + (chance.random() if number < 2 else 60)
+        until = time.monotonic() + (0.3 * chance.random() if number < 2 else 60)
         while process.is_alive() and time.monotonic() < until:
             if number > 1 and len(list(Path().glob("out/*.parquet"))) >= wanted:
                 time.sleep(0.01 * chance.random())

@@ -73,7 +73,7 @@ def loader(
     images = StreamedImages(
         load_dataset(folder, split="train", streaming=True),
         folder,
-        options.pop("process", AsBytes(PROCESSOR)),
+        options.pop("reader", AsBytes(PROCESSOR)),
         share=Share(rank, world_size),
         num_labels=ALL,
         batch_size=batch_size,
