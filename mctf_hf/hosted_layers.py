@@ -45,8 +45,6 @@ class Call:
 
 # By the id of the layers. What is compiled cannot look here and finds it in the layers instead.
 _CALLS: ContextVar[dict[int, Call]] = ContextVar("calls")
-
-
 # The ids of layers that a module of transformers runs here and now.
 _RUNNING: ContextVar[frozenset[int]] = ContextVar("running", default=frozenset())
 
@@ -175,8 +173,6 @@ def leave_calls(layers: Sequence[HostedLayers], entered: Any) -> None:
 
 
 _COMPILED = Lock()
-
-
 _BLOCKS: dict[int, list[Call]] = {}  # of fusion_of, by the id of the layers
 
 

@@ -452,7 +452,8 @@ def test_what_is_wrong_is_told_in_a_line_and_leaves_nothing(
     Path("none.txt").write_text("\n \n")
     Path("twice.txt").write_text("a cat\na cat\n")
     Path("texts.txt").write_text("a cat\n")
-    write_parquet(photos, Path("tables"))
+    write_parquet(photos, Path("sound"))
+    shutil.copytree("sound", "tables")
     Path("tables/part1.parquet").write_bytes(b"PAR1 no parquet")
     pq.write_table(pa.table({"a": [1, 2]}), "numbers.parquet")
     cases: list[tuple[str, list[str]]] = [
@@ -463,6 +464,8 @@ def test_what_is_wrong_is_told_in_a_line_and_leaves_nothing(
         ("no column of images among a", embed_words(dino, "numbers.parquet", "out")),
         ("part1.parquet can't be read as parquet", embed_words(dino, "tables", "out")),
         ("columns='q' is not allowed", embed_words(dino, photos, "out", "--columns", "q")),
+        ("has no 'q', only image, kind, key", embed_words(dino, "sound", "out", "--columns", "q")),
+        ("lists are carried along", embed_words(dino, "sound", "out", "--columns", "image")),
         ("holds something else (thesis.txt)", embed_words(dino, photos, "full")),
         ("output='full/thesis.txt' is not", embed_words(dino, photos, "full/thesis.txt")),
         ("output='s3://a/b' is not allowed", embed_words(dino, photos, "s3://a/b")),
