@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import Dinov2Model
 
 from mctf_hf import fuse_tokens, fusion_of
-from mctf_hf.candidates import Candidate, Setting, meet, ways_for
+from mctf_hf.candidates import Candidate, FittedCandidate, meet, methods_for
 from mctf_hf.cost import Description, describe
 from mctf_hf.files import read_object, write_text
 from mctf_hf.hub import load_image_processor
@@ -93,18 +93,22 @@ def check_reference(encoder: Encoder) -> dict[str, float]:
     }
 
 
-def settings_by_name(model: Any, described: Description, tuned: list[str]) -> dict[str, Setting]:
+def settings_by_name(
+    model: Any, described: Description, tuned: list[str]
+) -> dict[str, FittedCandidate]:
     """All methods at all budgets, and what ``mctf tune`` wrote to some folders."""
     found = {}
     for folder in tuned:
         settings = read_object(Path(folder, TUNING))["settings"]
         with fusion_of(model, **settings) as fusion:
             cost = described.of(fusion.settings)
-        found[f"tuned {Path(folder).name}"] = Setting(Candidate("tuned"), settings, cost)
-    for way in ways_for(model):
+        found[f"tuned {Path(folder).name}"] = FittedCandidate(Candidate("tuned"), settings, cost)
+    for method in methods_for(model):
         for fraction in BUDGETS:
-            budget = int(fraction * described.whole)
-            found[f"{way} {fraction}"] = meet(model, Candidate.untuned(way), budget, described)
+            budget = int(fraction * described.unfused)
+            found[f"{method} {fraction}"] = meet(
+                model, Candidate.untuned(method), budget, described
+            )
     return found
 
 

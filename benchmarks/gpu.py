@@ -477,8 +477,8 @@ def training(bench: Bench) -> Iterator[Row]:
 
     def with_teacher(model: Any) -> Tensor:
         embedded, less = model.embed(images), [fused // 4 for fused in model.config.r]
-        passes = [model(**embedded, **how, output_class_token=True) for how in ({}, {"r": less})]
-        parts = [part for one in passes for part in (one.logits, one.class_token)]
+        passes = [model(**embedded, **how, output_features=True) for how in ({}, {"r": less})]
+        parts = [part for one in passes for part in (one.logits, one.features)]
         return consistency(*parts, labels).total
 
     def step(model: Any, optimizer: Any, loss: Callable[[Any], Tensor]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from mctf_hf.release import check_names
+from mctf_hf.dependencies import check_names
 
 check_names(
     "Python",

@@ -183,7 +183,7 @@ def _plain_cost(own: type[Any], config: Any, image_size: int | None) -> int:
     """What the plain model of a class of this library costs."""
     with torch.device("meta"):
         model = own(config)
-    return describe(model.eval(), image_size).whole
+    return describe(model.eval(), image_size).unfused
 
 
 class Classifier(nn.Module):

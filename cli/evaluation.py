@@ -87,7 +87,7 @@ def evaluate(
     named = {"no fusion" if plain is None else "no fusion (plain model)": NO_FUSION, **settings}
     costs = [described.of(config, **amount) for amount in named.values()]
     if plain is not None:
-        costs[0] = described.whole
+        costs[0] = described.unfused
     measured = [
         Measurement(
             name=name,

@@ -31,8 +31,8 @@ from lightning_modules.checkpoints import Stopped
 from mctf_hf.problems import REGRESSION
 from mctf_hf.registry import backbone_of
 
+from .brief_help import BriefHelp
 from .commands import FINETUNING
-from .help import BriefHelp
 from .lightning_cli_private import OpenCLI
 from .options import command
 from .parsing import BriefErrors

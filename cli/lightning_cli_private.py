@@ -6,7 +6,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from mctf_hf.release import check_names
+from mctf_hf.dependencies import check_names
 
 check_names(
     "lightning",

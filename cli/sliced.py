@@ -45,6 +45,8 @@ def slice_tokens(model: nn.Module, counts: Sequence[int], stage: Stage, num_toke
     (encoder,) = find_encoders(model)
     for layer, count in zip(encoder.layers, counts, strict=True):
         num_tokens -= count
-        exchange_class(layer, fused_class(SlicedLayer, type(layer), names=encoder.family.names))
+        exchange_class(
+            layer, fused_class(SlicedLayer, type(layer), names=encoder.family.layer_names)
+        )
         sliced: Any = layer
         sliced.left, sliced.stage = num_tokens, stage

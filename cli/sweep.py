@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.console import Console
 
-from mctf_hf.candidates import Candidate, Setting, budget_of, meet
+from mctf_hf.candidates import Candidate, FittedCandidate, budget_of, meet
 from mctf_hf.checks import check_range
 from mctf_hf.files import replace, write_text
 from mctf_hf.judging import Judge, Verdict, judge
@@ -15,7 +15,7 @@ from .models import load, parse
 from .options import read, refuse
 from .parsing import ArgumentParser
 from .paths import check_output
-from .verdicts import csv_of, draw, measure_speed, open_judge, table_of, ways_of
+from .verdicts import csv_of, draw, measure_speed, methods_of, open_judge, table_of
 
 
 def main(args: Sequence[str]) -> None:
@@ -79,9 +79,9 @@ def sweep(
     curves: dict[str, list[Verdict]] = {}
     for words in models:
         model, processor = load(words)
-        ways = () if methods == "own" else ways_of(methods, model)
+        chosen = () if methods == "own" else methods_of(methods, model)
         judging = open_judge(model, processor, images, num_images, labels=labels, split=split)
-        found = _verdicts(judging, ways, fractions)
+        found = _verdicts(judging, chosen, fractions)
         every = [verdict for curve in found.values() for verdict in curve]
         if speed:
             measure_speed(judging, every, batch_size=batch_size, rounds=rounds)
@@ -112,21 +112,21 @@ def _fractions(budgets: str) -> list[float]:
 
 
 def _verdicts(
-    judging: Judge, ways: Sequence[str], fractions: Sequence[float]
+    judging: Judge, methods: Sequence[str], fractions: Sequence[float]
 ) -> dict[str, list[Verdict]]:
     """What each method loses at each budget that it can meet; the model's own setting besides."""
     model, described = judging.model, judging.described
     found: dict[str, list[Verdict]] = {"unfused": [judge(judging, "unfused", None)]}
     if any(model.config.tokens_fused(described.num_tokens)):
-        own = Setting(Candidate("own"), {}, described.of(model.config))
+        own = FittedCandidate(Candidate("own"), {}, described.of(model.config))
         found["own"] = [judge(judging, "own", own)]
-    for way in ways:
+    for method in methods:
         for fraction in fractions:
             try:
                 budget = budget_of(model, fraction, described)
-                setting = meet(model, Candidate.untuned(way), budget, described)
+                setting = meet(model, Candidate.untuned(method), budget, described)
             except ValueError as error:
                 print(f"left out: {error}")
                 continue
-            found.setdefault(way, []).append(judge(judging, way, setting))
+            found.setdefault(method, []).append(judge(judging, method, setting))
     return found

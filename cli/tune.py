@@ -26,9 +26,9 @@ from .verdicts import (
     csv_of,
     draw,
     measure_speed,
+    methods_of,
     open_judge,
     table_of,
-    ways_of,
 )
 
 # Budgets to try, the dearest first, where a loss is given.
@@ -123,7 +123,7 @@ def tune_model(
 
     console = Console()
     loaded, processor = load(model)
-    ways = ways_of(methods, loaded)
+    chosen = methods_of(methods, loaded)
     judging = open_judge(loaded, processor, images, num_images, labels=labels, split=split)
     searching, ranking = judging.part(slice(0, None, 2)), judging.part(slice(1, None, 2))
     drawing = ranking
@@ -141,7 +141,7 @@ def tune_model(
     def search(fraction: float, start: Candidate | None = start) -> Tuned:
         with _Bar(console, f"{fraction:.3f} of the cost", trials) as progress:
             return tune(
-                searching, ranking, fraction, ways, trials=trials, storage=storage, seed=seed,
+                searching, ranking, fraction, chosen, trials=trials, storage=storage, seed=seed,
                 start=start, progress=progress,
             )  # fmt: skip
 
@@ -156,7 +156,7 @@ def tune_model(
     assert best.setting is not None
     title = f"{model}: {len(ranking)} images of {images} that the search has not seen"
     console.print(table_of([tuned.unfused, *tuned.ranking], title, best))
-    curves = _curves(drawing, best, ways)
+    curves = _curves(drawing, best, chosen)
     record = {
         "images": public_name(images),
         "num_images": [len(searching), len(ranking)],
@@ -288,7 +288,7 @@ def lost(verdict: Verdict, unfused: Verdict) -> float:
     return 100 * float(whole.float().mean() - kept.float().mean())
 
 
-def _curves(drawing: Judge, best: Verdict, ways: Sequence[str]) -> dict[str, list[Verdict]]:
+def _curves(drawing: Judge, best: Verdict, methods: Sequence[str]) -> dict[str, list[Verdict]]:
     """What the best setting and the untuned methods lose at several budgets."""
     assert best.setting is not None
     model, described = drawing.model, drawing.described
@@ -298,6 +298,6 @@ def _curves(drawing: Judge, best: Verdict, ways: Sequence[str]) -> dict[str, lis
         with suppress(ValueError):  # it cannot reduce as much
             same = meet(model, best.setting.candidate, budget, described)
             curves["tuned"].append(judge(drawing, "tuned", same))
-        for way, setting in untuned(model, ways, budget, described).items():
-            curves.setdefault(way, []).append(judge(drawing, way, setting))
+        for method, setting in untuned(model, methods, budget, described).items():
+            curves.setdefault(method, []).append(judge(drawing, method, setting))
     return curves

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_modules.opening import NamedDataset
-from mctf_hf.candidates import WAYS, ways_for
+from mctf_hf.candidates import METHODS, methods_for
 from mctf_hf.files import write_csv
 from mctf_hf.images import ImageReader
 from mctf_hf.judging import Judge, Verdict, applied
@@ -58,17 +58,17 @@ def open_judge(
     return Judge(model, reader.batch(pictures))
 
 
-def ways_of(words: str | None, model: Any) -> tuple[str, ...]:
+def methods_of(words: str | None, model: Any) -> tuple[str, ...]:
     """The methods that some words name, ``tome,mctf``; unset, all that suit the model.
 
     Raises:
         ValueError: for a name that is none, or one that does not suit the model.
     """
-    known = ways_for(model)
+    known = methods_for(model)
     names = known if words is None else tuple(name.strip() for name in words.split(","))
     for name in names:
         if name not in known:
-            unfit = " (it drops tokens, which this model restores)" if name in WAYS else ""
+            unfit = " (it drops tokens, which this model restores)" if name in METHODS else ""
             raise ValueError(
                 f"methods={words!r} is not allowed: {name!r} is none of {', '.join(known)}{unfit}"
             )

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from mctf_hf.candidates import Candidate, budget_of, meet, ways_for
+from mctf_hf.candidates import Candidate, budget_of, meet, methods_for
 from mctf_hf.classes import names_of
 from mctf_hf.configuration_mctf import as_pair
 from mctf_hf.cost import Description, describe
@@ -90,7 +90,7 @@ class Viewed:
         self.model, self.words, self.device = model.to(device), words, device
         self.reader = ImageReader(self.processor, model.config.num_channels)
         fuses = any(model.config.tokens_fused(model.config.num_tokens()))
-        self.methods = [OWN] * fuses + list(ways_for(model))
+        self.methods = [OWN] * fuses + list(methods_for(model))
         self.classifies = output_of(model) == "logits"
         self.names = names_of(model.config) if self.classifies else list(examples)
         if not self.classifies:
@@ -120,7 +120,7 @@ class Viewed:
         return Look(
             layers=layers,
             answers=self._answers(*(self._call(pixels, one) for one in (PLAIN, settings))),
-            cost=(described.whole, described.whole if settings is PLAIN else cost),
+            cost=(described.unfused, described.unfused if settings is PLAIN else cost),
             seconds=self._seconds(pixels, [PLAIN, settings]),
             words=self._words(settings),
         )

@@ -23,7 +23,7 @@ def amount_text(amount: Amount) -> str:
 
 def fusion_text(config: MCTFViTConfig, described: Description) -> str:
     """What a model fuses, and what that saves of its cost, in a line."""
-    tokens, plain = config.num_tokens(), described.whole / 1e9
+    tokens, plain = config.num_tokens(), described.unfused / 1e9
     cost = described.of(config) / 1e9
     fused = config.tokens_fused(tokens)
     if not any(fused):

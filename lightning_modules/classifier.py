@@ -59,7 +59,7 @@ class ImageClassifier(L.LightningModule):
 
     def forward(self, pixel_values: Tensor | None = None, **options: Any) -> Any:
         """Classify images, (b, channels, height, width); see ``MCTFViTForImageClassification``."""
-        return self.model(pixel_values, output_class_token=True, **options)
+        return self.model(pixel_values, output_features=True, **options)
 
     def on_validation_start(self) -> None:
         self.check_head()

@@ -21,6 +21,7 @@ from mctf_hf.problems import SINGLE
 
 from .augmentation import Crop, FlipAndCrop
 from .batch_augmentation import BatchAugmentation, Mixing, Normalization, RandomErasing
+from .evaluation_loaders import EvaluationLoader, UnpaddedSampler
 from .folders import find_images
 from .labelled_images import (
     AsBytes,
@@ -33,7 +34,6 @@ from .opening import NamedDataset
 from .processors import output_size
 from .rand_augment import RandAugment
 from .sampling import ResumableDataLoader, ResumableSampler, stop_with_parent_only
-from .shares import EvaluationLoader, UnpaddedSampler
 from .streaming import Share, StreamedImages, StreamLoader
 
 

@@ -2,7 +2,7 @@
 
 from datasets import Dataset
 
-from mctf_hf.release import check_names
+from mctf_hf.dependencies import check_names
 
 check_names("datasets", {"datasets.Dataset": ("_fingerprint",)})
 

@@ -41,12 +41,12 @@ class Pass(NamedTuple):
 
     Attributes:
         logits: (b, c), as the model classifies.
-        class_token: (b, d), after the final LayerNorm.
+        features: (b, d), what the head reads, after the final LayerNorm.
         loss: scalar, of classification.
     """
 
     logits: Tensor
-    class_token: Tensor
+    features: Tensor
     loss: Tensor
 
 
@@ -353,9 +353,9 @@ class MCTFFinetuner(ImageClassifier):
             teacher = self._training_pass(embedded, labels, guide_logits, **drawn)
             loss_parts = self.loss(
                 student.logits,
-                student.class_token,
+                student.features,
                 teacher.logits,
-                teacher.class_token,
+                teacher.features,
                 labels,
                 problem_type=self.problem_type,
                 student_loss=student.loss,
@@ -406,14 +406,14 @@ class MCTFFinetuner(ImageClassifier):
     ) -> Pass:
         """Classify embedded images, arguments of the model, and compare with labels and guide."""
         output = self(**embedded, **options)
-        logits, token = output.logits, output.class_token
+        logits, features = output.logits, output.features
         by_label = by_guide = logits
         if guide_logits is not None and output.distillation_logits is not None:
             by_label, by_guide = output.label_logits, output.distillation_logits
         loss = self.loss.label_loss(by_label, labels, self.problem_type)
         if guide_logits is not None:
             loss = self.distillation(loss, by_guide, guide_logits)
-        return Pass(logits, token, loss)
+        return Pass(logits, features, loss)
 
     def _mean_over_processes(self, value: Tensor) -> Tensor:
         """Mean over processes, without gradient; the same shape."""

@@ -6,7 +6,7 @@ import lightning as L
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import Tensor
 
-from mctf_hf.release import check_names
+from mctf_hf.dependencies import check_names
 
 check_names(
     "lightning",

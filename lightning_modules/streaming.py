@@ -22,6 +22,7 @@ from mctf_hf.problems import SINGLE
 
 from .augmentation import FlipAndCrop
 from .columns import Columns, find_columns
+from .evaluation_loaders import in_step
 from .labelled_images import (
     PixelReader,
     Sample,
@@ -30,7 +31,6 @@ from .labelled_images import (
 from .labels import encode, not_counted, settle
 from .ranks import warn_once
 from .sampling import ResumableDataLoader
-from .shares import in_step
 
 Batch = dict[str, Any]
 SHARDS_EACH = 8  # so many or more need not be the same number in all processes

@@ -18,11 +18,18 @@ from .anatomy import check_layer
 from .configuration_mctf import ROPE_POSITIONS, FusionConfigMixin, TokenFusion
 from .families import Encoder, explain, find_encoders, num_read_tokens, supported
 from .files import read_object
-from .fused_encoder import FusedLayers, exchange_class, fuse_layers, fused_class
+from .fused_encoder import FusedLayerList, exchange_class, fuse_layers, fused_class
 from .fused_layer import Tokens
 from .fused_models import FILE, FusedModel, FusedRunner
 from .fused_outputs import tracked
-from .hosted_layers import SETTINGS, Call, HostedLayers, enter_calls, leave_calls, show_to_compiled
+from .hosted_layers import (
+    SETTINGS,
+    Call,
+    HostedLayerList,
+    enter_calls,
+    leave_calls,
+    show_to_compiled,
+)
 from .modeling_mctf_dinov3_vit import FusedRotaryEmbedding
 from .registry import BACKBONES
 
@@ -62,7 +69,7 @@ def _fuse(model: Any, settings: dict[str, Any], given: dict[str, Any]) -> Any:
             f"{name} contains a model that fuses tokens already, {inside[0]!r}: call unfuse_tokens "
             "with that first"
         )
-    if any(isinstance(module, FusedLayers) for module in model.modules()):
+    if any(isinstance(module, FusedLayerList) for module in model.modules()):
         own = isinstance(getattr(model, "config", None), FusionConfigMixin)
         advice = (
             "change its configuration, or load it with other settings"
@@ -79,7 +86,7 @@ def _fuse(model: Any, settings: dict[str, Any], given: dict[str, Any]) -> Any:
     chosen = [_settings(encoder, settings, given) for encoder in encoders]
     _settle_readers(model, encoders, chosen)
     for encoder, its in zip(encoders, chosen, strict=True):
-        fuse_layers(encoder.layers, encoder.family.names, its, HostedLayers)
+        fuse_layers(encoder.layers, encoder.family.layer_names, its, HostedLayerList)
         if encoder.family.rotary is not None:
             rotary = encoder.owner.get_submodule(encoder.family.rotary)
             exchange_class(rotary, fused_class(FusedRotaryEmbedding, type(rotary)))
@@ -122,7 +129,7 @@ def _settings(encoder: Encoder, settings: dict[str, Any], given: dict[str, Any])
     if reason is not None:
         raise ValueError(f"tokens of this {name} cannot be fused: {reason}")
     for layer in encoder.layers.children():
-        check_layer(layer, family.names)
+        check_layer(layer, family.layer_names)
     if family.rotary is not None:
         settings = {"rope_positions": ROPE_POSITIONS, **settings}
     elif settings.get("rope_positions") is not None:
@@ -138,9 +145,9 @@ def _settings(encoder: Encoder, settings: dict[str, Any], given: dict[str, Any])
         **settings,
     )
     made.check_effect(given)
-    if not made.restore and encoder.backbone is not None:
+    if not made.restore and encoder.grid_class is not None:
         raise ValueError(
-            f"restore={made.restore!r} is not allowed with {encoder.backbone}, which makes grids "
+            f"restore={made.restore!r} is not allowed with {encoder.grid_class}, which makes grids "
             "of its tokens"
         )
     return made
@@ -236,7 +243,7 @@ def fusion_of(model: Any, **settings: Any) -> Iterator[FusionRecord]:
     calls = []
     for encoder in find_encoders(model):
         layers = encoder.layers
-        assert isinstance(layers, HostedLayers)
+        assert isinstance(layers, HostedLayerList)
         own = {name: getattr(layers.active().settings, name) for name in SETTINGS}
         chosen = _settings(encoder, _defined(own) | settings, settings)
         calls.append(Call(chosen, history=True))

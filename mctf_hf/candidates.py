@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .cost import Description, describe, settings_of
+from .cost import Description, describe, fusion_config_of
 from .reducers import REDUCERS
 
 # How many tokens a layer may lose for each one that the mean of the layers loses.
@@ -66,7 +66,7 @@ _CRITERIA = (
 
 
 @dataclass(frozen=True)
-class Way:
+class Method:
     """A method and what a search may vary about it.
 
     Attributes:
@@ -82,15 +82,15 @@ class Way:
     drops: bool = False
 
 
-WAYS: dict[str, Way] = {
-    "mctf": Way({"reduction": "mctf", "one_step_ahead": "approximate"}, _CRITERIA, 1),
-    "mctf_present": Way({"reduction": "mctf", "one_step_ahead": "present"}, _CRITERIA, 1),
-    "tome": Way({"reduction": "tome"}, (_PROPORTIONAL,)),
-    "pitome": Way({"reduction": "pitome"}, (Dial("margin", 0.75),)),
-    "diffrate": Way({"reduction": "diffrate"}, (Dial("dropped", 0.0, high=0.95), _PROPORTIONAL),
+METHODS: dict[str, Method] = {
+    "mctf": Method({"reduction": "mctf", "one_step_ahead": "approximate"}, _CRITERIA, 1),
+    "mctf_present": Method({"reduction": "mctf", "one_step_ahead": "present"}, _CRITERIA, 1),
+    "tome": Method({"reduction": "tome"}, (_PROPORTIONAL,)),
+    "pitome": Method({"reduction": "pitome"}, (Dial("margin", 0.75),)),
+    "diffrate": Method({"reduction": "diffrate"}, (Dial("dropped", 0.0, high=0.95), _PROPORTIONAL),
         drops=True),
-    "token_mergence": Way({"reduction": "token_mergence"}, (_PROPORTIONAL,)),
-    "evit": Way({"reduction": "evit"}),
+    "token_mergence": Method({"reduction": "token_mergence"}, (_PROPORTIONAL,)),
+    "evit": Method({"reduction": "evit"}),
 }  # fmt: skip
 
 
@@ -99,20 +99,20 @@ class Candidate:
     """A way to reduce tokens, before it is known how many.
 
     Attributes:
-        way: its name in :data:`WAYS`.
+        method: its name in :data:`METHODS`.
         settings: of its dials.
         weights: how the reduction is spread, a number of at least 0 for each layer; unset, as the
             method's paper does.
     """
 
-    way: str
+    method: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     weights: tuple[float, ...] | None = None
 
     @classmethod
-    def untuned(cls, way: str) -> "Candidate":
+    def untuned(cls, method: str) -> "Candidate":
         """The method as its paper has it."""
-        return cls(way, {dial.name: dial.untuned for dial in WAYS[way].dials})
+        return cls(method, {dial.name: dial.untuned for dial in METHODS[method].dials})
 
     @classmethod
     def of(cls, settings: Any, num_tokens: int) -> "Candidate | None":
@@ -125,9 +125,9 @@ class Candidate:
             whole = max(amounts)
         else:
             whole = sum(amounts) / len(amounts)
-        for name, way in WAYS.items():
-            values = {dial.name: getattr(settings, dial.name) for dial in way.dials}
-            alike = all(getattr(settings, key) == value for key, value in way.fixed.items())
+        for name, method in METHODS.items():
+            values = {dial.name: getattr(settings, dial.name) for dial in method.dials}
+            alike = all(getattr(settings, key) == value for key, value in method.fixed.items())
             if alike and not any(isinstance(value, list) for value in values.values()):
                 return cls(name, values, tuple(amount / whole for amount in amounts))
         return None
@@ -152,7 +152,7 @@ FALLING = 0.25
 
 
 @dataclass(frozen=True)
-class Setting:
+class FittedCandidate:
     """A candidate that meets a budget.
 
     Attributes:
@@ -166,15 +166,15 @@ class Setting:
     cost: int
 
 
-def ways_for(model: Any) -> tuple[str, ...]:
-    """Names of the ways that suit a model: all but those that drop tokens which it restores."""
-    restores = settings_of(model).restore
-    return tuple(name for name, way in WAYS.items() if not (way.drops and restores))
+def methods_for(model: Any) -> tuple[str, ...]:
+    """Names of the methods that suit a model: all but those that drop tokens which it restores."""
+    restores = fusion_config_of(model).restore
+    return tuple(name for name, method in METHODS.items() if not (method.drops and restores))
 
 
 def meet(
     model: Any, candidate: Candidate, budget: int, described: Description | None = None
-) -> Setting:
+) -> FittedCandidate:
     """The settings of a candidate that cost most within a budget.
 
     Args:
@@ -186,9 +186,9 @@ def meet(
         ValueError: if the candidate cannot reduce as much.
     """
     described = described or describe(model)
-    config = copy.copy(settings_of(model))
+    config = copy.copy(fusion_config_of(model))
     chosen: dict[str, Any] = {
-        **WAYS[candidate.way].fixed,
+        **METHODS[candidate.method].fixed,
         **candidate.settings,
         "fusion_layers": None,
         "inflection": 0.0,
@@ -213,8 +213,8 @@ def meet(
     least = cost(amounts(high))
     if least > budget:
         raise ValueError(
-            f"a budget of {budget / 1e9:.4g} GMACs cannot be met by {candidate.way}, which leaves "
-            f"{least / 1e9:.4g} of {described.whole / 1e9:.4g}"
+            f"a budget of {budget / 1e9:.4g} GMACs cannot be met by {candidate.method}, which "
+            f"leaves {least / 1e9:.4g} of {described.unfused / 1e9:.4g}"
         )
     for _ in range(40):
         middle = (low + high) / 2
@@ -224,26 +224,26 @@ def meet(
         chosen["keep_rate"] = found
     else:
         chosen["r"] = _filled(list(config.tokens_fused(described.num_tokens, found)), cost, budget)
-    return Setting(candidate, chosen, cost(chosen["keep_rate" if by_rate else "r"]))
+    return FittedCandidate(candidate, chosen, cost(chosen["keep_rate" if by_rate else "r"]))
 
 
 def untuned(
-    model: Any, ways: Sequence[str], budget: int, described: Description | None = None
-) -> dict[str, Setting]:
+    model: Any, methods: Sequence[str], budget: int, described: Description | None = None
+) -> dict[str, FittedCandidate]:
     """Methods as their papers have them, at a budget; those that cannot meet it are left out.
 
     Args:
         model, budget, described: see :func:`meet`.
-        ways: names in :data:`WAYS`.
+        methods: names in :data:`METHODS`.
 
     Raises:
         ValueError: if none of them can.
     """
-    found: dict[str, Setting] = {}
+    found: dict[str, FittedCandidate] = {}
     problems: list[ValueError] = []
-    for way in ways:
+    for method in methods:
         try:
-            found[way] = meet(model, Candidate.untuned(way), budget, described)
+            found[method] = meet(model, Candidate.untuned(method), budget, described)
         except ValueError as error:
             problems.append(error)
     if not found:
@@ -258,7 +258,7 @@ def _weights(config: Any, candidate: Candidate, num_layers: int) -> list[float]:
     if reducer.amount == "keep_rate":
         fusing = reducer.default_layers(num_layers)
     else:
-        fusing = range(WAYS[candidate.way].first_layer, num_layers)
+        fusing = range(METHODS[candidate.method].first_layer, num_layers)
     return [float(layer in fusing) for layer in range(num_layers)]
 
 
@@ -279,4 +279,4 @@ def budget_of(model: Any, fraction: float, described: Description | None = None)
     """
     if isinstance(fraction, bool) or not 0 < fraction < 1 or not math.isfinite(fraction):
         raise ValueError(f"budget={fraction!r} is not allowed: it is above 0 and below 1")
-    return int(fraction * (described or describe(model)).whole)
+    return int(fraction * (described or describe(model)).unfused)

@@ -24,9 +24,9 @@ from .anatomy import attention_core, attention_names
 from .apply import fusion_of
 from .configuration_mctf import FusionConfigMixin, as_pair
 from .families import find_encoders
-from .fused_encoder import FusedLayers
+from .fused_encoder import FusedLayerList
 from .fused_models import FusedModel
-from .hosted_layers import HostedLayers
+from .hosted_layers import HostedLayerList
 from .reducers import Reducer, Stage, build_reducer
 from .registry import BACKBONES
 from .schedule import KeepRate, TokensFused
@@ -68,7 +68,7 @@ class LayerCost:
         return self.output + self.norms[1] + self.mlp
 
     @classmethod
-    def of(cls, layers: FusedLayers) -> "LayerCost":
+    def of(cls, layers: FusedLayerList) -> "LayerCost":
         """The parts of the first of some layers, all of which are alike."""
         layer, names = layers[0], layers.names
         attention = getattr(layer, names.attention)
@@ -122,7 +122,7 @@ class Description:
     num_read: int | None = None
 
     @property
-    def whole(self) -> int:
+    def unfused(self) -> int:
         """Multiply-accumulates of one image without fusion, all tokens computed everywhere.
 
         It is what transformers' model costs, and what budgets are parts of.
@@ -168,10 +168,10 @@ def multiply_accumulates(
     Raises:
         ValueError: for an ``r`` or a ``keep_rate`` that is not allowed.
     """
-    return describe(model, image_size).of(settings_of(model), r=r, keep_rate=keep_rate)
+    return describe(model, image_size).of(fusion_config_of(model), r=r, keep_rate=keep_rate)
 
 
-def settings_of(model: Any) -> FusionConfigMixin:
+def fusion_config_of(model: Any) -> FusionConfigMixin:
     """The settings of fusion of a model or a configuration, as they are here and now."""
     if isinstance(model, FusedModel):
         return model.fused_layers[0].active().settings
@@ -182,7 +182,7 @@ def describe(model: Any, image_size: int | tuple[int, int] | None = None) -> Des
     """What a model costs, without fusion and by layer; see :func:`multiply_accumulates`."""
     if isinstance(model, FusedModel):
         return _count_hosted(model, image_size)
-    config: Any = settings_of(model)
+    config: Any = fusion_config_of(model)
     size = config.usual_size if image_size is None else as_pair(image_size)
     if model is config:
         fusion = FusionConfigMixin.__dataclass_fields__
@@ -211,7 +211,7 @@ def _described(
 
 
 def _count(model: Any, config: Any, size: tuple[int, int]) -> Description:
-    layers = next(m for m in model.modules() if isinstance(m, FusedLayers))
+    layers = next(m for m in model.modules() if isinstance(m, FusedLayerList))
     channels = config.num_channels
     options: dict[str, Any] = {}
     if size != as_pair(config.image_size):
@@ -233,7 +233,7 @@ def _count_hosted(model: Any, image_size: int | tuple[int, int] | None) -> Descr
     encoder = find_encoders(model)[0]
     inputs, options = encoder.family.example(encoder.owner, image_size)
     layers, seen = encoder.layers, []
-    assert isinstance(layers, HostedLayers)
+    assert isinstance(layers, HostedLayerList)
     hook = layers.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
     try:
         with fusion_of(model, reduction="none"):
@@ -318,7 +318,7 @@ def r_for_budget(
         ValueError: for a fraction outside (0, 1], a budget that no r meets, or a configuration
             that reduces nothing, or by ``keep_rate``.
     """
-    settings = settings_of(model)
+    settings = fusion_config_of(model)
     _check_budget(settings, fraction, "r")
     described = describe(model, image_size)
     tokens = described.num_tokens
@@ -326,12 +326,12 @@ def r_for_budget(
     def cost(r: TokensFused) -> int:
         return described.of(settings, r=r)
 
-    budget = fraction * described.whole
+    budget = fraction * described.unfused
     most = max(1, (tokens - settings.num_prefix_tokens) // 2)
     fitting = (r for r in range(most + 1) if cost(r) <= budget)
     constant = next(fitting, None)
     if constant is None:
-        raise _too_small(fraction, f"r={most}", cost(most) / described.whole)
+        raise _too_small(fraction, f"r={most}", cost(most) / described.unfused)
     schedule: list[int | float] = list(settings.tokens_fused(tokens, constant))
     changed = True
     while changed:
@@ -355,18 +355,18 @@ def keep_rate_for_budget(model: Any, fraction: float, *, image_size: int | None 
         ValueError: for a fraction outside (0, 1], a budget that no rate meets, or a configuration
             that reduces nothing, or by ``r``.
     """
-    settings = settings_of(model)
+    settings = fusion_config_of(model)
     _check_budget(settings, fraction, "keep_rate")
     described = describe(model, image_size)
 
     def cost(thousandths: int) -> int:
         return described.of(settings, keep_rate=thousandths / 1000)
 
-    budget = fraction * described.whole
+    budget = fraction * described.unfused
     fitting = (rate for rate in range(1000, 0, -1) if cost(rate) <= budget)
     found = next(fitting, None)
     if found is None:
-        raise _too_small(fraction, "keep_rate=0.001", cost(1) / described.whole)
+        raise _too_small(fraction, "keep_rate=0.001", cost(1) / described.unfused)
     return found / 1000
 
 

@@ -150,22 +150,22 @@ class Embedder(nn.Module):
         model, config = self.model, self.model.config
         head_reads_more = isinstance(model, MCTFEncoderClassifierMixin)
         if self.vector == "pooled" or (self.vector == "class_token" and not head_reads_more):
-            output = model(pixel_values, output_class_token=True, **options)
-            return output.class_token, output.class_token, output.logits
+            output = model(pixel_values, output_features=True, **options)
+            return output.features, output.features, output.logits
         seen: list[Any] = []
         # Somebody who looks at the encoder is shown all tokens.
         hook = model.base_model.register_forward_hook(lambda *call: seen.append(call[-1]))
         try:
-            output = model(pixel_values, output_class_token=True, **options)
+            output = model(pixel_values, output_features=True, **options)
         finally:
             hook.remove()
         hidden_states, sizes = seen[0].last_hidden_state, None
         if self.vector == "class_token":
-            return hidden_states[:, 0], output.class_token, output.logits
+            return hidden_states[:, 0], output.features, output.logits
         if not config.restore:
             sizes = output.token_sizes
         vectors = _mean_patches(hidden_states, sizes, config.num_prefix_tokens)
-        return vectors, output.class_token, output.logits
+        return vectors, output.features, output.logits
 
     def _options(self, pixel_values: Tensor) -> dict[str, Any]:
         config = self.model.config

@@ -12,7 +12,7 @@ from transformers.backbone_utils import BackboneMixin
 
 from .anatomy import AIMV2, BEIT, CLIP, DINO, INTERNVL, VIT, LayerNames, check_layer
 from .configuration_mctf import as_pair
-from .fused_encoder import FusedLayers
+from .fused_encoder import FusedLayerList
 
 
 def _registers(config: Any) -> int:
@@ -32,8 +32,8 @@ class Family:
     Attributes:
         name: as people call it.
         owners: classes of transformers that embed images and run the layers.
-        layers: where their list of layers is.
-        names: of the parts of a layer.
+        layers_path: where their list of layers is.
+        layer_names: of the parts of a layer.
         prefix: how many tokens come before the patches, or a function of the configuration.
         rotary: where the module is that makes rotary positions.
         spectrogram: whether it takes spectrograms, not images.
@@ -42,8 +42,8 @@ class Family:
 
     name: str
     owners: tuple[str, ...]
-    layers: str
-    names: LayerNames
+    layers_path: str
+    layer_names: LayerNames
     prefix: int | Callable[[Any], int] = 1
     rotary: str | None = None
     spectrogram: bool = False
@@ -152,7 +152,7 @@ class Encoder(NamedTuple):
         family: how it is written.
         layers: its list of layers.
         runner: the module that iterates over them.
-        backbone: class of the backbone that it is or is in, which makes grids; or ``None``.
+        grid_class: class of the backbone that it is or is in, which makes grids; or ``None``.
     """
 
     path: str
@@ -160,7 +160,7 @@ class Encoder(NamedTuple):
     family: Family
     layers: nn.ModuleList
     runner: nn.Module
-    backbone: str | None
+    grid_class: str | None
 
 
 def find_encoders(model: nn.Module) -> list[Encoder]:
@@ -170,15 +170,15 @@ def find_encoders(model: nn.Module) -> list[Encoder]:
         family = family_of(module)
         if family is not None:
             assert isinstance(module, PreTrainedModel)
-            layers = module.get_submodule(family.layers)
+            layers = module.get_submodule(family.layers_path)
             assert isinstance(layers, nn.ModuleList)
-            runner = module.get_submodule(family.layers.rpartition(".")[0])
-            backbone = _backbone(model, path)
-            found.append(Encoder(path, module, family, layers, runner, backbone))
+            runner = module.get_submodule(family.layers_path.rpartition(".")[0])
+            grid_class = _grid_class(model, path)
+            found.append(Encoder(path, module, family, layers, runner, grid_class))
     return found
 
 
-def _backbone(model: nn.Module, path: str) -> str | None:
+def _grid_class(model: nn.Module, path: str) -> str | None:
     """The class of the first backbone on the way to a module."""
     parts = path.split(".") if path else []
     way = [model.get_submodule(".".join(parts[:i])) for i in range(len(parts) + 1)]
@@ -229,13 +229,13 @@ def explain(model: nn.Module) -> str:
     if layers is None:
         return f"{name} has no vision encoder: it has no list of layers at all; {families}"
     layer, reasons = layers[0], []
-    for names in dict.fromkeys(family.names for family in FAMILIES):
+    for names in dict.fromkeys(family.layer_names for family in FAMILIES):
         try:
             check_layer(layer, names)
         except ValueError as error:
             reasons.append(str(error).split(",")[0])
     reason = "they are of no known encoder for images"
-    if len(reasons) == len({family.names for family in FAMILIES}):
+    if len(reasons) == len({family.layer_names for family in FAMILIES}):
         # Of the vocabularies that fit least badly, what is missing.
         reason = min(reasons, key=len)
     return (
@@ -246,7 +246,7 @@ def explain(model: nn.Module) -> str:
 
 def _stacks(model: nn.Module) -> Iterator[nn.ModuleList]:
     for module in model.modules():
-        if not isinstance(module, nn.ModuleList) or isinstance(module, FusedLayers):
+        if not isinstance(module, nn.ModuleList) or isinstance(module, FusedLayerList):
             continue
         if len({type(layer) for layer in module.children()}) == 1:
             yield module

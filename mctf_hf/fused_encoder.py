@@ -82,7 +82,7 @@ class Rotary(NamedTuple):
     frequencies: Tensor
 
 
-class FusedLayers(nn.ModuleList):
+class FusedLayerList(nn.ModuleList):
     """The layers of an encoder, which run as one.
 
     Attributes:
@@ -107,7 +107,7 @@ class FusedLayers(nn.ModuleList):
         history: bool = False,
         rotary: Rotary | None = None,
         mask: Tensor | None = None,
-        whole: bool = False,
+        keeps_all: bool = False,
         num_read: int | None = None,
         **kwargs: Any,
     ) -> Tokens:
@@ -121,7 +121,7 @@ class FusedLayers(nn.ModuleList):
             history: and the assignments of each layer.
             rotary: positions of the patches of rotary encoders.
             mask: of attention, as the layers take it; only without fusion.
-            whole: the tokens are going to be restored.
+            keeps_all: the tokens are going to be restored, so none may be dropped.
             num_read: so many prefix tokens alone are read of what leaves the last layer, which
                 then computes no others, unless ``history`` is asked for, or attentions or hidden
                 states of all layers, or somebody has hooked on to that layer.
@@ -142,13 +142,13 @@ class FusedLayers(nn.ModuleList):
                     logger.warning_once(short)
         if num_read is not None and (history or self._is_shown(kwargs)):
             num_read = None
-        whole = whole and num_read is None
-        track = history or (num_read is None and (track or (whole and any(counts))))
+        keeps_all = keeps_all and num_read is None
+        track = history or (num_read is None and (track or (keeps_all and any(counts))))
         run = functools.partial(
             self._run,
             args=args,
             kwargs=kwargs,
-            step=_step(settings, whole, num_read),
+            step=_step(settings, keeps_all, num_read),
             counts=counts,
             track=track,
             history=history,
@@ -265,7 +265,9 @@ def goes_in_slices(x: Tensor) -> bool:
     return x.is_cpu and not is_recorded()
 
 
-def _step(settings: FusionConfigMixin, whole: bool = False, num_read: int | None = None) -> Step:
+def _step(
+    settings: FusionConfigMixin, keeps_all: bool = False, num_read: int | None = None
+) -> Step:
     reducer = build_reducer(settings)
     return Step(
         reducer=reducer,
@@ -274,8 +276,8 @@ def _step(settings: FusionConfigMixin, whole: bool = False, num_read: int | None
         class_token=settings.class_token,
         proportional_attention=settings.proportional_attention
         and (reducer is None or reducer.biases_attention),
-        restore=settings.restore,
-        whole=whole,
+        shown_restored=settings.restore,
+        keeps_all=keeps_all,
         rope_positions=getattr(settings, "rope_positions", None),
         num_read=num_read,
     )
@@ -320,7 +322,7 @@ def fuse_layers(
     layers: nn.ModuleList,
     names: LayerNames,
     settings: FusionConfigMixin,
-    kind: type[FusedLayers] = FusedLayers,
+    kind: type[FusedLayerList] = FusedLayerList,
 ) -> None:
     """Let the layers of an encoder fuse tokens, in place.
 

@@ -90,8 +90,8 @@ class Step(NamedTuple):
         num_prefix_tokens: tokens at the front that take no part.
         class_token: whether the first token stands for the whole image.
         proportional_attention: whether sizes enter attention.
-        restore: show the hidden states at the places of the embedded tokens to whoever looks.
-        whole: whether the tokens will be restored, so that none may be dropped.
+        shown_restored: whether hooks see the hidden states at the places of the embedded tokens.
+        keeps_all: whether the tokens will be restored, so that none may be dropped.
         rope_positions: see :class:`.configuration_mctf.RotaryConfigMixin`.
         frequencies: (d / h / 4,), turns of the channels per unit of a coordinate; or ``None``.
         num_read: so many prefix tokens alone are to leave the layer, which computes nothing else;
@@ -104,8 +104,8 @@ class Step(NamedTuple):
     num_prefix_tokens: int
     class_token: bool
     proportional_attention: bool
-    restore: bool = False
-    whole: bool = False
+    shown_restored: bool = False
+    keeps_all: bool = False
     rope_positions: str | None = None
     frequencies: Tensor | None = None
     num_read: int | None = None
@@ -181,7 +181,7 @@ class FusedLayer:
                 return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
             return self._run(Tokens(hidden_states), UNFUSED, *args, **kwargs).hidden_states
         tokens = self._run(tokens._replace(hidden_states=hidden_states), step, *args, **kwargs)
-        shown = step.restore and self._forward_hooks
+        shown = step.shown_restored and self._forward_hooks
         return tokens.restored() if shown else tokens.hidden_states, tokens
 
     def _run(
@@ -371,7 +371,7 @@ def _check(reduction: Reduction, tokens: Tokens, step: Step) -> None:
             f"{name} returned a reduction with maximum={reduction.maximum}, where its "
             f"pools_linearly is {step.reducer.pools_linearly}"
         )
-    if step.whole and found + reduction.merged.shape[0] < reduction.rows.shape[0]:
+    if step.keeps_all and found + reduction.merged.shape[0] < reduction.rows.shape[0]:
         raise ValueError(
             f"{name} drops tokens, which cannot be restored: let it say drops_tokens=True, and set "
             "restore to False"

@@ -16,7 +16,7 @@ from .fused_outputs import with_fusion
 from .hosted_layers import (
     SETTINGS,
     Call,
-    HostedLayers,
+    HostedLayerList,
     enter_calls,
     leave_calls,
     refuse,
@@ -30,7 +30,7 @@ FILE = "token_fusion.json"
 class FusedRunner:
     """What runs layers with fusion; before its class, of transformers or torch."""
 
-    hosted_layers: HostedLayers
+    hosted_layers: HostedLayerList
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -52,7 +52,7 @@ class FusedModel:
     library do. Saving writes the settings of fusion beside the checkpoint, which is unchanged.
     """
 
-    fused_layers: list[HostedLayers]
+    fused_layers: list[HostedLayerList]
     host: ClassVar[Any]
     config: Any
 

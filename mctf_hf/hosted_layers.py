@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_mctf import FusionConfigMixin, TokenFusion
-from .fused_encoder import FusedLayers, check_mask
+from .fused_encoder import FusedLayerList, check_mask
 from .fused_layer import Tokens
 from .reducers import build_reducer
 from .schedule import KeepRate, TokensFused
@@ -49,7 +49,7 @@ _CALLS: ContextVar[dict[int, Call]] = ContextVar("calls")
 _RUNNING: ContextVar[frozenset[int]] = ContextVar("running", default=frozenset())
 
 
-class HostedLayers(FusedLayers):
+class HostedLayerList(FusedLayerList):
     """Layers in a model of transformers, which iterates over them to run them one by one.
 
     In its loop, iterating yields this object alone, which runs all layers; elsewhere, each layer.
@@ -116,7 +116,7 @@ class HostedLayers(FusedLayers):
             track=not read,
             history=call.history,
             rotary=rotary,
-            whole=not drops,
+            keeps_all=not drops,
             num_read=read,
             **kwargs,
         )
@@ -135,7 +135,7 @@ def refuse(options: dict[str, Any]) -> None:
 
 
 def run_hosted(
-    layers: Sequence[HostedLayers], forward: Callable[..., Any], *args: Any, **kwargs: Any
+    layers: Sequence[HostedLayerList], forward: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
     """Call a forward that iterates over layers to run them."""
     if torch.compiler.is_compiling():
@@ -153,7 +153,7 @@ def run_hosted(
         _RUNNING.reset(token)
 
 
-def enter_calls(layers: Sequence[HostedLayers], calls: Sequence[Call]) -> Any:
+def enter_calls(layers: Sequence[HostedLayerList], calls: Sequence[Call]) -> Any:
     """Let layers run as in some calls from here on; returns what :func:`leave_calls` needs."""
     if torch.compiler.is_compiling():
         before = [one.call for one in layers]
@@ -164,7 +164,7 @@ def enter_calls(layers: Sequence[HostedLayers], calls: Sequence[Call]) -> Any:
     return _CALLS.set({**_CALLS.get({}), **mine})
 
 
-def leave_calls(layers: Sequence[HostedLayers], entered: Any) -> None:
+def leave_calls(layers: Sequence[HostedLayerList], entered: Any) -> None:
     if not isinstance(entered, list):
         _CALLS.reset(entered)
         return
@@ -176,7 +176,9 @@ _COMPILED = Lock()
 _BLOCKS: dict[int, list[Call]] = {}  # of fusion_of, by the id of the layers
 
 
-def show_to_compiled(layers: Sequence[HostedLayers], calls: Sequence[Call], inside: bool) -> None:
+def show_to_compiled(
+    layers: Sequence[HostedLayerList], calls: Sequence[Call], inside: bool
+) -> None:
     """Let what is compiled see the calls of a block, in whatever thread, while it lasts."""
     with _COMPILED:
         for one, call in zip(layers, calls, strict=True):

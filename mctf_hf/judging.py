@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .apply import fusion_of
-from .candidates import Setting
-from .cost import describe, settings_of
+from .candidates import FittedCandidate
+from .cost import describe, fusion_config_of
 from .fused_models import FusedModel
 
 # Images that are judged at once.
@@ -155,7 +155,7 @@ class Verdict:
     """
 
     name: str
-    setting: Setting | None
+    setting: FittedCandidate | None
     cost: int
     fraction: float
     loss: Tensor
@@ -200,19 +200,19 @@ def _error(values: Tensor) -> float:
     return float(values.double().std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 
-def judge(judging: Judge, name: str, setting: Setting | None) -> Verdict:
+def judge(judging: Judge, name: str, setting: FittedCandidate | None) -> Verdict:
     """A setting on all of the judge's images; without one, the model without fusion."""
     described = judging.described
     outputs = judging.unfused if setting is None else judging.outputs(setting.settings)
     nothing = [0] * described.num_layers
-    unfused = described.cost(settings_of(judging.model), nothing)
+    unfused = described.cost(fusion_config_of(judging.model), nothing)
     cost = unfused if setting is None else setting.cost
     right, before = judging.right(outputs), judging.right(judging.unfused)
     return Verdict(
         name,
         setting,
         cost,
-        cost / described.whole,
+        cost / described.unfused,
         judging.loss(outputs),
         judging.change(outputs),
         judging.agreement(outputs),

@@ -85,9 +85,9 @@ class TokenReductionConsistency(nn.Module):
     def forward(
         self,
         student_logits: Tensor,
-        student_token: Tensor,
+        student_features: Tensor,
         teacher_logits: Tensor,
-        teacher_token: Tensor,
+        teacher_features: Tensor,
         labels: Tensor,
         *,
         problem_type: str = SINGLE,
@@ -99,7 +99,7 @@ class TokenReductionConsistency(nn.Module):
 
         Args:
             student_logits, teacher_logits: (b, c).
-            student_token, teacher_token: (b, d), class tokens after the final LayerNorm.
+            student_features, teacher_features: (b, d), what the head reads.
             labels: see :func:`label_loss`.
             problem_type: what labels are, as ``config.problem_type`` has it.
             student_loss, teacher_loss: scalars to use instead of the losses of the labels.
@@ -115,7 +115,7 @@ class TokenReductionConsistency(nn.Module):
         passing = confidence > self.confidence_threshold
         if problem_type == REGRESSION:
             passing = torch.ones_like(passing)
-        distance = (teacher_token.detach() - student_token).square().mean(1)  # [b]
+        distance = (teacher_features.detach() - student_features).square().mean(1)  # [b]
         count = mean_over_processes(passing.sum().float())
         consistency = (distance * passing).sum() / torch.where(count > 0, count, 1)
         student, teacher = student_loss, teacher_loss

@@ -237,7 +237,7 @@ def make_card(
         amount=None if config.reducer_class is None else config.reducer_class.amount,
         settings={field.name: getattr(config, field.name) for field in fields(FusionConfigMixin)},
         tokens=_tokens_by_layer(config),
-        base_gmacs=described.whole / 1e9,
+        base_gmacs=described.unfused / 1e9,
         gmacs=described.of(config) / 1e9,
         output=output,
         problem=problem_type(config),

@@ -132,13 +132,13 @@ class MCTFModelOutput(BaseModelOutputWithPooling):
 class MCTFImageClassifierOutput(ImageClassifierOutput):
     """Output of a classifier; the last six fields are filled by ``output_fusion=True``.
 
-    Those of the head are filled by ``output_class_token=True``, too.
+    Those of the head are filled by ``output_features=True``, too.
 
     Attributes:
         token_sizes: (b, m), how many of the embedded tokens each final token stands for.
         assignment: (b, n) int64, index of the final token that each embedded token became part of,
             -1 where it was dropped.
-        class_token: (b, d), what the head sees: the class token after the final LayerNorm, or the
+        features: (b, d), what the head reads: the class token after the final LayerNorm, or the
             mean of the patch tokens in a model without class token.
         label_logits: (b, labels), of the heads that learn the labels, in a model with another one.
         distillation_logits: (b, labels), of the head that learns from another classifier.
@@ -147,7 +147,7 @@ class MCTFImageClassifierOutput(ImageClassifierOutput):
 
     token_sizes: Tensor | None = None
     assignment: Tensor | None = None
-    class_token: Tensor | None = None
+    features: Tensor | None = None
     label_logits: Tensor | None = None
     distillation_logits: Tensor | None = None
     assignments: tuple[Tensor, ...] | None = None

@@ -1,6 +1,6 @@
 """CLIP's vision encoder (arXiv 2103.00020) that fuses tokens, with and without projection."""
 
-from .release import OLDEST as OLDEST  # before what older releases lack
+from .dependencies import OLDEST as OLDEST  # before what older releases lack
 
 # isort: split
 

@@ -1,6 +1,6 @@
 """DINOv2 (arXiv 2304.07193), with and without registers (arXiv 2309.16588), that fuses tokens."""
 
-from .release import OLDEST as OLDEST  # before what older releases lack
+from .dependencies import OLDEST as OLDEST  # before what older releases lack
 
 # isort: split
 

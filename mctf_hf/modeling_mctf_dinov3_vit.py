@@ -1,6 +1,6 @@
 """DINOv3's Vision Transformer (arXiv 2508.10104), which fuses tokens as it goes."""
 
-from .release import OLDEST as OLDEST  # before what older releases lack
+from .dependencies import OLDEST as OLDEST  # before what older releases lack
 
 # isort: split
 

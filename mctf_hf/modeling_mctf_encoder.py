@@ -12,7 +12,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .anatomy import LayerNames
-from .fused_encoder import FusedLayers, Rotary, fuse_layers
+from .fused_encoder import FusedLayerList, Rotary, fuse_layers
 from .modeling_mctf import (
     MCTFImageClassifierOutput,
     MCTFModelOutput,
@@ -45,7 +45,7 @@ class MCTFEncoderMixin(MCTFPreTrainedMixin):
         fuse_layers(self.fused_layers, self.names, config)
 
     @property
-    def fused_layers(self) -> FusedLayers:
+    def fused_layers(self) -> FusedLayerList:
         """The list of layers."""
         return self.get_submodule(self.layers_path)  # type: ignore[attr-defined]
 
@@ -138,7 +138,7 @@ class MCTFEncoderMixin(MCTFPreTrainedMixin):
             track=drops,
             history=output_fusion,
             rotary=rotary,
-            whole=not drops,
+            keeps_all=not drops,
             num_read=num_read(self, num_read_tokens),
             **kwargs,
         )
@@ -159,7 +159,7 @@ class MCTFEncoderClassifierMixin(MCTFPreTrainedMixin):
     Attributes:
         backbone_class: the encoder.
         pretrained_class: what all models of the family in transformers derive from.
-        reads_class_token: whether the head sees the class token.
+        reads_class_token: whether the head reads the class token.
         reads_patches: whether it sees the mean of the patches, after that. Each token counts as
             often as it has patches.
     """
@@ -190,7 +190,7 @@ class MCTFEncoderClassifierMixin(MCTFPreTrainedMixin):
         return self.base_model.embed(pixel_values, **options)  # type: ignore[attr-defined]
 
     def _read(self, hidden_states: Tensor, token_sizes: Tensor | None) -> Tensor:
-        """What the head sees of tokens, (b, m, d), or of all places, (b, n, d), without sizes."""
+        """What the head reads of tokens, (b, m, d), or of all places, (b, n, d), without sizes."""
         first = self.config.num_prefix_tokens
         patches = hidden_states[:, first:]
         if token_sizes is None:
@@ -207,14 +207,14 @@ class MCTFEncoderClassifierMixin(MCTFPreTrainedMixin):
         pixel_values: Tensor | None = None,
         labels: Tensor | None = None,
         output_fusion: bool = False,
-        output_class_token: bool = False,
+        output_features: bool = False,
         **kwargs: Any,
     ) -> MCTFImageClassifierOutput:
         """Classify images; arguments as of :meth:`MCTFEncoderMixin.forward`.
 
         Args:
             labels: (b,), for the cross-entropy loss (mean squared error if there is one label).
-            output_class_token: fill ``class_token``, which is what the head sees.
+            output_features: fill ``features``, which is what the head reads.
         """
         outputs = self.base_model(  # type: ignore[attr-defined]
             pixel_values,
@@ -236,5 +236,5 @@ class MCTFEncoderClassifierMixin(MCTFPreTrainedMixin):
             token_sizes=outputs.token_sizes if output_fusion else None,
             assignment=outputs.assignment if output_fusion else None,
             assignments=outputs.assignments if output_fusion else None,
-            class_token=features if output_class_token or output_fusion else None,
+            features=features if output_features or output_fusion else None,
         )

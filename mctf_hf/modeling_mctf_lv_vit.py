@@ -4,7 +4,7 @@ A stem of convolutions before the patches, residual branches divided by a consta
 all tokens beside that on the class token; everything else is :mod:`modeling_mctf_vit`.
 """
 
-from .release import OLDEST as OLDEST  # before what older releases lack
+from .dependencies import OLDEST as OLDEST  # before what older releases lack
 
 # isort: split
 
@@ -118,8 +118,8 @@ class MCTFLVViTForImageClassification(MCTFViTForImageClassification):
     def num_read_tokens(self) -> int | None:
         return super().num_read_tokens if self.auxiliary_classifier is None else None
 
-    def _classify(self, hidden_states: Tensor, class_token: Tensor) -> HeadLogits:
-        logits, by_label, by_guide = super()._classify(hidden_states, class_token)
+    def _classify(self, hidden_states: Tensor, features: Tensor) -> HeadLogits:
+        logits, by_label, by_guide = super()._classify(hidden_states, features)
         if self.auxiliary_classifier is None:
             return HeadLogits(logits, by_label, by_guide)
         patches = hidden_states[:, self.config.num_prefix_tokens :]

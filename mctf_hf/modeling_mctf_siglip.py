@@ -1,6 +1,6 @@
 """SigLIP's vision encoder (arXiv 2303.15343, SigLIP 2: arXiv 2502.14786) that fuses tokens."""
 
-from .release import OLDEST as OLDEST  # before what older releases lack
+from .dependencies import OLDEST as OLDEST  # before what older releases lack
 
 # isort: split
 

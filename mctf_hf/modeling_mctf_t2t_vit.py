@@ -4,7 +4,7 @@ The front end turns overlapping windows of the image into tokens, in three steps
 transformer between them; everything else is :mod:`modeling_mctf_vit`.
 """
 
-from .release import OLDEST as OLDEST  # before what older releases lack
+from .dependencies import OLDEST as OLDEST  # before what older releases lack
 
 # isort: split
 

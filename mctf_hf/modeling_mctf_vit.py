@@ -5,7 +5,7 @@ What is new is in the layers (:mod:`.fused_layer`, :mod:`.fused_encoder`). Shape
 ``n`` tokens before and ``m`` tokens after all fusion, ``d`` channels.
 """
 
-from .release import OLDEST as OLDEST  # before what older releases lack
+from .dependencies import OLDEST as OLDEST  # before what older releases lack
 
 # isort: split
 
@@ -33,7 +33,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .anatomy import VIT, LayerNames
 from .configuration_mctf import EncoderConfigMixin, as_pair, number
-from .fused_encoder import FusedLayers, fuse_layers, goes_in_slices
+from .fused_encoder import FusedLayerList, fuse_layers, goes_in_slices
 from .fused_layer import FusedLayer
 from .modeling_mctf import (
     MCTFImageClassifierOutput,
@@ -355,7 +355,7 @@ class MCTFViTModel(MCTFPreTrainedMixin, ViTModel):
         self.post_init()
 
     @property
-    def fused_layers(self) -> FusedLayers:
+    def fused_layers(self) -> FusedLayerList:
         """The list of layers."""
         return self.layers  # type: ignore[return-value]
 
@@ -436,7 +436,7 @@ class MCTFViTModel(MCTFPreTrainedMixin, ViTModel):
             track=pools_patches,
             history=output_fusion,
             mask=mask,
-            whole=self.config.restore,
+            keeps_all=self.config.restore,
             num_read=num_read(self, num_read_tokens),
             **kwargs,
         )
@@ -530,9 +530,9 @@ class MCTFViTForImageClassification(MCTFPreTrainedMixin, ViTForImageClassificati
         self.classifier = make_head(config)
         self.distillation_classifier = make_head(config) if config.distillation_head else None
 
-    def _classify(self, hidden_states: Tensor, class_token: Tensor) -> HeadLogits:
+    def _classify(self, hidden_states: Tensor, features: Tensor) -> HeadLogits:
         """What the heads make of the backbone's tokens, (b, m, d), and their summary, (b, d)."""
-        by_label = self.classifier(class_token)
+        by_label = self.classifier(features)
         if self.distillation_classifier is None:
             return HeadLogits(by_label, by_label)
         by_guide = self.distillation_classifier(hidden_states[:, 1])
@@ -555,16 +555,16 @@ class MCTFViTForImageClassification(MCTFPreTrainedMixin, ViTForImageClassificati
         output_fusion: bool = False,
         inputs_embeds: Tensor | None = None,
         keep_rate: KeepRate | None = None,
-        output_class_token: bool = False,
+        output_features: bool = False,
         **kwargs: Any,
     ) -> MCTFImageClassifierOutput:
         """Classify images; arguments as of :meth:`MCTFViTModel.forward`.
 
         Args:
             labels: (b,), for the cross-entropy loss (mean squared error if there is one label).
-            output_class_token: fill ``class_token``, ``label_logits`` and ``distillation_logits``.
+            output_features: fill ``features``, ``label_logits`` and ``distillation_logits``.
         """
-        output_class_token = output_class_token or output_fusion
+        output_features = output_features or output_fusion
         outputs = self.vit(
             pixel_values,
             interpolate_pos_encoding=interpolate_pos_encoding,
@@ -579,9 +579,9 @@ class MCTFViTForImageClassification(MCTFPreTrainedMixin, ViTForImageClassificati
         )
         hidden_states = outputs.last_hidden_state
         token_sizes = None if self.config.restore else outputs.token_sizes
-        class_token = summary(self.config, hidden_states, token_sizes)
-        logits, by_label, by_guide = self._classify(hidden_states, class_token)
-        told = output_class_token and by_guide is not None
+        features = summary(self.config, hidden_states, token_sizes)
+        logits, by_label, by_guide = self._classify(hidden_states, features)
+        told = output_features and by_guide is not None
         return MCTFImageClassifierOutput(
             loss=None
             if labels is None
@@ -592,7 +592,7 @@ class MCTFViTForImageClassification(MCTFPreTrainedMixin, ViTForImageClassificati
             token_sizes=outputs.token_sizes if output_fusion else None,
             assignment=outputs.assignment if output_fusion else None,
             assignments=outputs.assignments if output_fusion else None,
-            class_token=class_token if output_class_token else None,
+            features=features if output_features else None,
             label_logits=by_label if told else None,
             distillation_logits=by_guide if told else None,
         )

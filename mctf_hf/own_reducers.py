@@ -72,7 +72,7 @@ def own_code(
     if reason:
         raise ValueError(f"{source.name}, which defines {reducer.__qualname__}: {reason}")
     entry = f"model_with_{module}"
-    lines = ["from .release import OLDEST", f"from .{module} import {reducer.__qualname__}"]
+    lines = ["from .dependencies import OLDEST", f"from .{module} import {reducer.__qualname__}"]
     lines += [f"from .{module} import {name}" for module, name in map(_split, classes.values())]
     lines = ['"""The classes of this model, after its own method is registered."""', "", *lines, ""]
     files = {f"{module}.py": text, f"{entry}.py": "\n".join(lines)}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.profiler import profile
 
-from .release import check_names
+from .dependencies import check_names
 
 check_names(
     "torch",

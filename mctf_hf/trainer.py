@@ -107,13 +107,13 @@ class ConsistencyTrainer(Trainer):
         if config.problem_type is None:
             self._check(config, settle_problem_type(config, labels))
         amount = teacher_amount(config, self.r_max, self.args.seed, self.state.global_step)
-        student = model(images, output_class_token=True)
-        teacher = model(images, **amount, output_class_token=True)
+        student = model(images, output_features=True)
+        teacher = model(images, **amount, output_features=True)
         losses = self.consistency(
             student.logits,
-            student.class_token,
+            student.features,
             teacher.logits,
-            teacher.class_token,
+            teacher.features,
             labels,
             problem_type=config.problem_type,
             mean_over_processes=lambda value: self.accelerator.reduce(value, "mean"),

@@ -25,10 +25,10 @@ from torch import Tensor
 from .candidates import (
     FALLING,
     HINTS,
+    METHODS,
     MOST_WEIGHT,
-    WAYS,
     Candidate,
-    Setting,
+    FittedCandidate,
     budget_of,
     meet,
     untuned,
@@ -59,7 +59,7 @@ class Search:
 
     Args:
         judging: with the images of the search.
-        ways: names in :data:`.candidates.WAYS`; those that cannot meet the budget are left out.
+        methods: names in :data:`.candidates.METHODS`; what cannot meet the budget is left out.
         budget: multiply-accumulates of one image.
         trials: how many candidates to try.
         storage: file of the study, which a later search by the same arguments goes on with; unset,
@@ -68,14 +68,14 @@ class Search:
         start: what to try first, such as the best of another search.
 
     Raises:
-        ValueError: for a budget that none of the ways can meet, or a study of something else.
+        ValueError: for a budget that none of the methods can meet, or a study of something else.
         ModuleNotFoundError: without Optuna.
     """
 
     def __init__(
         self,
         judging: Judge,
-        ways: Sequence[str],
+        methods: Sequence[str],
         budget: int,
         *,
         trials: int,
@@ -88,10 +88,10 @@ class Search:
 
         self.judging, self.budget, self.trials, self.seed = judging, budget, trials, seed
         self.num_layers = judging.described.num_layers
-        self.untuned = untuned(judging.model, ways, budget, judging.described)
-        self.ways = tuple(self.untuned)
-        hints = [hint for hint in HINTS if hint.way in self.ways]
-        self.guesses = [*map(Candidate.untuned, self.ways), *hints]
+        self.untuned = untuned(judging.model, methods, budget, judging.described)
+        self.methods = tuple(self.untuned)
+        hints = [hint for hint in HINTS if hint.method in self.methods]
+        self.guesses = [*map(Candidate.untuned, self.methods), *hints]
         self.start = start
         backend = None
         if storage is not None:
@@ -120,7 +120,7 @@ class Search:
             "model": type(judging.model).__name__,
             "outputs": hashlib.sha256(judging.unfused.numpy().round(2).tobytes()).hexdigest(),
             "labels": judging.labels is not None,
-            "methods": list(self.ways),
+            "methods": list(self.methods),
             "trials": self.trials,
             "seed": self.seed,
             "start": None if self.start is None else json.loads(json.dumps(asdict(self.start))),
@@ -176,42 +176,44 @@ class Search:
         """Where the search of methods begins, as its numbers."""
         if number >= len(self.guesses):
             return None
-        way, settings = self.guesses[number].way, self.guesses[number].settings
-        guess: dict[str, Any] = {"way": way}
-        for dial in WAYS[way].dials:
-            guess[f"{way}.{dial.name}"] = dial.turned(settings[dial.name])
-        if "r" in self.untuned[way].settings:
-            slope = 0.5 if number < len(self.ways) else FALLING
-            guess |= {f"{way}.first": WAYS[way].first_layer, f"{way}.slope": slope}
+        method, settings = self.guesses[number].method, self.guesses[number].settings
+        guess: dict[str, Any] = {"method": method}
+        for dial in METHODS[method].dials:
+            guess[f"{method}.{dial.name}"] = dial.turned(settings[dial.name])
+        if "r" in self.untuned[method].settings:
+            slope = 0.5 if number < len(self.methods) else FALLING
+            guess |= {f"{method}.first": METHODS[method].first_layer, f"{method}.slope": slope}
         return guess
 
     def _explore(self, trial: "optuna.Trial") -> Candidate:
         """Any method, with its settings; its layers by two numbers."""
-        way = trial.suggest_categorical("way", self.ways)
+        method = trial.suggest_categorical("method", self.methods)
         settings = {}
-        for dial in WAYS[way].dials:
-            name = f"{way}.{dial.name}"
+        for dial in METHODS[method].dials:
+            name = f"{method}.{dial.name}"
             if dial.choices:
                 settings[dial.name] = trial.suggest_categorical(name, dial.choices)
             else:
                 settings[dial.name] = dial.value(trial.suggest_float(name, 0, 1))
-        untuned = self.untuned[way].settings
+        untuned = self.untuned[method].settings
         if "keep_rate" in untuned:
-            return Candidate(way, settings, tuple(float(rate < 1) for rate in untuned["keep_rate"]))
-        first = trial.suggest_int(f"{way}.first", 0, min(3, self.num_layers - 1))
-        slope = 2 * trial.suggest_float(f"{way}.slope", 0, 1) - 1
+            return Candidate(
+                method, settings, tuple(float(rate < 1) for rate in untuned["keep_rate"])
+            )
+        first = trial.suggest_int(f"{method}.first", 0, min(3, self.num_layers - 1))
+        slope = 2 * trial.suggest_float(f"{method}.slope", 0, 1) - 1
         middle = max(1.0, (self.num_layers - 1 - first) / 2)
         weights = [
             0.0 if layer < first else 1 + slope * ((layer - first) / middle - 1)
             for layer in range(self.num_layers)
         ]
-        return Candidate(way, settings, tuple(weights))
+        return Candidate(method, settings, tuple(weights))
 
     def _numbers(self, trial: Any) -> dict[str, Any]:
         """A candidate as numbers, which the second part moves, and choices, which it keeps."""
         candidate = self._candidate(trial)
-        numbers: dict[str, Any] = {"way": candidate.way}
-        for dial in WAYS[candidate.way].dials:
+        numbers: dict[str, Any] = {"method": candidate.method}
+        for dial in METHODS[candidate.method].dials:
             numbers[dial.name] = dial.turned(candidate.settings[dial.name])
         weights = list(candidate.weights or ())
         if self.judging.described.num_read is not None:
@@ -226,11 +228,11 @@ class Search:
             name: trial.suggest_float(name, 0, 1) if isinstance(value, float) else value
             for name, value in best.items()
         }
-        way = turned["way"]
-        settings = {dial.name: dial.value(turned[dial.name]) for dial in WAYS[way].dials}
+        method = turned["method"]
+        settings = {dial.name: dial.value(turned[dial.name]) for dial in METHODS[method].dials}
         parts = (turned.get(f"{LAYER}{layer}", 0.0) for layer in range(self.num_layers))
         weights = [MOST_WEIGHT * part for part in parts]
-        return Candidate(way, settings, tuple(weights))
+        return Candidate(method, settings, tuple(weights))
 
     def _try(
         self,
@@ -268,7 +270,7 @@ class Search:
         # A candidate given up counts as what it has shown, as the pruner's documentation advises.
         study.tell(trial, float(loss.mean()))
 
-    def _meet(self, candidate: Candidate) -> Setting:
+    def _meet(self, candidate: Candidate) -> FittedCandidate:
         return meet(self.judging.model, candidate, self.budget, self.judging.described)
 
     def _finished(self, study: "optuna.Study") -> list[Any]:
@@ -286,11 +288,11 @@ class Search:
 
     def _candidate(self, trial: Any) -> Candidate:
         found = trial.user_attrs["candidate"]
-        return Candidate(found["way"], found["settings"], tuple(found["weights"]))
+        return Candidate(found["method"], found["settings"], tuple(found["weights"]))
 
-    def finalists(self, count: int = FINALISTS) -> list[Setting]:
+    def finalists(self, count: int = FINALISTS) -> list[FittedCandidate]:
         """The best candidates that were judged on all images, the best first, each once."""
-        found: dict[str, Setting] = {}
+        found: dict[str, FittedCandidate] = {}
         for trial in self._judged():
             setting = self._meet(self._candidate(trial))
             found.setdefault(json.dumps(setting.settings, sort_keys=True), setting)
@@ -363,7 +365,7 @@ def tune(
     searching: Judge,
     ranking: Judge,
     fraction: float,
-    ways: Sequence[str],
+    methods: Sequence[str],
     *,
     trials: int = 200,
     storage: Path | None = None,
@@ -377,7 +379,7 @@ def tune(
         searching: with images to search on.
         ranking: with other images, on which the best candidates are ranked.
         fraction: the budget, as a part of what the model costs without fusion.
-        ways, storage, seed, start: see :class:`Search`.
+        methods, storage, seed, start: see :class:`Search`.
         trials: candidates to try.
         progress: see :meth:`Search.run`.
 
@@ -385,13 +387,15 @@ def tune(
         ValueError: see :class:`Search`.
     """
     budget = budget_of(searching.model, fraction, searching.described)
-    search = Search(searching, ways, budget, trials=trials, storage=storage, seed=seed, start=start)
+    search = Search(
+        searching, methods, budget, trials=trials, storage=storage, seed=seed, start=start
+    )
     search.run(progress)
     verdicts = [
         judge(ranking, f"tuned {place + 1}", setting)
         for place, setting in enumerate(search.finalists())
     ]
-    verdicts += [judge(ranking, way, setting) for way, setting in search.untuned.items()]
+    verdicts += [judge(ranking, method, setting) for method, setting in search.untuned.items()]
     if start is not None:
         with contextlib.suppress(ValueError):  # it cannot reduce as much
             setting = meet(ranking.model, start, budget, ranking.described)

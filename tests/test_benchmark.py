@@ -51,7 +51,7 @@ def test_a_table_a_file_and_a_picture(tiny_folder: Path, capsys: pytest.CaptureF
         assert row["peak_memory_mib"] > 0
     config = make(models[1], None, torch.float32, "cpu").model.model.config
     assert rows[1]["gmacs"] * 1e9 == pytest.approx(multiply_accumulates(config, r=8))
-    assert rows[0]["gmacs"] * 1e9 == pytest.approx(describe(config).whole)
+    assert rows[0]["gmacs"] * 1e9 == pytest.approx(describe(config).unfused)
     assert Image.open("o.png").size[0] > 500
 
 
@@ -206,7 +206,7 @@ def test_a_budget_counts_the_images_as_they_are(tiny_folder: Path) -> None:
     contestant = make(words, 48, torch.float32, "cpu")
     config = contestant.model.model.config
     assert config.r == r_for_budget(config, 0.6, image_size=48)[1]
-    whole = describe(config, 48).whole
+    whole = describe(config, 48).unfused
     assert 0.59 * whole < contestant.multiply_accumulates <= 0.6 * whole
     assert contestant.model(torch.randn(2, 3, 48, 48)).shape == (2, 10)
 

@@ -106,7 +106,7 @@ def test_what_was_read_is_told(capsys: pytest.CaptureFixture) -> None:
     told = re.sub(" +", " ", capsys.readouterr().out)
     config = MCTFViTForImageClassification.from_pretrained("made").config
     assert config.r == r_for_budget(config, 0.8)[1]
-    plain, fused = describe(config).whole / 1e9, multiply_accumulates(config) / 1e9
+    plain, fused = describe(config).unfused / 1e9, multiply_accumulates(config) / 1e9
     for line in (
         "read 68 weights of official.pth, entry 'model'",
         "left out 'optimizer', 'args', 'state_dict_ema'",

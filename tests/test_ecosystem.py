@@ -165,10 +165,10 @@ def test_the_trainers_loss_is_that_of_two_passes(images: Tensor) -> None:
     trainer = ConsistencyTrainer(model=model, args=arguments(label_smoothing_factor=0.1), r_max=4)
     inputs = {"pixel_values": images, "labels": torch.tensor([0, 1, 2])}
     r = teacher_r(3, 0, 4)
-    told = {"output_class_token": True}
+    told = {"output_features": True}
     student, teacher = model(images, **told), model(images, r=r, **told)
     expected = TokenReductionConsistency(label_smoothing=0.1)(
-        student.logits, student.class_token, teacher.logits, teacher.class_token, inputs["labels"]
+        student.logits, student.features, teacher.logits, teacher.features, inputs["labels"]
     ).total
     model.train()
     assert torch.equal(trainer.compute_loss(model, inputs), expected)

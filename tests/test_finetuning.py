@@ -370,7 +370,7 @@ def test_r_can_be_a_budget(tiny_folder: Path) -> None:
     module = MCTFFinetuner(str(tiny_folder), r="auto:0.6")
     config = module.model.config
     assert isinstance(config.r, list) and len(config.r) == config.num_hidden_layers
-    cost = multiply_accumulates(config) / describe(config).whole
+    cost = multiply_accumulates(config) / describe(config).unfused
     assert 0.58 < cost <= 0.6
     with pytest.raises(ValueError, match="r='most' is not allowed: it is a number, a list"):
         MCTFFinetuner(str(tiny_folder), r="most")

@@ -40,7 +40,7 @@ from mctf_hf import fuse_tokens, fusion_of, unfuse_tokens
 from mctf_hf.cost import multiply_accumulates, r_for_budget
 from mctf_hf.export import check, to_onnx
 from mctf_hf.families import find_encoders
-from mctf_hf.fused_encoder import FusedLayers
+from mctf_hf.fused_encoder import FusedLayerList
 from mctf_hf.hub import save
 from mctf_hf.registry import BACKBONES, backbone_of_type
 from tests.export_files import assert_quantizes
@@ -345,7 +345,7 @@ def test_no_module_that_must_stay_whole_is_named_in_vain() -> None:
             named = {type(module).__name__ for module in model.modules()}
             listed = {name for name in model._no_split_modules if "Text" not in name}
             assert listed <= named, (model_class, listed - named)
-            layers = next(one for one in model.modules() if isinstance(one, FusedLayers))
+            layers = next(one for one in model.modules() if isinstance(one, FusedLayerList))
             assert type(layers[0]).__name__ in listed
 
 

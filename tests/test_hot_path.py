@@ -174,7 +174,7 @@ def test_a_step_stays_on_its_device_and_waits_for_nothing(
     with Devices() as devices:
         passes = [model(images, output_fusion=True, **how) for how in ({}, {"r": 0})]
         loss = TokenReductionConsistency()(
-            *(part for output in passes for part in (output.logits, output.class_token)), labels
+            *(part for output in passes for part in (output.logits, output.features)), labels
         )
         loss.total.backward()
     assert devices.seen == {"meta"}

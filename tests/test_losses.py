@@ -24,9 +24,7 @@ def test_losses_and_gradients_equal_the_official_ones(name: str) -> None:
         case["confidence_threshold"],
         case["label_smoothing"],
     )
-    loss = criterion(
-        student.logits, student.class_token, teacher.logits, teacher.class_token, labels
-    )
+    loss = criterion(student.logits, student.features, teacher.logits, teacher.features, labels)
     loss.total.backward()
 
     exact = {"atol": 1e-5, "rtol": 0}

@@ -159,9 +159,9 @@ def test_output_is_an_ordinary_one_unless_asked(images: Tensor) -> None:
     assert list(model(images, labels=torch.tensor([0, 1, 2]))) == ["loss", "logits"]
     assert isinstance(model(images, return_dict=False), tuple)
     asked = model(images, output_fusion=True)
-    fields = ["logits", "token_sizes", "assignment", "class_token", "assignments"]
+    fields = ["logits", "token_sizes", "assignment", "features", "assignments"]
     assert list(asked) == fields
-    torch.testing.assert_close(model.classifier(asked.class_token), asked.logits)
+    torch.testing.assert_close(model.classifier(asked.features), asked.logits)
 
 
 @torch.no_grad()

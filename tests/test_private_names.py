@@ -25,7 +25,7 @@ AVERAGING = "lightning.pytorch.callbacks.WeightAveraging"
         ("lightning_modules.lightning_private", "lightning", AVERAGING, "_swap_models"),
         ("lightning_modules.lightning_private", "lightning", AVERAGING, "_average_model"),
         (
-            "mctf_hf.release",
+            "mctf_hf.dependencies",
             "transformers",
             "transformers.PreTrainedModel",
             "_load_pretrained_model",

@@ -44,7 +44,7 @@ def test_without_fusion_it_is_the_model_of_transformers(
     plain = ViTForImageClassification.from_pretrained(CHECKPOINT).eval()
     images = test_images[0][:100]
     torch.testing.assert_close(model(images).logits, plain(images).logits, rtol=0, atol=1e-5)
-    assert describe(model.config).whole / 1e9 == pytest.approx(0.3667, rel=0.001)
+    assert describe(model.config).unfused / 1e9 == pytest.approx(0.3667, rel=0.001)
 
 
 @pytest.mark.parametrize("name", OFFICIAL)

@@ -383,8 +383,8 @@ def test_without_class_token_the_head_reads_the_mean_of_all_patches() -> None:
     last = model.vit.layernorm(output.hidden_states[-1])
     assert last.shape[1] == output.token_sizes.shape[1] < 36
     spread = last.gather(1, output.assignment[:, :, None].expand(-1, -1, last.shape[2]))
-    torch.testing.assert_close(output.class_token, spread.mean(1))
-    torch.testing.assert_close(output.logits, model.classifier(output.class_token))
+    torch.testing.assert_close(output.features, spread.mean(1))
+    torch.testing.assert_close(output.logits, model.classifier(output.features))
     backbone = MCTFViTModel(model.config).eval()
     assert backbone(pixels()).pooler_output.shape == (2, 24)
     assert "token_sizes" not in backbone(pixels())
@@ -472,7 +472,7 @@ def test_multi_scale_on_every_backbone(kind: str) -> None:
 
 def test_published_cost_of_token_mergence() -> None:
     config = preset("deit_s", reduction="token_mergence", multi_scale=[2])
-    base = describe(preset("deit_s")).whole
+    base = describe(preset("deit_s")).unfused
     cost = multiply_accumulates(config)
     assert cost / 1e9 <= 3.1 and cost / base < 0.67
     evit = multiply_accumulates(preset("deit_s", reduction="evit", skip_unread=False))
@@ -482,7 +482,7 @@ def test_published_cost_of_token_mergence() -> None:
 @pytest.mark.parametrize("reduction", RATES)
 def test_a_keep_rate_can_be_a_budget(reduction: str) -> None:
     config = preset("deit_s", reduction=reduction)
-    base = describe(config).whole
+    base = describe(config).unfused
     for fraction in (0.9, 0.6):
         rate = keep_rate_for_budget(config, fraction)
         assert multiply_accumulates(config, keep_rate=rate) <= fraction * base
@@ -622,7 +622,7 @@ def test_what_is_seen_does_not_depend_on_how_attention_is_computed(
 
 def test_a_budget_holds_with_an_inflection() -> None:
     config = preset("deit_s", reduction="tome", r=6, inflection=-1)
-    base = describe(config).whole
+    base = describe(config).unfused
     for fraction in (0.9, 0.6):
         bent, schedule = r_for_budget(config, fraction)
         assert multiply_accumulates(config, r=bent) <= fraction * base

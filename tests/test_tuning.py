@@ -15,7 +15,7 @@ from transformers import Dinov2Config, Dinov2Model
 from cli.main import main
 from cli.verdicts import table_of
 from mctf_hf import MCTFViTForImageClassification, fuse_tokens, tuning
-from mctf_hf.candidates import WAYS, Candidate, Dial, budget_of, meet, ways_for
+from mctf_hf.candidates import METHODS, Candidate, Dial, budget_of, meet, methods_for
 from mctf_hf.cost import describe, multiply_accumulates
 from mctf_hf.judging import Judge, applied, judge
 from mctf_hf.tuning import Search, tune
@@ -26,19 +26,19 @@ def pictures(count: int = 24) -> Tensor:
     return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(3))
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("fraction", [0.8, 0.7, 0.6])
-def test_every_method_meets_a_budget(way: str, fraction: float) -> None:
+def test_every_method_meets_a_budget(method: str, fraction: float) -> None:
     model = tiny_model(min_tokens=1)
     budget = budget_of(model, fraction)
-    setting = meet(model, Candidate.untuned(way), budget)
+    setting = meet(model, Candidate.untuned(method), budget)
     assert setting.cost <= budget
     with applied(model, setting.settings):
         assert multiply_accumulates(model.config) == setting.cost
-        assert model.config.reduction == WAYS[way].fixed["reduction"]
+        assert model.config.reduction == METHODS[method].fixed["reduction"]
     assert setting.cost > 0.9 * budget
     weights = (0.0, 2.0, 0.0, 1.0, 1.0)
-    spread = meet(model, Candidate(way, setting.candidate.settings, weights), budget)
+    spread = meet(model, Candidate(method, setting.candidate.settings, weights), budget)
     with applied(model, spread.settings):
         fused = model.config.tokens_fused(65)
     assert fused[0] == fused[2] == 0 < min(fused[1], fused[3]) and spread.cost <= budget
@@ -54,8 +54,8 @@ def test_a_budget_that_cannot_be_met() -> None:
 
 
 def test_settings_turn_back_and_forth() -> None:
-    for way in WAYS.values():
-        for dial in way.dials:
+    for method in METHODS.values():
+        for dial in method.dials:
             assert dial.value(dial.turned(dial.untuned)) == dial.untuned
     temperature = Dial("tau_info", 20.0, high=0.1, inverse=True)
     assert temperature.value(0.0) == 0.0 and temperature.turned(0.0) == 0.0
@@ -63,7 +63,7 @@ def test_settings_turn_back_and_forth() -> None:
 
 
 def test_models_that_restore_drop_nothing() -> None:
-    assert "diffrate" in ways_for(tiny_model()) and "diffrate" not in ways_for(encoder())
+    assert "diffrate" in methods_for(tiny_model()) and "diffrate" not in methods_for(encoder())
 
 
 def encoder() -> Any:
@@ -115,41 +115,41 @@ def test_losses_of_an_encoder_by_hand() -> None:
 def test_a_search_finds_what_is_better_and_keeps_to_its_budget() -> None:
     model = tiny_model(min_tokens=1)
     searching, ranking = Judge(model, pictures(40)[::2]), Judge(model, pictures(40)[1::2])
-    found = tune(searching, ranking, 0.6, ways_for(model), trials=30)
-    untuned = [verdict for verdict in found.ranking if verdict.name in WAYS]
-    assert len(untuned) == len(WAYS)
+    found = tune(searching, ranking, 0.6, methods_for(model), trials=30)
+    untuned = [verdict for verdict in found.ranking if verdict.name in METHODS]
+    assert len(untuned) == len(METHODS)
     losses = [float(verdict.loss.mean()) for verdict in found.ranking]
     assert losses == sorted(losses) and found.best is found.ranking[0]
     assert found.best.name.startswith("tuned") or losses[0] == min(losses)
     assert all(verdict.fraction <= 0.6 for verdict in found.ranking)
-    assert {verdict.name for verdict in found.ranking} >= {"tuned 1", "tuned 2", *WAYS}
+    assert {verdict.name for verdict in found.ranking} >= {"tuned 1", "tuned 2", *METHODS}
 
 
-@pytest.mark.parametrize("way", ["mctf_present", "token_mergence"])
-def test_a_search_begins_with_a_known_setting(way: str) -> None:
+@pytest.mark.parametrize("method", ["mctf_present", "token_mergence"])
+def test_a_search_begins_with_a_known_setting(method: str) -> None:
     model = tiny_model(min_tokens=1)
     weights = (0.0, 1.0, 2.0, 1.0, 0.5)
-    known = meet(model, Candidate(way, {}, weights), budget_of(model, 0.7))
+    known = meet(model, Candidate(method, {}, weights), budget_of(model, 0.7))
     with applied(model, known.settings):
         start = Candidate.of(model.config, 65)
-    assert start is not None and start.way == way
+    assert start is not None and start.method == method
     assert meet(model, start, budget_of(model, 0.7)).cost == known.cost
     judging = Judge(model, pictures())
     search = Search(judging, ["tome"], budget_of(model, 0.7), trials=4, start=start)
     search.run()
-    tried = [trial.user_attrs["candidate"]["way"] for trial in search.exploring.trials]
-    assert tried[:2] == [way, "tome"] and len(search.refining.trials) == 1
+    tried = [trial.user_attrs["candidate"]["method"] for trial in search.exploring.trials]
+    assert tried[:2] == [method, "tome"] and len(search.refining.trials) == 1
     found = tune(judging, judging, 0.7, ["tome"], trials=4, start=start)
     assert {verdict.name for verdict in found.ranking} >= {"start", "tome", "tuned 1"}
     assert Candidate.of(tiny_model(r=0).config, 65) is None
 
 
-@pytest.mark.parametrize("way", ["tome", "diffrate"])
-def test_a_model_of_two_layers_is_tuned(way: str) -> None:
+@pytest.mark.parametrize("method", ["tome", "diffrate"])
+def test_a_model_of_two_layers_is_tuned(method: str) -> None:
     """Of which only the first one can fuse anything that is read."""
     model = tiny_model(num_hidden_layers=2, min_tokens=1)
     judging = Judge(model, pictures())
-    found = tune(judging, judging, 0.5, [way], trials=12)
+    found = tune(judging, judging, 0.5, [method], trials=12)
     assert found.best.fraction <= 0.5 and found.best.setting.settings["r"][0] > 0
 
 
@@ -160,9 +160,9 @@ def test_an_interrupted_search_ends_the_same(
     """It breaks off in the middle of a trial, again and again."""
     model = tiny_model(min_tokens=1)
     judging, budget = Judge(model, pictures(40)), budget_of(model, 0.7)
-    ways = ("mctf_present", "tome", "token_mergence")
+    methods = ("mctf_present", "tome", "token_mergence")
     monkeypatch.setattr(tuning, "CHUNK", 8)
-    whole = Search(judging, ways, budget, storage=tmp_path / "whole", trials=trials)
+    whole = Search(judging, methods, budget, storage=tmp_path / "whole", trials=trials)
     whole.run()
     calls, outputs = 0, judging.outputs
 
@@ -176,7 +176,7 @@ def test_an_interrupted_search_ends_the_same(
     monkeypatch.setattr(judging, "outputs", break_off)
     interrupted = 0
     while True:
-        search = Search(judging, ways, budget, storage=tmp_path / "broken", trials=trials)
+        search = Search(judging, methods, budget, storage=tmp_path / "broken", trials=trials)
         try:
             search.run()
             break
@@ -189,7 +189,7 @@ def test_an_interrupted_search_ends_the_same(
     found = [[one.settings for one in done.finalists()] for done in (search, whole)]
     assert found[0] == found[1] and found[0]
     with pytest.raises(ValueError, match="is of another search, whose seed was 0 and not 1: name"):
-        Search(judging, ways, budget, storage=tmp_path / "broken", trials=trials, seed=1)
+        Search(judging, methods, budget, storage=tmp_path / "broken", trials=trials, seed=1)
 
 
 WORDS = ["--images", DIGITS, "--num_images", "24"]
@@ -216,7 +216,7 @@ def test_the_command_tunes_a_model(tiny_folder: Path, capsys: pytest.CaptureFixt
     for name, value in record["settings"].items():
         assert getattr(model.config, name) == value
     plain = MCTFViTForImageClassification.from_pretrained(tiny_folder)
-    cost = multiply_accumulates(model.config) / describe(plain.config).whole
+    cost = multiply_accumulates(model.config) / describe(plain.config).unfused
     assert 0.65 < cost <= 0.7
     before = Path("tuned/tuning.json").read_text()
     main(words)  # everything is in the study
@@ -294,9 +294,9 @@ def test_the_command_sweeps(tiny_folder: Path, capsys: pytest.CaptureFixture[str
     with open("sweep.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["setting"] for row in rows[:2]] == ["unfused", "own"]
-    for way in WAYS:
+    for method in METHODS:
         assert [float(row["fraction"]) <= budget for row, budget in zip(
-            [row for row in rows if row["setting"] == way], (0.8, 0.6), strict=True
+            [row for row in rows if row["setting"] == method], (0.8, 0.6), strict=True
         )] == [True, True]  # fmt: skip
     assert all(0 <= float(row["accuracy"]) <= 100 and float(row["speed"]) > 0 for row in rows)
     for row in rows:  # of the same images, so that the difference is that of the means
