@@ -29,8 +29,7 @@ from .contestants import Contestant, make
 from .evaluation import open_labelled
 from .measuring import machine_name, peak_bytes, seconds_in_rounds
 from .models import labels
-from .options import read, refuse
-from .parsing import ArgumentParser
+from .options import parser_of, read, refuse
 from .paths import check_output, open_images
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -41,21 +40,16 @@ Row = dict[str, Any]
 
 def main(args: Sequence[str]) -> None:
     """Read the command line and run :func:`benchmark`."""
-    parser = ArgumentParser(
-        prog="mctf benchmark",
-        description="Time models side by side, in turns, and compare each with the first.",
-    )
-    parser.add_argument(
-        "models",
-        nargs="+",
-        help="NAME[,setting=value…]: a preset (deit_s, t2t_vit_14, lv_vit_s, …), a folder or a Hub "
-        "id. Without any setting of fusion a plain ViT is the model of transformers. Settings are "
-        "those of fusion (r=16, r=auto:0.56, reduction=tome, keep_rate=0.7, …), "
+    models = {
+        "nargs": "+",
+        "help": "NAME[,setting=value…]: a preset (deit_s, t2t_vit_14, lv_vit_s, …), a folder or a "
+        "Hub id. Without any setting of fusion a plain ViT is the model of transformers. Settings "
+        "are those of fusion (r=16, r=auto:0.56, reduction=tome, keep_rate=0.7, …), "
         "attn_implementation, compile (give one batch size, for a second one recompiles for any), "
         "aot to compile it ahead of time for any, slice=16 to feed it 16 images at a time, and "
         "sliced for the plain model with as many tokens cut off as others are fused.",
-    )
-    parser.add_function_arguments(benchmark, skip={"models"})
+    }
+    parser = parser_of("benchmark", benchmark, models=models)
     settings, given = read(parser, args)
     if settings["accuracy"] is None:
         refuse(given, {"split", "max_images"}, "without --accuracy, which it is of")
@@ -81,7 +75,7 @@ def benchmark(
     output: str | None = None,
     plot: str | None = None,
 ) -> None:
-    """Time models in interleaved rounds and compare each with the first.
+    """Time models side by side, in turns, and compare each with the first.
 
     Args:
         models: see above.

@@ -2,18 +2,18 @@
 
 import logging
 import time
-import warnings
 from collections.abc import Sequence
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from itertools import chain, islice, repeat
 from typing import Any
 
-import lightning as L
+import torch
+from lightning.fabric import Fabric
 from rich.console import Console
 from rich.table import Table
 from transformers import ViTImageProcessorPil
 
 from lightning_modules import HFImageDataModule
+from lightning_modules.image_task import ImageTask
 from mctf_hf.checks import check_range
 
 from .measuring import machine_name
@@ -73,54 +73,19 @@ def images_per_second(
         ValueError: for a number below 1.
     """
     check_range(1, image_size=image_size, batches=batches, warmup=warmup)
-    stopwatch = _Stopwatch(image_size, num_labels, warmup)
-    with TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that nothing is trained
-        trainer = L.Trainer(
-            default_root_dir=Path(folder),
-            accelerator=accelerator,
-            devices=1,
-            max_steps=-1,
-            max_epochs=warmup + batches,
-            limit_val_batches=0,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=[_StopAfter(warmup + batches)],
-        )
-        trainer.fit(stopwatch, HFImageDataModule(**data))
-    return stopwatch.images / (stopwatch.end - stopwatch.start)
-
-
-class _Stopwatch(L.LightningModule):
-    """Takes batches and the time, and trains nothing."""
-
-    def __init__(self, image_size: int, num_labels: int, warmup: int):
-        super().__init__()
-        self.image_processor = ViTImageProcessorPil(
-            size={"height": image_size, "width": image_size}
-        )
-        self.num_labels = num_labels
-        self.warmup = warmup
-        self.seen = self.images = 0
-        self.start = self.end = 0.0
-
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self.end = time.perf_counter()
-        self.seen += 1
-        if self.seen == self.warmup:
-            self.start = self.end
-        elif self.seen > self.warmup:
-            self.images += len(batch["pixel_values"])
-
-    def configure_optimizers(self) -> None:
-        return None
-
-
-class _StopAfter(L.Callback):
-    def __init__(self, batches: int):
-        self.batches = batches
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
-        trainer.should_stop = pl_module.seen >= self.batches
+    fabric = Fabric(accelerator=accelerator, devices=1)
+    module = HFImageDataModule(**data)
+    processor = ViTImageProcessorPil(size={"height": image_size, "width": image_size})
+    module.open("fit", ImageTask(processor, num_labels))
+    made = (
+        module.augment(fabric.to_device(module.on_before_batch_transfer(batch, 0)))
+        for batch in chain.from_iterable(repeat(module.training_loader()))
+    )
+    for _ in islice(made, warmup):
+        pass
+    start = time.perf_counter()
+    images = sum(len(batch["labels"]) for batch in islice(made, batches))
+    if fabric.device.type == "cuda":
+        torch.cuda.synchronize(fabric.device)
+    module.teardown("fit")
+    return images / (time.perf_counter() - start)

@@ -27,7 +27,7 @@ from mctf_hf.sources import SOURCES, detect_source
 from mctf_hf.weight_files import SUFFIXES, read_checkpoint
 
 from .models import parse, resolve
-from .parsing import ArgumentParser
+from .options import parser_of, read
 
 BICUBIC = 3
 # What no weight tells of a T2T-ViT and an LV-ViT.
@@ -37,21 +37,14 @@ Lines = dict[str, str]
 
 def main(args: Sequence[str]) -> None:
     """Read the command line and run :func:`convert`."""
-    parser = ArgumentParser(
-        prog="mctf convert",
-        description="Make a folder of this library from a checkpoint of other code: "
-        "configuration, code, weights, image processor and names of the classes.",
-    )
-    parser.add_argument(
-        "checkpoint",
-        help="NAME[,setting=value…]: a file of weights of timm, the official MCTF, T2T-ViT or "
+    checkpoint = {
+        "help": "NAME[,setting=value…]: a file of weights of timm, the official MCTF, T2T-ViT or "
         f"LV-ViT ({', '.join(SUFFIXES)}), or a folder or Hub id of a ViT or DeiT of transformers "
         "or of this library. Settings are those of fusion (r=16, r=auto:0.56, …) and, for what no "
         "weight tells, attention_scale and skip_lambda.",
-    )
-    parser.add_argument("--output", required=True, help="the folder to write")
-    parser.add_function_arguments(convert, skip={"checkpoint", "output"})
-    convert(**parser.parse_args(list(args)).as_dict())
+    }
+    settings, _ = read(parser_of("convert", convert, checkpoint=checkpoint), args)
+    convert(**settings)
 
 
 def convert(
@@ -65,9 +58,11 @@ def convert(
 ) -> None:
     """Make a folder of this library from a checkpoint of other code.
 
+    It holds configuration, code, weights, image processor and names of the classes.
+
     Args:
         checkpoint: see above.
-        output: see above.
+        output: the folder to write.
         source: whose checkpoint it is: timm, mctf, deit_distilled, t2t_vit, lv_vit or hf; unset, hf
             for a folder or a Hub id, and what the names of the weights tell for a file.
         num_heads: attention heads of the weights in a file; unset, 64 channels each.

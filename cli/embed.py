@@ -34,8 +34,7 @@ from mctf_hf.images import MODES, ImageReader, OnBadImage
 from mctf_hf.texts import TextEncoder, Texts
 
 from .models import load_encoder, parse
-from .options import read, refuse
-from .parsing import ArgumentParser
+from .options import parser_of, read, refuse
 
 # Of processes that have nothing left to do, until the last one is done.
 PATIENCE = timedelta(days=7)
@@ -45,19 +44,13 @@ SOURCE = ("images", "split", "name", "revision", "streaming", "image_column")
 
 def main(args: Sequence[str]) -> None:
     """Read the command line and run :func:`embed`."""
-    parser = ArgumentParser(
-        prog="mctf embed",
-        description="Turn a collection of images into vectors, at fused speed: parquet shards and "
-        "a manifest. Killed and started again, the same command goes on where it was.",
-    )
-    parser.add_argument(
-        "model",
-        help="NAME[,setting=value…]: a folder or Hub id, with settings of fusion (r=16, "
+    model = {
+        "help": "NAME[,setting=value…]: a folder or Hub id, with settings of fusion (r=16, "
         "r=auto:0.6, reduction=tome, …).",
-    )
+    }
+    parser = parser_of("embed", embed, {"source", "trainer"}, model=model)
     ours: set[str | int] = {"columns", "unit_size"}
     parser.add_function_arguments(open_source, skip=ours)
-    parser.add_function_arguments(embed, skip={"model", "source", "trainer"})
     parser.add_function_arguments(make_trainer, "trainer", skip={"callbacks"})
     settings, given = read(parser, args)
     if settings["compare"] is None:
@@ -129,7 +122,9 @@ def embed(
     ray_address: str | None = None,
     trainer: dict[str, Any] | None = None,
 ) -> None:
-    """Embed a collection of images.
+    """Turn a collection of images into vectors, at fused speed: parquet shards and a manifest.
+
+    Killed and started again, the same command goes on where it was.
 
     Args:
         model: see above.

@@ -11,13 +11,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_modules.amounts import Amount, add_up, amount_text, as_counts, sweep
+from lightning_modules.image_task import ImageTask
 from lightning_modules.labelled_images import LabelledImages, PixelReader
 from lightning_modules.opening import NamedDataset
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
-from mctf_hf.classes import check_classes, names_of
+from mctf_hf.classes import check_classes
 from mctf_hf.cost import describe
 from mctf_hf.model_card import Evaluation, Measurement
-from mctf_hf.problems import problem_type, quality
+from mctf_hf.problems import quality
 from mctf_hf.registry import NO_FUSION, plain_class, plain_config
 
 from .measuring import images_per_second, machine_name
@@ -47,9 +48,8 @@ def open_labelled(
             f"accuracy on {data.dataset} is not allowed with {type(model).__name__}, which has no "
             "head for classes: finetune it with num_labels first"
         )
-    known = names_of(model.config)
-    rows = data.rows(split, known, image_column=image_column, label_column=label_column)
-    rows.settle_labels(problem_type(model.config), model.num_labels)
+    task = ImageTask.of(model.config, processor)
+    rows = data.rows(split, task, image_column=image_column, label_column=label_column)
     if rows.label_names is not None:
         check_classes(model.config, rows.label_names, "the model", data.dataset)
     indices = np.array(evenly_spaced(len(rows), max_images))

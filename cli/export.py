@@ -23,8 +23,7 @@ from mctf_hf.registry import only_if_asked
 
 from .measuring import images_per_second, machine_name
 from .models import load, parse, resolve
-from .options import read, refuse
-from .parsing import ArgumentParser
+from .options import parser_of, read, refuse
 from .paths import check_output, open_images
 
 WRITE = {
@@ -37,16 +36,11 @@ RUNTIME = {"onnx": "onnxruntime", "torch_export": "torch.export", "aot_inductor"
 
 def main(args: Sequence[str]) -> None:
     """Read the command line and run :func:`export`."""
-    parser = ArgumentParser(
-        prog="mctf export",
-        description="Write a model to a file that runs without this library, and check the file.",
-    )
-    parser.add_argument(
-        "model",
-        help="NAME[,setting=value…]: a folder, a Hub id, or a preset with random weights (deit_s, "
-        "t2t_vit_14, lv_vit_s, …). Settings are those of fusion (r=16, reduction=tome, …).",
-    )
-    parser.add_function_arguments(export, skip={"model"})
+    model = {
+        "help": "NAME[,setting=value…]: a folder, a Hub id, or a preset with random weights "
+        "(deit_s, t2t_vit_14, lv_vit_s, …). Settings are those of fusion: r=16, reduction=tome, …",
+    }
+    parser = parser_of("export", export, model=model)
     settings, given = read(parser, args)
     if not settings["speed"]:
         refuse(given, {"rounds"}, "without --speed true, which it is of")
@@ -68,7 +62,9 @@ def export(
     speed: bool = False,
     rounds: int = 10,
 ) -> None:
-    """Export a model in float32 and check the file against torch, before it is put in place.
+    """Write a model to a file that runs without this library.
+
+    The file computes in float32, and is checked against torch before it is put in place.
 
     Args:
         model: see above.

@@ -20,7 +20,7 @@ from mctf_hf.texts import TextEncoder
 from mctf_hf.visualization import contact_sheet
 
 from .models import load_encoder, parse
-from .parsing import ArgumentParser
+from .options import parser_of, read
 from .paths import check_output
 
 EDGE = 224  # of a thumbnail, in pixels
@@ -29,20 +29,18 @@ COLUMNS = 6
 
 def main(args: Sequence[str]) -> None:
     """Read the command line and run :func:`neighbours`."""
-    parser = ArgumentParser(
-        prog="mctf neighbours",
-        description="Find the images of a collection that `mctf embed` has embedded which are "
-        "nearest to an image or to a text, as a table and as a picture.",
-    )
-    parser.add_argument("folder", help="the folder that `mctf embed` has written.")
-    parser.add_function_arguments(neighbours, skip={"folder"})
-    neighbours(**parser.parse_args(list(args)).as_dict())
+    folder = {"help": "the folder that `mctf embed` has written."}
+    settings, _ = read(parser_of("neighbours", neighbours, folder=folder), args)
+    neighbours(**settings)
 
 
 def neighbours(
     folder: str, query: str, count: int = 11, output: str | None = "neighbours.png"
 ) -> None:
-    """Tell the nearest images, by the cosine of their vectors, and draw them.
+    """Find the images of a collection that are nearest to an image or to a text.
+
+    The collection is one that `mctf embed` has embedded. The nearest have the largest cosine; they
+    are printed as a table and drawn as a picture.
 
     Args:
         folder: see above.

@@ -1,10 +1,30 @@
 """Options of a command line: what was given, and which of it has no effect."""
 
+import inspect
 import shlex
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from jsonargparse import ArgumentParser
+from .parsing import ArgumentParser
+
+
+def parser_of(
+    name: str, run: Callable[..., Any], skip: Collection[str] = (), **words: Mapping[str, Any]
+) -> ArgumentParser:
+    """The parser of a command, whose options are the arguments of a function.
+
+    Args:
+        name: of the command.
+        run: the function, whose docstring describes the command.
+        skip: its arguments that are no options.
+        words: its arguments that are words without an option's name: what ``add_argument`` takes.
+    """
+    described = inspect.cleandoc(run.__doc__ or "").partition("\n\nArgs:")[0]
+    parser = ArgumentParser(prog=f"mctf {name}", description=described)
+    for word, settings in words.items():
+        parser.add_argument(word, **settings)
+    parser.add_function_arguments(run, as_group=False, skip={*words, *skip})
+    return parser
 
 
 def read(parser: ArgumentParser, args: Sequence[str]) -> tuple[dict[str, Any], set[str]]:

@@ -39,8 +39,7 @@ from mctf_hf.visualization import contact_sheet, enlarge, fused_tokens
 
 from .evaluation import evaluate, open_labelled
 from .models import load, parse
-from .options import command, read, refuse
-from .parsing import ArgumentParser
+from .options import command, parser_of, read, refuse
 from .paths import open_images
 
 OF_AS_IS = {"model", "repo_id", "as_is", "private", "revision", "message"}
@@ -49,20 +48,19 @@ OF_DATASET = {"name", "dataset_revision", "split", "image_column", "label_column
 
 def main(args: Sequence[str]) -> None:
     """Read the command line and run :func:`push_model`."""
-    parser = ArgumentParser(
-        prog="mctf push",
-        description="Measure a model, write its card, and put all that loads it anywhere on the "
-        "Hub in one commit. `hf auth login` or HF_TOKEN says who you are.",
-    )
-    parser.add_argument("model", help="folder or Hub id, with settings if they are to change: r=8")
-    parser.add_argument("repo_id", help="organisation/name on the Hub")
     flags = {
         "private": "make a new repository private",
         "as_is": "push the folder as it lies there, measuring and writing nothing",
     }
+    parser = parser_of(
+        "push",
+        push_model,
+        flags,
+        model={"help": "folder or Hub id, with settings if they are to change: r=8"},
+        repo_id={"help": "organisation/name on the Hub"},
+    )
     for name, meaning in flags.items():
         parser.add_argument(f"--{name}", action=ActionYesNo, default=False, help=meaning)
-    parser.add_function_arguments(push_model, skip={"model", "repo_id", *flags})
     settings, given = read(parser, args)
     if settings["as_is"]:
         refuse(given - OF_AS_IS, given, "beside --as-is, which measures and writes nothing")
@@ -92,7 +90,9 @@ def push_model(
     message: str = "Upload a model with token fusion",
     dry_run: str | None = None,
 ) -> None:
-    """Measure a model, write its card, and push all of it.
+    """Measure a model, write its card, and put all that loads it anywhere on the Hub.
+
+    All files are one commit. `hf auth login` or HF_TOKEN says who you are.
 
     Args:
         model: see above.

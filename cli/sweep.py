@@ -12,26 +12,19 @@ from mctf_hf.judging import Judge, Verdict, judge
 
 from .measuring import machine_name
 from .models import load, parse
-from .options import read, refuse
-from .parsing import ArgumentParser
+from .options import parser_of, read, refuse
 from .paths import check_output
 from .verdicts import csv_of, draw, measure_speed, methods_of, open_judge, table_of
 
 
 def main(args: Sequence[str]) -> None:
     """Read the command line and run :func:`sweep`."""
-    parser = ArgumentParser(
-        prog="mctf sweep",
-        description="Compare methods of fusion at several budgets, by what they lose on real "
-        "images: against labels, or against the model without fusion.",
-    )
-    parser.add_argument(
-        "models",
-        nargs="+",
-        help="NAME[,setting=value…]: a folder or Hub id. One that fuses by itself is a row of its "
-        "own, with its setting at its own cost.",
-    )
-    parser.add_function_arguments(sweep, skip={"models"})
+    models = {
+        "nargs": "+",
+        "help": "NAME[,setting=value…]: a folder or Hub id. One that fuses by itself is a row of "
+        "its own, with its setting at its own cost.",
+    }
+    parser = parser_of("sweep", sweep, models=models)
     settings, given = read(parser, args)
     if not settings["speed"]:
         refuse(given, {"batch_size", "rounds"}, "without --speed")
@@ -52,7 +45,9 @@ def sweep(
     output: str | None = None,
     plot: str | None = None,
 ) -> None:
-    """Compare methods at several budgets.
+    """Compare methods of fusion at several budgets, by what they lose on real images.
+
+    The loss is against labels, or against the model without fusion.
 
     Args:
         models: see above.

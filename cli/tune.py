@@ -20,8 +20,7 @@ from mctf_hf.model_folder import TUNING, TUNING_PICTURE, TUNING_TABLE
 from mctf_hf.tuning import Tuned, tune
 
 from .models import load
-from .options import read, refuse
-from .parsing import ArgumentParser
+from .options import parser_of, read, refuse
 from .verdicts import (
     csv_of,
     draw,
@@ -39,17 +38,11 @@ PICTURED = (0.85, 0.7, 0.55, 0.4)
 
 def main(args: Sequence[str]) -> None:
     """Read the command line and run :func:`tune_model`."""
-    parser = ArgumentParser(
-        prog="mctf tune",
-        description="Find the setting of fusion that loses least at a budget, without training and "
-        "without labels: by how near a model's outputs stay to those without fusion.",
-    )
-    parser.add_argument(
-        "model",
-        help="NAME[,setting=value…]: a folder or Hub id. If it fuses by itself, the search begins "
-        "with how it does.",
-    )
-    parser.add_function_arguments(tune_model, skip={"model"})
+    model = {
+        "help": "NAME[,setting=value…]: a folder or Hub id. If it fuses by itself, the search "
+        "begins with how it does.",
+    }
+    parser = parser_of("tune", tune_model, model=model)
     settings, given = read(parser, args)
     if settings["speed"] is None:
         refuse(given, {"batch_size", "rounds"}, "without --speed")
@@ -74,10 +67,11 @@ def tune_model(
     batch_size: int = 16,
     rounds: int = 10,
 ) -> None:
-    """Find the setting of fusion that loses least at a budget.
+    """Find the setting of fusion that loses least at a budget, without training and without labels.
 
-    Exactly one of budget, speed and max_loss is given. Half of the images are for the search, the
-    others for the ranking, which alone is told. An interrupted search goes on by the same command.
+    The loss is how far a model's outputs move from those without fusion. Exactly one of budget,
+    speed and max_loss is given. Half of the images are for the search, the others for the ranking,
+    which alone is reported. An interrupted search goes on by the same command.
 
     Args:
         model: see above.

@@ -7,26 +7,18 @@ from mctf_hf.files import replace
 from mctf_hf.visualization import FusedTokens, contact_sheet, enlarge, fused_tokens
 
 from .models import labels, load
-from .parsing import ArgumentParser
+from .options import parser_of, read
 from .paths import check_output, open_images
 
 
 def main(args: Sequence[str]) -> None:
     """Read the command line and run :func:`visualize`."""
-    parser = ArgumentParser(
-        prog="mctf visualize",
-        description="Draw images with their fused tokens, one column per model: each group of "
-        "patches in its mean colour. Regions that share fill and border colour are one token; a "
-        "patch without a coloured border is a token of its own.",
-    )
-    parser.add_argument(
-        "models",
-        nargs="+",
-        help="NAME[,setting=value…]: a folder or a Hub id, with settings of fusion (r=16, "
+    models = {
+        "nargs": "+",
+        "help": "NAME[,setting=value…]: a folder or a Hub id, with settings of fusion (r=16, "
         "r=auto:0.56, reduction=tome, fusion_layers=[3,6,9], …).",
-    )
-    parser.add_function_arguments(visualize, skip={"models"})
-    settings = parser.parse_args(list(args)).as_dict()
+    }
+    settings, _ = read(parser_of("visualize", visualize, models=models), args)
     visualize(**settings)
 
 
@@ -38,7 +30,10 @@ def visualize(
     layer: int | None = None,
     scale: int | None = None,
 ) -> None:
-    """Draw images beside their fused tokens, and write the picture.
+    """Draw images with their fused tokens, one column per model.
+
+    Each group of patches has its mean colour. Regions that share fill and border colour are one
+    token; a patch without a coloured border is a token of its own.
 
     Args:
         models: see above.

@@ -5,26 +5,19 @@ from collections.abc import Sequence
 
 import torch
 
-from .options import read, refuse
-from .parsing import ArgumentParser
+from .options import parser_of, read, refuse
 
 DEFAULT = "facebook/deit-small-patch16-224"
 
 
 def main(args: Sequence[str]) -> None:
     """Read the command line and run :func:`web`."""
-    parser = ArgumentParser(
-        prog="mctf web",
-        description="Show in the browser what fusion makes of an image: the fused tokens after "
-        "each layer, the prediction, cost and time, beside the model without fusion.",
-    )
-    parser.add_argument(
-        "models",
-        nargs="*",
-        default=[DEFAULT],
-        help="NAME[,setting=value…]: a folder or a Hub id, with settings of fusion (r=16, …).",
-    )
-    parser.add_function_arguments(web, skip={"models"})
+    models = {
+        "nargs": "*",
+        "default": [DEFAULT],
+        "help": "NAME[,setting=value…]: a folder or a Hub id, with settings of fusion (r=16, …).",
+    }
+    parser = parser_of("web", web, models=models)
     settings, given = read(parser, args)
     if settings["space"] is not None:
         refuse(given, {"host", "port", "device"}, "beside --space, which shows nothing here")
@@ -39,7 +32,10 @@ def web(
     device: str = "cpu",
     space: str | None = None,
 ) -> None:
-    """Show the page, or write a Space that does.
+    """Show in the browser what fusion makes of an image, or write a Space that does.
+
+    The page shows the fused tokens after each layer, the prediction, cost and time, beside the
+    model without fusion.
 
     Args:
         models: see above; several are chosen from on the page.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
 
+from lightning_modules.image_task import ImageTask
 from lightning_modules.labels import are_counted
 from lightning_modules.metrics import accuracy_by_class, make_counts, make_metrics
 from mctf_hf.checks import check_scores
@@ -24,7 +25,7 @@ class ImageClassifier(L.LightningModule):
     Attributes:
         model: the classifier.
         image_processor: what makes its pixels of images.
-        problem_type, num_labels, num_channels: those of the model's configuration.
+        problem_type, num_labels: those of the model's configuration.
         top_k: labels of an image in prediction.
     """
 
@@ -32,7 +33,6 @@ class ImageClassifier(L.LightningModule):
     image_processor: Any
     problem_type: str
     num_labels: int
-    num_channels: int
     top_k: int = 1
 
     def prepare_metrics(self, class_metrics: bool | None) -> None:
@@ -51,6 +51,11 @@ class ImageClassifier(L.LightningModule):
 
     def check_head(self) -> None:
         """Raise ValueError where the model is not ready to be measured, or used."""
+
+    @property
+    def task(self) -> ImageTask:
+        """What the model takes, for the data."""
+        return ImageTask.of(self.model.config, self.image_processor)
 
     @property
     def backbone(self) -> nn.Module:

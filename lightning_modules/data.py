@@ -1,7 +1,7 @@
 """Images of any Hugging Face dataset, or of a folder, as batches for an image classifier."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -15,14 +15,13 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
 from mctf_hf.checks import check_range
-from mctf_hf.classes import names_of
 from mctf_hf.images import OnBadImage, UnreadableImage, check_head
-from mctf_hf.problems import SINGLE
 
 from .augmentation import Crop, FlipAndCrop
 from .batch_augmentation import BatchAugmentation, Mixing, Normalization, RandomErasing
 from .evaluation_loaders import EvaluationLoader, UnpaddedSampler
 from .folders import find_images
+from .image_task import ImageTask
 from .labelled_images import (
     AsBytes,
     ImageFolder,
@@ -36,13 +35,16 @@ from .rand_augment import RandAugment
 from .sampling import ResumableDataLoader, ResumableSampler, stop_with_parent_only
 from .streaming import Share, StreamedImages, StreamLoader
 
+_ALONE = Share()
+
 
 class HFImageDataModule(L.LightningDataModule):
     """Training, validation, test and prediction images.
 
-    Images are converted to RGB and go through the model's own image processor, which is taken
-    from the module that is trained. In training, workers decode, crop and flip, and the model's
-    device does the rest with whole batches: RandAugment, normalisation, random erasing, mixing.
+    Images are converted to RGB and go through the model's own image processor, which the module
+    that is trained has in its ``task``, an :class:`.ImageTask`. In training, workers decode, crop
+    and flip, and the model's device does the rest with whole batches: RandAugment, normalisation,
+    random erasing, mixing.
     Whatever is random here is a function of the seed, the epoch and the image alone (for a stream:
     and of its place in the stream), so an interruption does not change it.
 
@@ -158,48 +160,58 @@ class HFImageDataModule(L.LightningDataModule):
         self.seed = seed
         self.label_names: list[str] | None = None
         self._named: NamedDataset | None = None
-        self._fitting = False
+        self._task: ImageTask | None = None
         self._sets = {}
         self._policy = None if rand_augment is None else RandAugment.parse(rand_augment)
         self._augmentation: BatchAugmentation | None = None
         self._quiet = ExitStack()  # while a trainer runs
 
     def setup(self, stage: str) -> None:
-        """Open what a stage needs.
+        """Open what a stage needs, for the ``task`` of the module that is trained or measured.
 
         Raises:
             ValueError: for a missing folder, column or split, or labels that the model lacks.
         """
-        model: Any = self.trainer.lightning_module
-        processor = model.image_processor
-        if stage == "predict":
-            if isinstance(self.trainer.strategy, ModelParallelStrategy):
-                raise ValueError(
-                    "trainer.strategy: ModelParallelStrategy is not allowed for prediction, where "
-                    "processes may have unequal numbers of batches: use ddp"
-                )
-            self._sets["predict"] = ImageFolder(
-                self._image_files(), self._reader(processor), self.on_bad_image
+        trainer: Any = self.trainer
+        if stage == "predict" and isinstance(trainer.strategy, ModelParallelStrategy):
+            raise ValueError(
+                "trainer.strategy: ModelParallelStrategy is not allowed for prediction, where "
+                "processes may have unequal numbers of batches: use ddp"
             )
+        share = Share(trainer.global_rank, trainer.world_size)
+        self.open(stage, trainer.lightning_module.task, share)
+
+    def open(self, stage: str, task: ImageTask, share: Share = _ALONE) -> None:
+        """Open what a stage needs, without a trainer. Raises as :meth:`setup` does.
+
+        Args:
+            stage: ``fit``, ``validate``, ``test`` or ``predict``.
+            task: the pixels and labels that the model takes.
+            share: this process's part of a stream.
+        """
+        if self._task != task:
+            self._task, self._sets = task, {}
+        if stage == "predict":
+            reader = PixelReader(task.processor, task.num_channels)
+            self._sets["predict"] = ImageFolder(self._image_files(), reader, self.on_bad_image)
             return
-        self._fitting = stage == "fit"
-        if self._fitting:
+        if stage == "fit":
             self._augmentation = BatchAugmentation(
-                Normalization.of(processor),
-                model.num_labels,
+                Normalization.of(task.processor),
+                task.num_labels,
                 self._policy,
                 RandomErasing(self.random_erasing) if self.random_erasing else None,
                 Mixing(self.mixup, self.cutmix) if self.mixup or self.cutmix else None,
             )
+        needed = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}[stage]
         if stage == "test":
-            self._sets["test"] = self._evaluated(self.test_split, processor)
-        elif not self._sets.keys() >= ({"train", "val"} if stage == "fit" else {"val"}):
-            self._open_train_and_val(processor, train=stage == "fit")
-        self._settle_labels()
-        names = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}[stage]
-        for name in names:
+            self._sets["test"] = self._evaluated(task, share, self.test_split)
+        elif not self._sets.keys() >= set(needed):
+            self._open_train_and_val(task, share, train=stage == "fit")
+        for name in needed:
             images = self._sets[name]
             assert not isinstance(images, ImageFolder)
+            self.label_names = images.label_names
             rank_zero_info(f"{name}: {images.summary()}")
 
     @property
@@ -208,21 +220,21 @@ class HFImageDataModule(L.LightningDataModule):
         images = self._sets.get("train")
         return len(images) if isinstance(images, LabelledImages) else None
 
-    def _open_train_and_val(self, processor: Any, *, train: bool) -> None:
+    def _open_train_and_val(self, task: ImageTask, share: Share, *, train: bool) -> None:
         val_split = self.val_split
         if val_split is None and "validation" in self.named.splits:
             val_split = "validation"
         if val_split is not None:
-            self._sets["val"] = self._evaluated(val_split, processor)
+            self._sets["val"] = self._evaluated(task, share, val_split, fit=train)
             if train:
-                self._sets["train"] = self._augmented(processor)
+                self._sets["train"] = self._augmented(task, share)
             return
         if self.streaming:
             raise ValueError(
                 f"{self.dataset} has no validation split, and none can be cut from a stream: set "
                 f"val_split to one of {', '.join(self.named.splits)}"
             )
-        rows = self._own_rows(self.train_split)
+        rows = self._rows(task, self.train_split, fit=train)
         order = np.random.default_rng([self.seed, len(rows)]).permutation(len(rows))
         cut = max(1, round(len(order) * self.val_fraction))
         if train and cut == len(order):
@@ -230,35 +242,41 @@ class HFImageDataModule(L.LightningDataModule):
                 f"val_fraction={self.val_fraction!r} leaves none of the {len(order)} rows of "
                 f"{rows.origin} to train on"
             )
-        self._sets["val"] = self._evaluated(rows, processor, indices=np.sort(order[:cut]))
+        self._sets["val"] = self._evaluated(task, share, rows, indices=np.sort(order[:cut]))
         if train:
-            self._sets["train"] = self._augmented(processor, rows, indices=np.sort(order[cut:]))
+            self._sets["train"] = self._augmented(task, share, rows, indices=np.sort(order[cut:]))
 
-    def _reader(
-        self, processor: Any, kind: type[PixelReader] = PixelReader, **options: Any
-    ) -> PixelReader:
-        channels = getattr(self.trainer.lightning_module, "num_channels", 3)
-        return kind(processor, channels, **options)
+    def _rows(self, task: ImageTask, split: str, *, fit: bool) -> Rows:
+        columns = {"image_column": self.image_column, "label_column": self.label_column}
+        return self.named.rows(split, task, **columns, all_of_them=fit)
 
     def _evaluated(
-        self, source: "str | Rows", processor: Any, **options: Any
+        self,
+        task: ImageTask,
+        share: Share,
+        source: str | Rows,
+        *,
+        fit: bool = False,
+        **options: Any,
     ) -> LabelledImages | StreamedImages:
         """A split as the image processor makes it."""
+        reader = PixelReader(task.processor, task.num_channels)
         if self.streaming:
             assert isinstance(source, str)
-            return self._stream(source, self._reader(processor), self.eval_batch_size)
-        rows = self._own_rows(source) if isinstance(source, str) else source
+            return self._stream(task, share, source, reader, self.eval_batch_size)
+        rows = self._rows(task, source, fit=fit) if isinstance(source, str) else source
         options |= {"on_bad_image": self.on_bad_image, "leave_out": True}
-        return LabelledImages(rows, self._reader(processor), **options)
+        return LabelledImages(rows, reader, **options)
 
     def _augmented(
-        self, processor: Any, rows: Rows | None = None, **options: Any
+        self, task: ImageTask, share: Share, rows: Rows | None = None, **options: Any
     ) -> LabelledImages | StreamedImages:
         """The training split as bytes, cropped and flipped."""
         assert self._augmentation is not None
-        reader = self._reader(processor, AsBytes)
+        processor, channels = task.processor, task.num_channels
+        reader: PixelReader = AsBytes(processor, channels)
         if self.crop == "none":
-            reader = self._reader(processor, do_rescale=False, do_normalize=False)
+            reader = PixelReader(processor, channels, do_rescale=False, do_normalize=False)
         options |= {
             "augment": FlipAndCrop(
                 output_size(processor), self.crop, self.flip, resample=processor.resample
@@ -267,19 +285,26 @@ class HFImageDataModule(L.LightningDataModule):
         }
         if self.streaming:
             options |= {"shuffle_buffer": self.shuffle_buffer}
-            return self._stream(self.train_split, reader, self.batch_size, **options)
+            return self._stream(task, share, self.train_split, reader, self.batch_size, **options)
         options |= {"seed": self.seed, "on_bad_image": self.on_bad_image}
-        return LabelledImages(rows or self._own_rows(self.train_split), reader, **options)
+        rows = rows or self._rows(task, self.train_split, fit=True)
+        return LabelledImages(rows, reader, **options)
 
-    def _stream(self, split: str, reader: Any, batch_size: int, **options: Any) -> StreamedImages:
-        problem, num_labels = self._head()
-        images = StreamedImages(
+    def _stream(
+        self,
+        task: ImageTask,
+        share: Share,
+        split: str,
+        reader: PixelReader,
+        batch_size: int,
+        **options: Any,
+    ) -> StreamedImages:
+        return StreamedImages(
             self.named.load(split, streaming=True),
             f"{self.dataset}, split {split}",
             reader,
-            share=Share(self.trainer.global_rank, self.trainer.world_size),
-            problem=problem,
-            num_labels=num_labels,
+            share=share,
+            task=task,
             batch_size=batch_size,
             image_column=self.image_column,
             label_column=self.label_column,
@@ -287,8 +312,6 @@ class HFImageDataModule(L.LightningDataModule):
             on_bad_image=self.on_bad_image,
             **options,
         )
-        self.label_names = images.columns.label_names
-        return images
 
     @property
     def named(self) -> NamedDataset:
@@ -296,32 +319,6 @@ class HFImageDataModule(L.LightningDataModule):
         if self._named is None:
             self._named = NamedDataset(self.dataset, self.name, self.revision)
         return self._named
-
-    def rows(
-        self, split: str, known: Sequence[str] | None = None, *, all_of_them: bool = False
-    ) -> Rows:
-        """Open a split, see :meth:`.NamedDataset.rows`, which raises."""
-        columns = {"image_column": self.image_column, "label_column": self.label_column}
-        return self.named.rows(split, known, **columns, all_of_them=all_of_them)
-
-    def _head(self) -> tuple[str, int]:
-        """The model's ``problem_type`` and its number of outputs."""
-        model: Any = self.trainer.lightning_module
-        return getattr(model, "problem_type", SINGLE), model.num_labels
-
-    def _own_rows(self, split: str) -> Rows:
-        """The same for the model that is trained or evaluated."""
-        model = self.trainer.lightning_module
-        config = getattr(getattr(model, "model", None), "config", None)
-        known = None if config is None else names_of(config)
-        return self.rows(split, known, all_of_them=self._fitting)
-
-    def _settle_labels(self) -> None:
-        """Make the labels of all open splits those of the model's head."""
-        for images in self._sets.values():
-            if isinstance(images, LabelledImages):
-                images.rows.settle_labels(*self._head())
-                self.label_names = images.rows.label_names
 
     def training_labels(self) -> np.ndarray | None:
         """Labels of the rows to train on, (rows,) or (rows, labels); None of a stream."""
@@ -360,25 +357,56 @@ class HFImageDataModule(L.LightningDataModule):
         """Augment and normalise a batch of training images on the model's device."""
         if not self.trainer.training:
             return batch
+        augmented = self.augment(batch)
+        # Lightning has converted the batch to the precision of the weights before it was augmented.
+        convert = self.trainer.precision_plugin.convert_input
+        return batch | convert({name: augmented[name] for name in ("pixel_values", "labels")})
+
+    def augment(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Augment and normalise a batch of training images where it is."""
         assert self._augmentation is not None
         images, labels = self._augmentation(
             batch["pixel_values"], batch["labels"], batch.pop("draws", None)
         )
-        # Lightning has converted the batch to the precision of the weights before it was augmented.
-        convert = self.trainer.precision_plugin.convert_input
-        return {**batch, **convert({"pixel_values": images, "labels": labels})}
+        return {**batch, "pixel_values": images, "labels": labels}
 
     def train_dataloader(self) -> DataLoader:
-        images, trainer = self._sets["train"], self.trainer
-        options = self._loader_options() | {
-            "batches_done": lambda: trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        }
+        trainer = self.trainer
+        return self.training_loader(
+            Share(trainer.global_rank, trainer.world_size),
+            epoch=lambda: trainer.current_epoch,
+            batches_done=lambda: trainer.fit_loop.epoch_loop.batch_progress.current.ready,
+        )
+
+    def training_loader(
+        self,
+        share: Share = _ALONE,
+        *,
+        epoch: Callable[[], int] = lambda: 0,
+        batches_done: Callable[[], int] = lambda: 0,
+    ) -> DataLoader:
+        """Batches of training images, to be augmented on a device; see :meth:`open`.
+
+        Args:
+            share: of this process.
+            epoch: returns the number of the epoch that begins, for streams.
+            batches_done: returns how many batches of the epoch an interrupted run has had.
+
+        Raises:
+            ValueError: for a stream whose length is not known or less than a batch.
+        """
+        images = self._sets["train"]
+        options = self._loader_options() | {"batches_done": batches_done}
         if isinstance(images, StreamedImages):
-            return self._train_stream(images, options)
+            steps = self._steps(images, share)
+            # All our workers have shares of their own, and the loader counts whole batches.
+            self._quiet.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", message="Your `IterableDataset` has `__len__` define")
+            return StreamLoader(images, steps=steps, epoch=epoch, **options)
         sampler = ResumableSampler(
             images,
-            num_replicas=trainer.world_size,
-            rank=trainer.global_rank,
+            num_replicas=share.world_size,
+            rank=share.rank,
             shuffle=True,
             seed=self.seed,
             repeats=self.repeated_augmentation,
@@ -391,25 +419,21 @@ class HFImageDataModule(L.LightningDataModule):
             **options,
         )
 
-    def _train_stream(self, images: StreamedImages, options: dict[str, Any]) -> StreamLoader:
+    def _steps(self, images: StreamedImages, share: Share) -> int:
+        """Batches of an epoch of a stream."""
         rows = self.train_images or self.named.count(self.train_split)
         if rows is None:
             raise ValueError(
                 f"train_images is not set, and {images.origin} does not tell how many rows it "
                 "has, which the length of an epoch depends on"
             )
-        steps = rows // (self.batch_size * self.trainer.world_size)
+        steps = rows // (self.batch_size * share.world_size)
         if not steps:
             raise ValueError(
                 f"batch_size={self.batch_size!r} is not allowed: {images.origin} has {rows} rows, "
-                f"less than a batch for each of {self.trainer.world_size} processes"
+                f"less than a batch for each of {share.world_size} processes"
             )
-        # All our workers have shares of their own, and the loader counts whole batches.
-        self._quiet.enter_context(warnings.catch_warnings())
-        warnings.filterwarnings("ignore", message="Your `IterableDataset` has `__len__` defined")
-        return StreamLoader(
-            images, steps=steps, epoch=lambda: self.trainer.current_epoch, **options
-        )
+        return steps
 
     def teardown(self, stage: str) -> None:
         self._quiet.close()

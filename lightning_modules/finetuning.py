@@ -201,7 +201,6 @@ class MCTFFinetuner(ImageClassifier):
         self.r_max = teacher_limit(self.model.config, r_max)
         self.problem_type: str = self.model.config.problem_type
         self.num_labels: int = self.model.config.num_labels
-        self.num_channels: int = self.model.config.num_channels
         if label_smoothing is None:
             label_smoothing = 0.0 if self.problem_type == REGRESSION else 0.1
         self.loss = TokenReductionConsistency(

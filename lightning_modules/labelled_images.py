@@ -17,6 +17,7 @@ from mctf_hf.images import MODES, ImageReader, OnBadImage, UnreadableImage
 
 from .augmentation import FlipAndCrop
 from .columns import Columns
+from .image_task import ImageTask
 from .labels import (
     NOT_COUNTED,
     encode,
@@ -53,20 +54,26 @@ def as_bytes(image: Image.Image) -> Tensor:
 
 
 class Rows:
-    """Rows of one split: images, undecoded, and labels as numbers, see :func:`.labels.encode`.
+    """Rows of one split: images, undecoded, and labels as a model takes them.
 
     Args:
         rows: the split.
         origin: what errors call it.
         columns: of images and labels.
+        task: of the model.
         names: of the classes, where labels are names.
 
     Raises:
-        ValueError: if there are no rows, or one without label.
+        ValueError: if there are no rows, or one without label; see :func:`.labels.settle`.
     """
 
     def __init__(
-        self, rows: Dataset, origin: str, columns: Columns, names: Sequence[str] | None = None
+        self,
+        rows: Dataset,
+        origin: str,
+        columns: Columns,
+        task: ImageTask,
+        names: Sequence[str] | None = None,
     ):
         self.origin = origin
         self.image_column, self.label_names = columns.image, columns.label_names
@@ -77,8 +84,15 @@ class Rows:
             self.label_names = list(names or [])
             numbers = {name: i for i, name in enumerate(self.label_names)}
             labels = [numbers[name] for name in labels]
-        self.labels = encode(labels, columns.feature, self.name)
-        self.not_counted: Any = NOT_COUNTED
+        self.labels = settle(
+            encode(labels, columns.feature, self.name),
+            task.problem_type,
+            task.num_labels,
+            named=self.label_names is not None,
+            origin=origin,
+            row_name=self.name,
+        )
+        self.not_counted: Any = not_counted(task.problem_type, task.num_labels)
         self.images = rows.select_columns([self.image_column]).cast_column(
             self.image_column, ImageFeature(decode=False)
         )
@@ -89,18 +103,6 @@ class Rows:
     def name(self, index: int) -> str:
         """What errors call a row."""
         return f"row {index} of {self.origin}"
-
-    def settle_labels(self, problem: str, num_labels: int) -> None:
-        """Make the labels those of a model's head, see :func:`.labels.settle`, which raises."""
-        self.labels = settle(
-            self.labels,
-            problem,
-            num_labels,
-            named=self.label_names is not None,
-            origin=self.origin,
-            row_name=self.name,
-        )
-        self.not_counted = not_counted(problem, num_labels)
 
     def stored(self, index: int) -> tuple[Any, str]:
         """What is stored of the image of a row, and what errors call it."""
@@ -149,10 +151,15 @@ class LabelledImages(TorchDataset):
     def __len__(self) -> int:
         return len(self.indices)
 
+    @property
+    def label_names(self) -> list[str] | None:
+        """Names of the classes, if they have any."""
+        return self.rows.label_names
+
     def summary(self) -> str:
         """How much it is, in words."""
         labels = self.rows.labels[np.asarray(self.indices)]
-        if labels.ndim > 1 and self.rows.label_names is None:
+        if labels.ndim > 1 and self.label_names is None:
             return f"{len(self):,} images"
         classes = len(np.unique(labels)) if labels.ndim == 1 else np.count_nonzero(labels.any(0))
         return f"{len(self):,} images of {classes:,} {'class' if classes == 1 else 'classes'}"

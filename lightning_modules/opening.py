@@ -12,6 +12,7 @@ from datasets.inspect import SplitsNotFoundError
 
 from .columns import class_names, find_columns
 from .folders import LABEL, open_image_folder
+from .image_task import ImageTask
 from .labelled_images import Rows
 from .streaming import count_rows
 
@@ -84,7 +85,7 @@ class NamedDataset:
     def rows(
         self,
         split: str,
-        known: Sequence[str] | None = None,
+        task: ImageTask,
         *,
         image_column: str | None = None,
         label_column: str | None = None,
@@ -93,18 +94,20 @@ class NamedDataset:
         """Open the images and labels of a split.
 
         Args:
-            known: names of a model's classes, see :func:`.class_names`.
+            task: of the model that takes them.
+            all_of_them: see :func:`.class_names`.
             image_column, label_column: see :func:`.find_columns`.
 
         Raises:
-            ValueError: for a split or column that is missing.
+            ValueError: for a split or column that is missing, or labels that the model lacks.
         """
         rows, origin = self.load(split), f"{self.dataset}, split {split}"
         columns = find_columns(rows, origin, image_column, label_column)
-        if not columns.by_name:
-            return Rows(rows, origin, columns)
-        found = self.texts(columns.label)
-        return Rows(rows, origin, columns, class_names(found, known, all_of_them=all_of_them))
+        names: Sequence[str] | None = None
+        if columns.by_name:
+            found = self.texts(columns.label)
+            names = class_names(found, task.class_names, all_of_them=all_of_them)
+        return Rows(rows, origin, columns, task, names)
 
     def texts(self, column: str) -> set[str]:
         """What a column of texts holds, in all splits that have it."""

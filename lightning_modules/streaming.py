@@ -18,11 +18,11 @@ from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data import IterableDataset as TorchIterableDataset
 
 from mctf_hf.images import OnBadImage, UnreadableImage
-from mctf_hf.problems import SINGLE
 
 from .augmentation import FlipAndCrop
 from .columns import Columns, find_columns
 from .evaluation_loaders import in_step
+from .image_task import ImageTask
 from .labelled_images import (
     PixelReader,
     Sample,
@@ -58,8 +58,7 @@ class StreamedImages(TorchIterableDataset):
         origin: what errors call it.
         reader: reads an image and makes its tensor.
         share: this process's.
-        num_labels: the model's classes.
-        problem: the model's ``problem_type``.
+        task: of the model.
         batch_size: images per batch, which the loader has to make of them.
         shuffle_buffer: rows among which the next one is drawn; None leaves the order alone.
         image_column, label_column: see ``find_columns``.
@@ -78,8 +77,7 @@ class StreamedImages(TorchIterableDataset):
         reader: PixelReader,
         *,
         share: Share,
-        num_labels: int,
-        problem: str = SINGLE,
+        task: ImageTask,
         batch_size: int,
         shuffle_buffer: int | None = None,
         image_column: str | None = None,
@@ -117,8 +115,8 @@ class StreamedImages(TorchIterableDataset):
         self.origin = origin
         self.reader = reader
         self.share = share
-        self.num_labels = num_labels
-        self.problem = problem
+        self.task = task
+        self.label_names = self.columns.label_names
         self.batch_size = batch_size
         self.augment = augment
         self.seed = seed
@@ -175,9 +173,9 @@ class StreamedImages(TorchIterableDataset):
         labels = encode([row[columns.label]], columns.feature, lambda _: name)
         (label,) = settle(
             labels,
-            self.problem,
-            self.num_labels,
-            named=columns.label_names is not None,
+            self.task.problem_type,
+            self.task.num_labels,
+            named=self.label_names is not None,
             origin=self.origin,
             row_name=lambda _: name,
         )
@@ -185,7 +183,7 @@ class StreamedImages(TorchIterableDataset):
 
     def black(self) -> Sample:
         """A black image that is not to be counted."""
-        return self.reader.black(not_counted(self.problem, self.num_labels))
+        return self.reader.black(not_counted(self.task.problem_type, self.task.num_labels))
 
     def _readable(
         self, rows: list[Any], i: int, first: int, place: tuple[int, ...]

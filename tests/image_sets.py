@@ -12,6 +12,7 @@ from PIL import Image
 from transformers import ViTImageProcessorPil
 
 from lightning_modules import HFImageDataModule
+from lightning_modules.image_task import ImageTask
 from tests.helpers import DIGITS
 
 PROCESSOR = ViTImageProcessorPil(size={"height": 32, "width": 32})
@@ -71,7 +72,7 @@ def data_module(
     module = HFImageDataModule(dataset, **{"num_workers": 0, **settings})
     progress = SimpleNamespace(current=SimpleNamespace(ready=0))
     module.trainer = SimpleNamespace(
-        lightning_module=SimpleNamespace(image_processor=PROCESSOR, num_labels=num_labels),
+        lightning_module=SimpleNamespace(task=ImageTask(PROCESSOR, num_labels)),
         world_size=1,
         global_rank=0,
         strategy=SimpleNamespace(reduce_boolean_decision=lambda decision, all: decision),

@@ -24,6 +24,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from cli.convert import main
 from cli.error_texts import EXPECTED
 from lightning_modules.data import HFImageDataModule
+from lightning_modules.image_task import ImageTask
 from lightning_modules.labelled_images import LabelledImages
 from mctf_hf import MCTFViTForImageClassification
 from mctf_hf.conversion import build_model, convert_state_dict, infer_config
@@ -461,13 +462,8 @@ def test_training_crops_to_what_the_processor_makes() -> None:
     main(["w.safetensors", "--output", "made", *TWO_HEADS])
     processor = AutoImageProcessor.from_pretrained("made", backend="pil")
     data = HFImageDataModule(DIGITS, crop="resized", batch_size=4, num_workers=0)
-    data.trainer = argparse.Namespace(
-        lightning_module=argparse.Namespace(image_processor=processor, num_labels=10),
-        world_size=1,
-        global_rank=0,
-    )
-    data.setup("fit")
-    images = data.train_dataloader().dataset
+    data.open("fit", ImageTask(processor, 10))
+    images = data.training_loader().dataset
     assert isinstance(images, LabelledImages)
     assert images[(0, 3)]["pixel_values"].shape == (3, 96, 96)
 

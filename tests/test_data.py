@@ -26,6 +26,7 @@ from transformers import DeiTImageProcessorPil
 from cli.main import main
 from lightning_modules import HFImageDataModule, MCTFFinetuner
 from lightning_modules.augmentation import FlipAndCrop
+from lightning_modules.image_task import ImageTask
 from lightning_modules.labels import NOT_COUNTED
 from lightning_modules.sampling import ResumableSampler
 from mctf_hf.images import decode, read_image
@@ -441,8 +442,7 @@ def test_processors_that_crop_give_their_crop_in_training_too() -> None:
     processor = DeiTImageProcessorPil(size={"height": 256, "width": 256}, crop_size=224)
     for crop in ("none", "resized", "padded"):
         data = data_module(crop=crop)
-        data.trainer.lightning_module.image_processor = processor
-        data.setup("fit")
+        data.open("fit", ImageTask(processor, 10))
         assert data.train_dataloader().dataset[0]["pixel_values"].shape == (3, 224, 224)
         assert data.val_dataloader().dataset[0]["pixel_values"].shape == (3, 224, 224)
 

@@ -12,9 +12,10 @@ from datasets import Image as ImageFeature
 from cli.main import main
 from cli.paths import open_images
 from lightning_modules.folders import open_image_folder
+from lightning_modules.image_task import ImageTask
 from lightning_modules.opening import NamedDataset
 from tests.helpers import fails
-from tests.image_sets import PNG, data_module
+from tests.image_sets import PNG, PROCESSOR, data_module
 
 
 def plant(root: Path, *files: str) -> Path:
@@ -122,18 +123,16 @@ def test_metadata_tells_the_classes(tmp_path: Path) -> None:
 
 def test_names_of_classes_are_the_models_where_it_has_them(tmp_path: Path) -> None:
     folder = plant(tmp_path / "pets", "cat/1.png", "dog/2.png", "dog/3.png")
-    whole, new = data_module(str(folder)), data_module(str(folder))
-    for known, split, expected in (
-        (["dog", "cat"], whole, ["dog", "cat"]),
-        (["fox", "dog", "cat"], new, ["fox", "dog", "cat"]),
+    dataset = NamedDataset(str(folder))
+    for known, all_of_them, expected, labels in (
+        (["dog", "cat"], True, ["dog", "cat"], [1, 0, 0]),
+        (["fox", "dog", "cat"], False, ["fox", "dog", "cat"], [2, 1, 1]),
+        (["fox", "dog", "cat"], True, ["cat", "dog"], [0, 1, 1]),
+        ([], False, ["cat", "dog"], [0, 1, 1]),
     ):
-        assert split.rows("train", known).label_names == expected
-    assert whole.rows("train", ["dog", "cat"]).labels.tolist() == [1, 0, 0]
-    assert whole.rows("train", ["fox", "dog", "cat"], all_of_them=True).label_names == [
-        "cat",
-        "dog",
-    ]
-    assert whole.rows("train").labels.tolist() == [0, 1, 1]
+        task = ImageTask(PROCESSOR, 3, class_names=known)
+        rows = dataset.rows("train", task, all_of_them=all_of_them)
+        assert rows.label_names == expected and rows.labels.tolist() == labels
 
 
 def test_labels_that_are_texts_are_the_same_classes_in_all_splits(tmp_path: Path) -> None:

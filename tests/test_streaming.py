@@ -14,6 +14,7 @@ import torch
 from datasets import load_dataset
 from PIL import Image
 
+from lightning_modules.image_task import ImageTask
 from lightning_modules.labelled_images import AsBytes, PixelReader
 from lightning_modules.labels import NOT_COUNTED
 from lightning_modules.streaming import Share, StreamedImages, StreamLoader, count_rows
@@ -75,7 +76,7 @@ def loader(
         folder,
         options.pop("reader", AsBytes(PROCESSOR)),
         share=Share(rank, world_size),
-        num_labels=ALL,
+        task=ImageTask(PROCESSOR, ALL),
         batch_size=batch_size,
         label_column="cls" if folder.endswith("tar") else "label",
         **{
