@@ -244,7 +244,7 @@ def test_broken_images_of_a_stream(tmp_path: Path) -> None:
 
 def test_labels_that_the_model_lacks_are_named(folders: dict[str, str]) -> None:
     stream = loader(folders["uneven"], shuffle_buffer=None)
-    stream.dataset.num_labels = 10
+    stream.dataset.task = ImageTask(PROCESSOR, 10)
     with pytest.raises(
         ValueError, match="row 10 that .* has the label 10: the model has the class"
     ):
