@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import PathDistribution, distribution
 from pathlib import Path
 from zipfile import Path as ZipPath
@@ -97,13 +97,9 @@ def needed(wheel: Path, extras: Sequence[str]) -> set[str]:
     return {name for name, _ in seen} - {own.name}
 
 
-def environment(folder: Path, wheel: Path, *extras: str) -> Path:
-    """A virtual environment with a wheel and links to what it needs; the path of its Python."""
-    python = folder / "bin" / "python"
-    assert tool("venv", "--without-pip", folder).returncode == 0
-    done = tool("pip", "--python", python, "install", "--no-deps", "--no-index", wheel)
-    assert done.returncode == 0, done.stderr
-    (site,) = folder.glob("lib/python*/site-packages")
+def link(python: Path, wheel: Path, *extras: str) -> Path:
+    """Let a virtual environment find what a wheel and some of its extras need."""
+    (site,) = python.parents[1].glob("lib/python*/site-packages")
     for name in needed(wheel, extras):
         found = distribution(name)
         for top in {file.parts[0] for file in found.files or ()} - {"..", "__pycache__"}:
@@ -134,7 +130,23 @@ def commands(python: Path, words: Iterable[list[str]], home: Path) -> list[tuple
 @pytest.fixture(scope="module")
 def alone(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Python with the library and its extras left out."""
-    return environment(tmp_path_factory.mktemp("alone") / "venv", wheel)
+    folder = tmp_path_factory.mktemp("alone") / "venv"
+    python = folder / "bin" / "python"
+    assert tool("venv", "--without-pip", folder).returncode == 0
+    done = tool("pip", "--python", python, "install", "--no-deps", "--no-index", wheel)
+    assert done.returncode == 0, done.stderr
+    return link(python, wheel)
+
+
+@pytest.fixture
+def with_extras(alone: Path, wheel: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Python with some extras, too."""
+
+    def made(*extras: str) -> Path:
+        shutil.copytree(alone.parents[1], tmp_path / "venv", symlinks=True)
+        return link(tmp_path / "venv" / "bin" / "python", wheel, *extras)
+
+    return made
 
 
 def test_what_is_built_is_fit_for_the_index(built: Path) -> None:
@@ -190,9 +202,9 @@ def test_a_command_without_its_extra_tells_which_one(alone: Path, tmp_path: Path
 
 
 def test_commands_run_with_the_extra_that_they_name(
-    wheel: Path, tiny_folder: Path, tmp_path: Path
+    with_extras: Callable[..., Path], tiny_folder: Path, tmp_path: Path
 ) -> None:
-    python = environment(tmp_path / "venv", wheel, "cli")
+    python = with_extras("cli")
     model, images = str(tiny_folder), ["--images", DIGITS]
     run_by_it = [
         ["visualize", f"{model},r=4", *images, "--output", "fused.png"],
@@ -245,11 +257,11 @@ def test_commands_run_with_the_extra_that_they_name(
 def test_extras_are_enough_for_what_they_are_named_for(
     extras: list[str],
     several: list[list[str]],
-    wheel: Path,
+    with_extras: Callable[..., Path],
     tiny_folder: Path,
     tmp_path: Path,
 ) -> None:
-    python = environment(tmp_path / "venv", wheel, *extras)
+    python = with_extras(*extras)
     words = [[word.replace("MODEL", str(tiny_folder)) for word in words] for words in several]
     told = commands(python, words, tmp_path)
     assert not [said for status, said in told if status]

@@ -53,7 +53,7 @@ INSTEAD = {
     "1,16": "1,2",
 }
 SHORTENED = {
-    "fit": "--trainer.max_epochs 3 --trainer.limit_train_batches 2 --trainer.limit_val_batches 1",
+    "fit": "--trainer.max_epochs 2 --trainer.limit_train_batches 2 --trainer.limit_val_batches 1",
     "test": "--trainer.limit_test_batches 1",
     "benchmark": "--rounds 1",
     "benchmark-data": "--batches 2 --warmup 1 --data.num_workers 0",
