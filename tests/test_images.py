@@ -13,6 +13,7 @@ from transformers import CLIPImageProcessorPil, ViTConfig, ViTForImageClassifica
 
 from cli.main import main
 from cli.paths import open_images
+from lightning_modules.image_task import ImageTask
 from mctf_hf.hub import load_image_processor, save
 from mctf_hf.images import ImageReader
 from tests.helpers import TINY, fails, predict_words, tiny_model
@@ -59,7 +60,8 @@ def test_a_row_that_would_fill_the_memory_is_named_and_can_be_skipped(
     folder = write_dataset(tmp_path / "set", [(PNG, 0), (long, 1), (PNG, 1)])
     for choice in ("error", "skip"):
         data = data_module(folder, val_split="train", streaming=streaming, on_bad_image=choice)
-        data.trainer.lightning_module.image_processor = load_image_processor(str(keeps_ratio))
+        task = ImageTask(load_image_processor(str(keeps_ratio)), num_labels=2)
+        data.trainer.lightning_module.task = task
         data.trainer.current_epoch = 0
         data.setup("validate")
         if choice == "error":
