@@ -43,7 +43,7 @@ docs: $(READY)  ## the documentation as a site, in site/
 lint: $(READY)
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
-	$(RUN)/mypy
+	$(RUN)/mypy --num-workers $(WORKERS)
 
 format: $(READY)
 	$(RUN)/ruff check --fix .

@@ -1,13 +1,17 @@
 """Processes that have nothing of this library, as those of people who load what it saved."""
 
+import atexit
+import functools
 import subprocess
-import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from tests.warm import Warm
 
 # What a stranger runs: this library can't be imported there.
 BLOCKED = """
@@ -30,9 +34,9 @@ from transformers import AutoModel, AutoModelForImageClassification, pipeline
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 """
 )
-STRANGER = (
-    BLOCKED
-    + """
+STRANGER = """
+import sys
+
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -62,7 +66,6 @@ def look(folder):
 
 torch.save([look(folder) for folder in folders], results)
 """
-)
 
 
 def environment_of_a_stranger(home: Path) -> dict[str, str]:
@@ -75,18 +78,28 @@ def environment_of_a_stranger(home: Path) -> dict[str, str]:
     }
 
 
+@functools.cache
+def _warm() -> Warm:
+    home = tempfile.TemporaryDirectory()
+    warm = Warm(OF_STRANGERS, environment_of_a_stranger(Path(home.name)))
+    atexit.register(warm.__exit__)
+    atexit.register(home.cleanup)
+    return warm
+
+
+def run_as_stranger(code: str, *arguments: Any) -> subprocess.CompletedProcess:
+    """Run code in a process without this library, which has a cache for all such processes."""
+    done = _warm().run(code, *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
 def load_as_stranger(
     folders: Sequence[Path], images: Tensor, tmp_path: Path
 ) -> tuple[list[dict[str, Any]], subprocess.CompletedProcess]:
     """What one process without this library makes of folders, and what it says."""
     torch.save(images, tmp_path / "images.pt")
-    done = subprocess.run(
-        [sys.executable, "-c", STRANGER, tmp_path / "images.pt", tmp_path / "out.pt", *folders],
-        env=environment_of_a_stranger(tmp_path / "home"),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_as_stranger(STRANGER, tmp_path / "images.pt", tmp_path / "out.pt", *folders)
     found = torch.load(tmp_path / "out.pt")
     assert all(one["module"].startswith("transformers_modules.") for one in found)
     return found, done

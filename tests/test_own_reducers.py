@@ -3,7 +3,6 @@
 import importlib
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +21,7 @@ from mctf_hf.hub import load_image_processor, loadable_files, save
 from mctf_hf.model_card import make_card
 from mctf_hf.reducers import REDUCERS, Reducer
 from tests.helpers import DIGITS, REPOSITORY, TINY, count, tiny_model
-from tests.strangers import BLOCKED, environment_of_a_stranger, load_as_stranger
+from tests.strangers import load_as_stranger, run_as_stranger
 
 EXAMPLES = re.findall(
     r"```python\n(.*?)```", (REPOSITORY / "docs" / "methods" / "own.md").read_text(), re.DOTALL
@@ -177,14 +176,7 @@ def test_however_it_is_written_strangers_load_it(odd: Any, tmp_path: Path) -> No
         odd(file, name, f"{imports}\n{BODY}")
         folders.append(save(tiny_model(reduction="odd", r=0), PROCESSOR, tmp_path / f"to-{name}"))
         del REDUCERS["odd"]
-    done = subprocess.run(
-        [sys.executable, "-c", BLOCKED + OF_STRANGER, *folders],
-        env=environment_of_a_stranger(tmp_path / "home"),
-        cwd=folders[0],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_as_stranger(OF_STRANGER, *folders)
     kept = """register  # and keep "from mctf_hf.x import y" as it is
 
 TEXT = \'\'\'
@@ -196,6 +188,8 @@ from mctf_hf.fusion import nothing
 
 
 OF_STRANGER = """
+import sys
+
 from transformers import AutoModel
 
 for folder in sys.argv[1:]:

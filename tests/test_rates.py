@@ -280,7 +280,6 @@ def test_an_exported_file_tells_the_keep_rate() -> None:
     [
         {"reduction": "evit", "fuse_token": True},
         {"reduction": "token_mergence", "multi_scale": [2]},
-        {"class_token": False, "r": 6},
     ],
 )
 def test_they_are_written_as_onnx(settings: dict[str, Any], tmp_path: Path) -> None:
