@@ -1,7 +1,7 @@
-"""How the vision encoders of transformers name the parts of their layers.
+"""Names that the vision encoders of transformers give to the parts of their layers.
 
-Nearly all layers are the same: ``x += s(attention(norm(x)))``, then ``x += s(mlp(norm(x)))``. What
-differs is what the parts are called, and what a branch goes through before it is added.
+Nearly all layers are the same: ``x += s(attention(norm(x)))``, then ``x += s(mlp(norm(x)))``. They
+differ in the names of the parts and in the operations ``s`` on a branch before it is added.
 """
 
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ class LayerNames:
     """Names of the parts of a pre-norm layer.
 
     Attributes:
-        norm_attention, attention, norm_mlp, mlp: submodules.
-        after_attention: what the output of attention goes through before it is added, in order:
-            modules are called, parameters and numbers are multiplied.
-        after_mlp: the same for the output of the MLP.
+        norm_attention, attention, norm_mlp, mlp: names of submodules.
+        after_attention: names of what is applied to the attention output before it is added, in
+            order: modules are called, parameters and numbers are multiplied.
+        after_mlp: the same for the MLP output.
     """
 
     norm_attention: str
@@ -46,7 +46,7 @@ AIMV2 = LayerNames("rms_norm1", "attention", "rms_norm2", "ffn")
 
 
 class AttentionNames(NamedTuple):
-    """Names of the parts of a self-attention; the last five may be missing."""
+    """Names of the parts of a self-attention module; the last five may be missing."""
 
     query: str
     key: str
@@ -60,7 +60,7 @@ class AttentionNames(NamedTuple):
     key_norm: str | None = None
 
 
-# What the classes of transformers call them, those of its releases before 5.18 included.
+# Names in the classes of transformers, including releases before 5.18.
 _SPELLINGS = {
     "query": ("q_proj", "query"),
     "key": ("k_proj", "key"),
@@ -76,10 +76,10 @@ _SPELLINGS = {
 
 
 def attention_names(attention: nn.Module) -> AttentionNames:
-    """How a self-attention names its parts.
+    """Find the names of the parts of a self-attention module.
 
     Raises:
-        ValueError: for the first part that is not found; the message says which.
+        ValueError: if a part is not found; the message names the first one.
     """
     found: dict[str, Any] = {}
     for part, spellings in _SPELLINGS.items():
@@ -94,16 +94,16 @@ def attention_names(attention: nn.Module) -> AttentionNames:
 
 
 def attention_core(attention: nn.Module) -> nn.Module:
-    """The module that makes queries and keys: the attention itself, or the one in it.
+    """The module that computes queries and keys: ``attention`` or its submodule ``attention``.
 
-    Releases of transformers before 5.18 keep DINOv2's projection of the output outside of it.
+    Before transformers 5.18, the output projection of DINOv2 is outside of this submodule.
     """
     inner = getattr(attention, "attention", None)
     return inner if isinstance(inner, nn.Module) else attention
 
 
 def check_layer(layer: nn.Module, names: LayerNames) -> None:
-    """Raise ValueError for a part of a layer that is not where it is looked for; it is named."""
+    """Raise ValueError if a layer lacks one of the named parts; the message names the part."""
     for part in (names.norm_attention, names.attention, names.norm_mlp, names.mlp):
         if not isinstance(getattr(layer, part, None), nn.Module):
             raise ValueError(

@@ -1,7 +1,7 @@
-"""Fusion for any vision encoder of transformers: given to a loaded model, and taken away again.
+"""Functions that add token fusion to a loaded model of transformers, and remove it again.
 
-The model stays the object that it was, with its weights and their names. Its layers, their
-attention, the module that runs them and the model itself get classes that can fuse.
+The model stays the same object, with the same weights and weight names. The model, the module that
+runs its layers, the layers and their attention modules get new classes that can fuse.
 """
 
 import os
@@ -35,31 +35,31 @@ from .registry import BACKBONES
 
 
 def fuse_tokens(model: Any, **settings: Any) -> Any:
-    """Let the vision encoder of a model fuse tokens, in place.
+    """Make the vision encoder of a model fuse tokens, in place.
 
-    Outputs keep their classes, fields and shapes: where the encoder ends, each original position
-    gets its token's row back. ``model(…, r=8)`` fuses another amount in one call, and
-    ``model(…, output_fusion=True)`` adds ``token_sizes`` (b, m), ``assignment`` (b, n) and that of
-    each layer, ``assignments``, to the output.
+    With ``restore=True``, the default, outputs keep their classes, fields and shapes: at the end of
+    the encoder, each original position gets the row of its token. ``model(…, r=8)`` changes the
+    amount for one call. ``model(…, output_fusion=True)`` adds three fields to the output:
+    ``token_sizes`` (b, m), ``assignment`` (b, n) and ``assignments``, one (b, n) per layer.
 
     Args:
-        model: of transformers: one of the encoders of :func:`supported`, or a model with one in it.
-        settings: of :class:`.configuration_mctf.FusionConfigMixin`, such as ``r`` and
+        model: model of transformers that is or contains an encoder listed by :func:`supported`.
+        settings: fields of :class:`.configuration_mctf.FusionConfigMixin`, such as ``r`` and
             ``reduction``, and ``rope_positions`` for encoders with rotary positions.
 
     Returns:
-        The model.
+        The same model.
 
     Raises:
-        ValueError: for a model without a vision encoder that is supported, one that fuses already,
-            or settings that do not exist, have no effect or do not fit; nothing is changed then.
-        huggingface_hub.errors.StrictDataclassError: for a value outside of what is allowed.
+        ValueError: if the model has no supported vision encoder or already fuses tokens, or if
+            settings are unknown, have no effect or do not fit. The model is then unchanged.
+        huggingface_hub.errors.StrictDataclassError: if a value is not allowed.
     """
     return _fuse(model, settings, settings)
 
 
 def _fuse(model: Any, settings: dict[str, Any], given: dict[str, Any]) -> Any:
-    """See :func:`fuse_tokens`; ``given`` are those that somebody chose."""
+    """See :func:`fuse_tokens`; ``given`` holds the settings that the user chose explicitly."""
     name = type(model).__name__
     if not isinstance(model, nn.Module):
         raise ValueError(f"{model!r} is no model, whose tokens could be fused")
@@ -94,16 +94,16 @@ def _fuse(model: Any, settings: dict[str, Any], given: dict[str, Any]) -> Any:
             exchange_class(encoder.runner, fused_class(FusedRunner, type(encoder.runner)))
             encoder.runner.__dict__["hosted_layers"] = encoder.layers
     exchange_class(model, fused_class(FusedModel, type(model)))
-    # Not a submodule, whose weights would have two names.
+    # Set in __dict__: a second submodule would give its weights a second name.
     model.__dict__["fused_layers"] = [encoder.layers for encoder in encoders]
     return model
 
 
 def _settle_readers(model: Any, encoders: Sequence[Encoder], chosen: Sequence[TokenFusion]) -> None:
-    """Settle how many tokens are read.
+    """Set the number of tokens that the model reads from its encoders.
 
     Raises:
-        ValueError: where fewer tokens are to be handed out to what has a place for each.
+        ValueError: if ``restore`` or ``skip_unread`` does not suit what the model reads.
     """
     name = type(model).__name__
     owner = encoders[0].owner is model
@@ -154,13 +154,13 @@ def _settings(encoder: Encoder, settings: dict[str, Any], given: dict[str, Any])
 
 
 def unfuse_tokens(model: Any) -> Any:
-    """Take away from a model what :func:`fuse_tokens` gave it, in place.
+    """Undo :func:`fuse_tokens` on a model, in place.
 
     Returns:
-        The model.
+        The same model.
 
     Raises:
-        ValueError: for a model that was not given fusion.
+        ValueError: if :func:`fuse_tokens` was not applied to the model.
     """
     _check_fused(model)
     for layers in model.__dict__.pop("fused_layers"):
@@ -188,10 +188,10 @@ def _check_fused(model: Any) -> None:
 
 
 class FusionRecord:
-    """What became of the tokens in the last call of a block of :func:`fusion_of`.
+    """The tokens of the model's last call in a block of :func:`fusion_of`.
 
     Attributes:
-        settings: of the fusion in the block.
+        settings: settings of fusion in the block.
     """
 
     def __init__(self, calls: Sequence[Call]):
@@ -206,32 +206,32 @@ class FusionRecord:
 
     @property
     def token_sizes(self) -> Tensor | None:
-        """(b, m), how many of the embedded tokens each final token stands for."""
+        """(b, m), number of embedded tokens that each final token represents."""
         return self._tokens().sizes
 
     @property
     def assignment(self) -> Tensor | None:
-        """(b, n) int64, index of the final token that each embedded one became part of, or -1."""
+        """(b, n) int64, index of the final token that contains each embedded token, or -1."""
         return self._tokens().assignment()
 
     @property
     def assignments(self) -> tuple[Tensor, ...] | None:
-        """Of each layer (b, n), the assignment to the tokens that leave it."""
+        """One (b, n) per layer, the assignment of embedded tokens to the layer's output tokens."""
         return self._tokens().assignments
 
 
 @contextmanager
 def fusion_of(model: Any, **settings: Any) -> Iterator[FusionRecord]:
-    """Fuse otherwise for a while, in this thread alone.
+    """Change the settings of fusion within a block, in this thread only.
 
     Compiled code uses the block that was entered last, in any thread.
 
     Args:
-        model: one that :func:`fuse_tokens` was called with.
-        settings: any of those that it takes; the others stay as they are.
+        model: model that :func:`fuse_tokens` was applied to.
+        settings: settings of :func:`fuse_tokens` to change; the others keep their values.
 
     Yields:
-        A record of what becomes of the tokens.
+        A record of the tokens of the last call.
 
     Raises:
         ValueError, huggingface_hub.errors.StrictDataclassError: as :func:`fuse_tokens`.
@@ -262,17 +262,17 @@ def _defined(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def from_pretrained(name: str | os.PathLike, **kwargs: Any) -> Any:
-    """Load any vision model, and let it fuse tokens as it was saved, or as is said here.
+    """Load any vision model, with the settings of fusion that were saved or are given.
 
     Args:
-        name: folder, or id on the Hub, of a model of transformers, with or without the settings of
-            fusion beside it, or of this library.
-        kwargs: settings of fusion, which replace those that were saved; all else goes to
-            ``from_pretrained`` of the model's class, which its configuration names.
+        name: folder or Hub id of a model of this library or of transformers, with or without saved
+            settings of fusion.
+        kwargs: settings of fusion, which replace the saved ones; all other arguments go to
+            ``from_pretrained`` of the model class that the configuration names.
 
     Raises:
         OSError: if there is no such model.
-        ValueError: for a model without a vision encoder that is supported.
+        ValueError: if the model is to fuse tokens and has no supported vision encoder.
     """
     given = {key: kwargs.pop(key) for key in SETTINGS if key in kwargs}
     of_hub = {name: kwargs[name] for name in _OF_HUB if name in kwargs}
@@ -295,7 +295,7 @@ def from_pretrained(name: str | os.PathLike, **kwargs: Any) -> Any:
     return (model, *report) if report else model
 
 
-# What says where files come from, of the arguments of from_pretrained.
+# Arguments of from_pretrained that select the source of the files.
 _OF_HUB = (
     "revision",
     "cache_dir",

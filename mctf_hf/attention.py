@@ -1,8 +1,8 @@
-"""Self-attention that can be looked at before it is applied.
+"""Self-attention that is computed first and applied later.
 
-Token fusion is informed by a layer's own attention, and applies it to tokens that do not exist yet
-when it is computed. So attention comes in two steps here: :meth:`FusionAttention.look_ahead` gives
-an :class:`Attention`, and ``forward`` applies it, to other tokens if need be.
+Token fusion uses a layer's own attention to choose the tokens to fuse, and then applies the same
+attention to the fused tokens. So attention has two steps: :meth:`FusionAttention.look_ahead`
+returns an :class:`Attention`, and ``forward`` applies it, if need be to the fused tokens.
 
 Shapes: ``b`` images, ``n`` tokens, ``d`` channels, ``h`` heads.
 """
@@ -18,50 +18,49 @@ from torch.nn import functional as F
 from .anatomy import AttentionNames
 from .fusion import Reduction, fuse, fuse_attention, unfuse
 
-# One image's attention map is held up to this size. A larger one is gone through in blocks of rows,
-# small enough for a CPU's cache, and once more by a kernel that needs no map when it is applied.
+# Largest attention map of one image that is held. For a larger map, the received attention is
+# computed in blocks of rows that fit a CPU's cache, and a kernel without a map applies attention.
 MAP_BYTES = 8 * 2**20
 BLOCK_BYTES = 4 * 2**20
 
-# Where a CPU attends faster by three plain operators than by the kernel that needs no map: maps of
-# all images up to these bytes, among at least so many tokens. Measured by benchmarks/attention.py.
-# Without an entry, the kernel attends.
+# Limits within which three plain operators are faster on a CPU than the kernel without a map:
+# (largest bytes of the maps of all images, least number of queries) by type of numbers. Measured by
+# benchmarks/attention.py. Types without an entry use the kernel.
 FASTER_BY_MAP = {torch.float32: (15 * 2**18, 16), torch.bfloat16: (24 * 2**20, 48)}
 
-# Where a bias of the keys goes as one more channel of queries and keys, so that kernels attend that
-# know no bias: types of numbers by type of device. See :func:`with_bias_as_channel`; an empty one
-# leaves the bias to the kernels that know it. Not measured.
+# Types of numbers, by type of device, for which the bias of the keys becomes one more channel of
+# queries and keys, so that kernels without a bias can be used. See :func:`with_bias_as_channel`.
+# With no types, kernels that support a bias are used. Not measured.
 BIAS_AS_CHANNEL: dict[str, tuple[torch.dtype, ...]] = {"cuda": (torch.float16, torch.bfloat16)}
 
-# Where what tokens receive is computed without a map by :mod:`.kernels`, if Triton is installed:
-# types of numbers by type of device; an empty one leaves it to plain operators. Not measured. In
-# float32 these kernels would have no tensor cores.
+# Types of numbers, by type of device, for which :mod:`.kernels` computes the received attention
+# without a map, if Triton is installed. With no types, plain operators are used. Not measured. In
+# float32 these kernels could not use tensor cores.
 BY_TRITON: dict[str, tuple[torch.dtype, ...]] = {"cuda": (torch.float16, torch.bfloat16)}
 
 
 @dataclass(eq=False)
 class ColumnMeans:
-    """Receives the column means of attention that is applied without a map.
+    """Storage for the column means of attention that is applied without a map.
 
     Attributes:
-        means: (b, n), see :meth:`Attention.received`; ``None`` before it was applied.
+        means: (b, n), see :meth:`Attention.received`; ``None`` until attention is applied.
     """
 
     means: Tensor | None = None
 
 
 class Attention(NamedTuple):
-    """Attention of one layer, not applied to any values yet.
+    """Attention of one layer, before it is applied to values.
 
     Attributes:
         query: (b, h, n, d / h).
         key: (b, h, n, d / h).
-        bias: (b or 1, 1, 1 or n, n), added to the scores; ``None`` for none.
+        bias: (b or 1, 1, 1 or n, n), added to the scores; ``None`` for no bias.
         scaling: factor of the products of queries and keys.
-        map: (b, h, n, n), every row summing to 1; ``None`` where it is too large to be held or
-            nobody needs it.
-        columns: receives the column means when attention is applied without holding a map;
-            ``None`` unless a reduction after attention needs them.
+        map: (b, h, n, n), each row sums to 1; ``None`` if it is too large to hold or not needed.
+        columns: storage for the column means when attention is applied without a map; ``None``
+            unless a reduction after attention needs them.
     """
 
     query: Tensor
@@ -83,11 +82,11 @@ class Attention(NamedTuple):
             bias = self.bias[:, :, start:stop] if self.bias.shape[2] > 1 else self.bias
             bias = bias.expand(batch, heads, -1, -1).flatten(0, 1)
         scores = torch.baddbmm(bias, query.flatten(0, 1), key.flatten(0, 1).mT, alpha=self.scaling)
-        # Kernels of softmax compute in float32 whatever they read and write.
+        # Softmax kernels compute in float32 for every type of input and output.
         return scores.softmax(-1).view(batch, heads, num_rows, key.shape[2])
 
     def first(self, num_queries: int | None) -> "Attention":
-        """The attention of the first queries alone; of all for ``None``."""
+        """The attention of the first ``num_queries`` queries; of all queries for ``None``."""
         if num_queries is None:
             return self
         query, key, bias, scaling, held, _ = self
@@ -99,7 +98,7 @@ class Attention(NamedTuple):
     def received(self) -> Tensor:
         """Attention that each token receives, mean over heads and queries: (b, n), float32 or more.
 
-        Informativeness in MCTF (arXiv 2403.10030, section 3.1).
+        It is the informativeness of MCTF (arXiv 2403.10030, section 3.1).
         """
         if self.map is not None:
             return self.map.mean((1, 2), dtype=_precision(self.map))
@@ -113,7 +112,7 @@ class Attention(NamedTuple):
         return self._column_means(sums)
 
     def blocks(self) -> Iterator[Tensor]:
-        """The map by some rows at a time, all of which fit a CPU's cache: (b, h, rows, n) each."""
+        """Blocks of rows of the map, each small enough for a CPU's cache: (b, h, rows, n)."""
         batch, heads, num_tokens = self.key.shape[:3]
         row = batch * heads * num_tokens * self.key.element_size()
         rows = max(1, BLOCK_BYTES // row)
@@ -121,7 +120,7 @@ class Attention(NamedTuple):
             yield self.rows(start, start + rows)
 
     def applied_with_columns(self, value: Tensor) -> Tensor:
-        """Attention applied to values, (b, h, n, d / h), in one pass with what tokens receive."""
+        """Apply attention to values (b, h, n, d / h), and fill ``columns`` in the same pass."""
         assert self.columns is not None
         if self._is_for_kernels():
             from .kernels import attend
@@ -156,10 +155,10 @@ def _precision(x: Tensor) -> torch.dtype:
 
 
 def is_faster_by_map(heads: int, num_queries: int, x: Tensor) -> bool:
-    """Whether attention among (b, n, d) is faster if its map is made, and not kept for anything.
+    """Whether attention among tokens ``x`` (b, n, d) is faster with a map than with a kernel.
 
-    It is on CPUs, for maps that are not too large (in float32, than a cache), where no graph is
-    recorded or traced. See :data:`FASTER_BY_MAP`, which may be changed.
+    True on CPUs, within the limits of :data:`FASTER_BY_MAP`, which may be changed, if no graph is
+    recorded or traced. In float32 the limit is the size of a cache.
     """
     if not x.is_cpu or x.dtype not in FASTER_BY_MAP or is_recorded():
         return False
@@ -170,9 +169,9 @@ def is_faster_by_map(heads: int, num_queries: int, x: Tensor) -> bool:
 
 
 def has_kernels(x: Tensor) -> bool:
-    """Whether :mod:`.kernels` are used on such a device and type, see :data:`BY_TRITON`.
+    """Whether :mod:`.kernels` are used for the device and type of ``x``, see :data:`BY_TRITON`.
 
-    They have no gradient, so not where a graph is recorded or traced.
+    They have no gradient, so they are not used while a graph is recorded or traced.
     """
     if x.dtype not in BY_TRITON.get(x.device.type, ()) or is_recorded():
         return False
@@ -187,7 +186,7 @@ def is_recorded() -> bool:
 
 
 def goes_as_channel(attention: Attention) -> bool:
-    """Whether the bias of the keys is to go as a channel, see :data:`BIAS_AS_CHANNEL`."""
+    """Whether the bias of the keys becomes a channel, see :data:`BIAS_AS_CHANNEL`."""
     query, bias = attention.query, attention.bias
     if bias is None or bias.shape[2] > 1:
         return False
@@ -195,15 +194,15 @@ def goes_as_channel(attention: Attention) -> bool:
 
 
 def with_bias_as_channel(attention: Attention, value: Tensor) -> tuple[Attention, Tensor]:
-    """The same attention without bias, and values (b, h, n, d / h), of a few more channels each.
+    """The same attention without bias, and values (b, h, n, d / h), each with more channels.
 
-    As ``[q, 1] [k, bias / scaling] = q k + bias / scaling``, it is what kernels such as
-    FlashAttention (arXiv 2205.14135) can do, which know no bias and want queries, keys and values
-    of one size, a multiple of 8. Channels are 0 otherwise, and those of the values are to be cut
-    off what comes out.
+    As ``[q, 1] [k, bias / scaling] = q k + bias / scaling``, one more channel replaces the bias.
+    Kernels such as FlashAttention (arXiv 2205.14135) support no bias. They need queries, keys and
+    values with the same number of channels, a multiple of 8, so further channels are filled with 0.
+    The caller removes the additional channels from the output.
 
     Args:
-        attention: whose bias is (b or 1, 1, 1, n).
+        attention: attention with a bias (b or 1, 1, 1, n).
     """
     query, key, bias, scaling = attention[:4]
     assert bias is not None
@@ -216,7 +215,7 @@ def with_bias_as_channel(attention: Attention, value: Tensor) -> tuple[Attention
 
 
 def apply_by_kernel(attention: Attention, value: Tensor, dropout: float = 0.0) -> Tensor:
-    """Attention applied to values by a kernel that holds no map: two of (b, h, n, d / h)."""
+    """Apply attention to values with a kernel that holds no map: both (b, h, n, d / h)."""
     channels = value.shape[3]
     widened = goes_as_channel(attention)
     if widened:
@@ -233,7 +232,7 @@ def apply_by_kernel(attention: Attention, value: Tensor, dropout: float = 0.0) -
 
 
 class Rotation(NamedTuple):
-    """By how much the channels of queries and keys are turned (RoPE, arXiv 2104.09864).
+    """Rotation of the channels of queries and keys (RoPE, arXiv 2104.09864).
 
     Attributes:
         cos: (b or 1, 1, n, d / h).
@@ -244,22 +243,22 @@ class Rotation(NamedTuple):
     sin: Tensor
 
     def first(self, count: int | None) -> "Rotation":
-        """The rotation of the first tokens alone; of all for ``None``."""
+        """The rotation of the first ``count`` tokens; of all tokens for ``None``."""
         if count is None:
             return self
         return Rotation(self.cos[:, :, :count], self.sin[:, :, :count])
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Turn (b, h, n, d / h), whose halves are the two coordinates of what is turned."""
+        """Rotate (b, h, n, d / h); the two halves of the channels are the two coordinates."""
         first, second = x.chunk(2, -1)
         return x * self.cos.to(x.dtype) + torch.cat((-second, first), -1) * self.sin.to(x.dtype)
 
 
 class FusionAttention:
-    """Self-attention in two steps; before an attention class of transformers.
+    """Mixin for an attention class of transformers: self-attention in two steps.
 
     Attributes:
-        names: of its parts, see :func:`.anatomy.attention_names`.
+        names: names of its parts, see :func:`.anatomy.attention_names`.
     """
 
     names: AttentionNames
@@ -285,7 +284,7 @@ class FusionAttention:
         """Queries and keys of ``hidden_states``, (b, n, d): both (b, h, n, d / h).
 
         Args:
-            num_queries: of the first so many tokens alone.
+            num_queries: number of first tokens to compute queries of; ``None`` for all tokens.
         """
         made = []
         for project, norm, count in (
@@ -306,13 +305,13 @@ class FusionAttention:
         rotation: Rotation | None = None,
         num_queries: int | None = None,
     ) -> Attention:
-        """Attention among ``hidden_states``, (b, n, d), with its map if ``hold_map``.
+        """Compute the attention among ``hidden_states``, (b, n, d), with its map if ``hold_map``.
 
         Args:
-            bias: (b or 1, 1, 1 or n, n), added to the scores. If boolean, a mask that is true
-                where there is to be attention.
-            rotation: of queries and keys.
-            num_queries: of the first so many tokens alone.
+            bias: (b or 1, 1, 1 or n, n), added to the scores. A boolean bias is a mask that is
+                true where attention is allowed.
+            rotation: rotation of queries and keys.
+            num_queries: number of first tokens to compute queries of; ``None`` for all tokens.
         """
         if bias is not None and bias.dtype == torch.bool:
             mask = hidden_states.new_zeros(bias.shape)
@@ -323,9 +322,9 @@ class FusionAttention:
         return attention._replace(map=attention.rows()) if hold_map else attention
 
     def holds_map(self, hidden_states: Tensor) -> bool:
-        """Whether the attention map among tokens, (b, n, d), is held to tell what these receive.
+        """Whether to hold the map among tokens (b, n, d) to compute the received attention.
 
-        True if it fits ``MAP_BYTES`` and no kernel of Triton is used.
+        True if one image's map fits ``MAP_BYTES`` and no Triton kernel is used.
         """
         if not self.training and has_kernels(hidden_states):
             return False
@@ -333,7 +332,7 @@ class FusionAttention:
         return entries * hidden_states.element_size() <= MAP_BYTES
 
     def is_faster_by_map(self, hidden_states: Tensor, num_queries: int | None = None) -> bool:
-        """See :func:`is_faster_by_map`; of the first so many queries alone."""
+        """See :func:`is_faster_by_map`; with ``num_queries`` for the first queries only."""
         queries = hidden_states.shape[1] if num_queries is None else num_queries
         return is_faster_by_map(self._part(self.names.heads), queries, hidden_states)
 
@@ -348,18 +347,18 @@ class FusionAttention:
     ) -> tuple[Tensor, Tensor | None]:
         """Attend among ``hidden_states``, (b, n, d), as transformers does.
 
-        With an ``attention`` among n tokens, that one is applied instead. If a ``reduction`` has
-        turned those n tokens into the m tokens of ``hidden_states``, the map is reduced too, to
-        ``R A C`` with ``C`` summing columns and ``R`` pooling rows (MCTF, section 3.3). As
-        ``(R A C) V = R (A (C V))`` and ``C V`` only repeats the rows of ``V`` at the old positions,
-        no map is fused but for maximum pooling, which is not linear.
+        A given ``attention`` among n tokens is applied instead. If a ``reduction`` has turned these
+        n tokens into the m tokens of ``hidden_states``, the map is reduced too, to ``R A C``: ``C``
+        sums columns and ``R`` pools rows (MCTF, section 3.3). ``(R A C) V = R (A (C V))``, and
+        ``C V`` only repeats the rows of ``V`` at the old positions. So the map itself is fused only
+        for maximum pooling, which is not linear, or if the caller or a hook needs it.
 
-        With ``num_queries``, that is done for the first so many tokens alone, which are prefix
-        tokens: a reduction leaves them as they are.
+        With ``num_queries``, only the first tokens are computed. They are prefix tokens, which a
+        reduction does not change.
 
         Returns:
-            The attention output (b, m, d), and the map (b, h, m, m) if it is held: always for
-            ``output_attentions``. With ``num_queries`` they have so many rows.
+            The attention output (b, m, d), or (b, num_queries, d); and the map if it is held. With
+            ``output_attentions`` it is always held, and is (b, h, m, m).
         """
         if attention is None:
             return super().forward(hidden_states, *args, **kwargs)

@@ -1,8 +1,8 @@
-"""Settings of fusion to choose from, each made to meet a budget.
+"""Candidate settings of fusion, each adjusted to meet a budget.
 
-A candidate is a way to reduce tokens: a method, its settings, and how the reduction is spread over
-the layers. :func:`meet` sets its numbers of tokens from a budget of multiply-accumulates. So
-candidates of all methods cost the same and can be compared by what they lose.
+A candidate is a method, its settings, and the distribution of the reduction over the layers.
+:func:`meet` computes its numbers of tokens from a budget of multiply-accumulates. So candidates of
+all methods cost the same and can be compared by their loss.
 """
 
 import copy
@@ -14,7 +14,7 @@ from typing import Any
 from .cost import Description, describe, fusion_config_of
 from .reducers import REDUCERS
 
-# How many tokens a layer may lose for each one that the mean of the layers loses.
+# Largest weight of a layer, relative to the mean of the layers.
 MOST_WEIGHT = 3.0
 
 
@@ -23,10 +23,10 @@ class Dial:
     """A setting that a search may vary.
 
     Attributes:
-        name: of the setting.
-        untuned: its value in the method's paper, or else in this library.
-        high: the largest value; the least one is 0.
-        inverse: the setting is a temperature, and its inverse is varied.
+        name: name of the setting.
+        untuned: its value in the method's paper, or this library's default.
+        high: largest value of what is varied; the smallest is 0.
+        inverse: whether the setting is a temperature, of which the inverse is varied.
         choices: all values of a setting that is not a number; empty for numbers.
     """
 
@@ -37,7 +37,7 @@ class Dial:
     choices: tuple[Any, ...] = ()
 
     def value(self, turned: Any) -> Any:
-        """The setting at a place in [0, 1] between the ends, or at one of the choices."""
+        """Convert a position in [0, 1], from 0 to ``high``, to a value; choices are unchanged."""
         if self.choices:
             return turned
         value = turned * self.high
@@ -46,7 +46,7 @@ class Dial:
         return round(1 / value, 2) if value > 1e-3 else 0.0
 
     def turned(self, value: Any) -> Any:
-        """Where it has a value; the opposite of :meth:`value`."""
+        """Convert a value to a position in [0, 1]; the inverse of :meth:`value`."""
         if self.choices:
             return value
         value = (1 / value if value else 0.0) if self.inverse else value
@@ -67,13 +67,13 @@ _CRITERIA = (
 
 @dataclass(frozen=True)
 class Method:
-    """A method and what a search may vary about it.
+    """A method and the settings that a search may vary.
 
     Attributes:
-        fixed: settings that make it.
-        dials: settings to be varied.
-        first_layer: the first layer that fuses by default.
-        drops: whether it drops tokens; not offered to models that read single places.
+        fixed: settings that select the method.
+        dials: settings to vary.
+        first_layer: index of the first layer that fuses by default.
+        drops: whether it drops tokens; not offered for models that restore tokens.
     """
 
     fixed: Mapping[str, Any]
@@ -96,13 +96,13 @@ METHODS: dict[str, Method] = {
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to reduce tokens, before it is known how many.
+    """A way to reduce tokens, without the numbers of tokens.
 
     Attributes:
-        method: its name in :data:`METHODS`.
-        settings: of its dials.
-        weights: how the reduction is spread, a number of at least 0 for each layer; unset, as the
-            method's paper does.
+        method: name in :data:`METHODS`.
+        settings: values of the method's dials.
+        weights: share of each layer in the reduction, one number of at least 0 per layer; ``None``
+            for the method's default.
     """
 
     method: str
@@ -111,12 +111,12 @@ class Candidate:
 
     @classmethod
     def untuned(cls, method: str) -> "Candidate":
-        """The method as its paper has it."""
+        """The candidate with the settings of the method's paper."""
         return cls(method, {dial.name: dial.untuned for dial in METHODS[method].dials})
 
     @classmethod
     def of(cls, settings: Any, num_tokens: int) -> "Candidate | None":
-        """How some settings reduce that many tokens; ``None`` if no candidate is like them."""
+        """The candidate that matches settings for ``num_tokens`` tokens; ``None`` if none does."""
         amounts = [float(fused) for fused in settings.tokens_fused(num_tokens)]
         if not any(amounts):
             return None
@@ -133,7 +133,7 @@ class Candidate:
         return None
 
 
-# Where a search may begin besides: milder temperatures, keys beside tokens, most in early layers.
+# Further starting points of a search: weak informativeness, keys, more fusion in early layers.
 _MILD = {
     "tau_info": 45.0,
     "tau_size": 40.0,
@@ -147,7 +147,7 @@ HINTS = (
     Candidate("mctf", {**_MILD, "key_share": 0.2, "class_share": 0.0}),
     Candidate("tome", {"proportional_attention": True}),
 )
-# How the layers' counts fall there, from 0 (to nothing) to 1 (they rise from nothing).
+# Slope of the layers' counts there: 0 falls to zero, 0.5 is constant, 1 rises from zero.
 FALLING = 0.25
 
 
@@ -156,8 +156,8 @@ class FittedCandidate:
     """A candidate that meets a budget.
 
     Attributes:
-        candidate: which.
-        settings: of fusion, all of those that make it.
+        candidate: the candidate.
+        settings: all settings of fusion that it sets.
         cost: multiply-accumulates of one image.
     """
 
@@ -167,7 +167,7 @@ class FittedCandidate:
 
 
 def methods_for(model: Any) -> tuple[str, ...]:
-    """Names of the methods that suit a model: all but those that drop tokens which it restores."""
+    """Names of the methods for a model: if it restores tokens, only those that drop none."""
     restores = fusion_config_of(model).restore
     return tuple(name for name, method in METHODS.items() if not (method.drops and restores))
 
@@ -175,15 +175,15 @@ def methods_for(model: Any) -> tuple[str, ...]:
 def meet(
     model: Any, candidate: Candidate, budget: int, described: Description | None = None
 ) -> FittedCandidate:
-    """The settings of a candidate that cost most within a budget.
+    """Find the settings with which a candidate costs the most within a budget.
 
     Args:
         model: see :func:`.cost.multiply_accumulates`.
         budget: multiply-accumulates of one image.
-        described: what :func:`.cost.describe` says of the model, to be worked out once.
+        described: result of :func:`.cost.describe` for the model, if it is already known.
 
     Raises:
-        ValueError: if the candidate cannot reduce as much.
+        ValueError: if the candidate cannot meet the budget.
     """
     described = described or describe(model)
     config = copy.copy(fusion_config_of(model))
@@ -197,7 +197,7 @@ def meet(
         setattr(config, name, value)
     weights = _weights(config, candidate, described.num_layers)
     if candidate.weights is not None and described.num_read is not None:
-        weights[-1] = 0.0  # of a layer whose tokens nobody reads, fusing would save nothing
+        weights[-1] = 0.0  # fusing saves nothing there: the layer outputs only the tokens read
     by_rate = REDUCERS[config.reduction].amount == "keep_rate"
 
     def amounts(scale: float) -> list[int | float]:
@@ -230,14 +230,14 @@ def meet(
 def untuned(
     model: Any, methods: Sequence[str], budget: int, described: Description | None = None
 ) -> dict[str, FittedCandidate]:
-    """Methods as their papers have them, at a budget; those that cannot meet it are left out.
+    """Methods with the settings of their papers, at a budget, without those that cannot meet it.
 
     Args:
         model, budget, described: see :func:`meet`.
         methods: names in :data:`METHODS`.
 
     Raises:
-        ValueError: if none of them can.
+        ValueError: if no method can meet the budget.
     """
     found: dict[str, FittedCandidate] = {}
     problems: list[ValueError] = []
@@ -263,7 +263,7 @@ def _weights(config: Any, candidate: Candidate, num_layers: int) -> list[float]:
 
 
 def _filled(counts: list[int], cost: Any, budget: int) -> list[int]:
-    """Counts of layers made smaller by one, first layers first, for as long as it can be paid."""
+    """Reduce each layer's count by one, first layer first, if the cost stays within the budget."""
     for layer, count in enumerate(counts):
         less = [*counts[:layer], count - 1, *counts[layer + 1 :]]
         if count and cost(less) <= budget:
@@ -272,10 +272,10 @@ def _filled(counts: list[int], cost: Any, budget: int) -> list[int]:
 
 
 def budget_of(model: Any, fraction: float, described: Description | None = None) -> int:
-    """Multiply-accumulates that are a part of what a model costs without fusion.
+    """Multiply-accumulates of a fraction of a model's cost without fusion.
 
     Raises:
-        ValueError: unless the part is above 0 and below 1.
+        ValueError: if the fraction is not above 0 and below 1.
     """
     if isinstance(fraction, bool) or not 0 < fraction < 1 or not math.isfinite(fraction):
         raise ValueError(f"budget={fraction!r} is not allowed: it is above 0 and below 1")

@@ -1,4 +1,4 @@
-"""Numbers that are to be finite, or bounded: settings, weights, image processors, scores."""
+"""Checks that numbers are finite or within limits: settings, weights, image processors, scores."""
 
 import math
 from collections.abc import Mapping
@@ -7,16 +7,16 @@ from typing import Any
 from torch import Tensor, nn
 
 SHOWN = 3  # names in a message
-LARGEST_EDGE = 2560  # pixels of what an image processor makes; each patch of it is a token
+LARGEST_EDGE = 2560  # pixels of an image processor's output; limits the number of tokens
 
 
 def check_range(least: float, most: float = math.inf, /, **settings: float | None) -> None:
-    """Check that settings, by name, are finite and neither below nor above what is allowed.
+    """Check that settings are finite, at least ``least`` and at most ``most``.
 
-    ``None`` stands for what is not set, and is allowed.
+    ``None`` means that a setting is not set, and is allowed.
 
     Raises:
-        ValueError: for the first one that is not.
+        ValueError: for the first setting that is not allowed.
     """
     for name, value in settings.items():
         if value is not None and not (least <= value <= most and math.isfinite(value)):
@@ -30,10 +30,10 @@ def check_weights(weights: nn.Module | Mapping[str, Tensor], owner: object) -> N
 
     Args:
         weights: a model, or weights by name.
-        owner: the file, folder or id that they are of, for the message.
+        owner: file, folder or id of the weights, for the message.
 
     Raises:
-        ValueError: for weights that are infinite or no numbers; they are named.
+        ValueError: if weights are infinite or NaN; the message names them.
     """
     named = weights.state_dict() if isinstance(weights, nn.Module) else weights
     wrong = [name for name, tensor in named.items() if not _is_finite(tensor)]
@@ -51,13 +51,13 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def check_scores(scores: Tensor, owner: object) -> Tensor:
-    """The scores of images, (b, …), if all are finite.
+    """Return the scores of images, (b, …), if all are finite.
 
     Args:
-        owner: the model or images that they are of, for the message.
+        owner: name of the model or images, for the message.
 
     Raises:
-        ValueError: for scores that are infinite or no numbers.
+        ValueError: if scores are infinite or NaN.
     """
     finite = scores.isfinite().flatten(1).all(1)
     if not finite.all():
@@ -69,14 +69,14 @@ def check_scores(scores: Tensor, owner: object) -> Tensor:
 
 
 def check_processor(processor: Any, owner: object) -> Any:
-    """The image processor, if its numbers make finite ones of pixels.
+    """Return the image processor, if its settings turn pixels into finite numbers.
 
     Args:
-        owner: the folder or id that it is of, for the message.
+        owner: folder or id of the image processor, for the message.
 
     Raises:
-        ValueError: for a number that is infinite or none, or zero where it divides; for sizes that
-            are missing, or of other edges than 1 to ``LARGEST_EDGE`` pixels.
+        ValueError: if a number is not finite, a standard deviation or the rescale factor is not
+            above 0, a size is missing, or an edge is not 1 to ``LARGEST_EDGE`` pixels.
     """
     for name, step in (("size", "do_resize"), ("crop_size", "do_center_crop"), ("pad_size", None)):
         size = getattr(processor, name, None)

@@ -1,4 +1,4 @@
-"""The classes that a model's outputs stand for, and those of a dataset or of another model."""
+"""Class names of models and datasets, and their comparison."""
 
 import re
 import warnings
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 SHOWN = 4  # names in a message
-_NO_NAME = re.compile(r"LABEL_\d+|n\d{8}")  # of transformers, and numbers of WordNet
+_NO_NAME = re.compile(r"LABEL_\d+|n\d{8}")  # placeholders of transformers, WordNet numbers
 
 
 def names_of(config: Any) -> list[str]:
-    """The names of a configuration's classes, in the order of the outputs.
+    """Names of a configuration's classes, in the order of the outputs.
 
     Raises:
         ValueError: if a class has no name.
@@ -25,20 +25,20 @@ def names_of(config: Any) -> list[str]:
 
 
 def give_names(config: Any, names: Sequence[str]) -> None:
-    """Name a configuration's classes, in the order of the outputs."""
+    """Set the names of a configuration's classes, in the order of the outputs."""
     config.id2label = dict(enumerate(names))
     config.label2id = {name: i for i, name in enumerate(names)}
 
 
 def has_names(config: Any) -> bool:
-    """Whether any class has another name than transformers gives it."""
+    """Whether any class has a name that is not a placeholder or a WordNet number."""
     return any(map(_is_name, config.id2label.values()))
 
 
 def differing(own: Sequence[str], names: Sequence[str]) -> list[int]:
-    """Indices of classes that are called otherwise, but for case and synonyms after a comma.
+    """Indices of classes with different names, ignoring case, punctuation and text after a comma.
 
-    What is no name, such as ``LABEL_3``, differs from none.
+    A placeholder such as ``LABEL_3`` matches every name.
     """
     pairs = enumerate(zip(own, names, strict=True))
     return [
@@ -49,14 +49,14 @@ def differing(own: Sequence[str], names: Sequence[str]) -> list[int]:
 def check_classes(config: Any, names: Sequence[str], model: object, data: object) -> None:
     """Compare a model's classes with those of a dataset, by their names.
 
-    A warning tells of some that are called otherwise, where the others agree.
+    Warns if fewer than half of the names differ and none of them belongs to another class.
 
     Args:
-        names: of the dataset's classes.
-        model, data: what errors call them.
+        names: names of the dataset's classes.
+        model, data: names of the model and the dataset for messages.
 
     Raises:
-        ValueError: for another number of classes, the same ones in another order, or others.
+        ValueError: if the number, the order or too many of the names of the classes differ.
     """
     own = names_of(config)
     new_head = f"set num_labels={len(names)} for a new head"

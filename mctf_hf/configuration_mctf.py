@@ -1,4 +1,4 @@
-"""The settings of token fusion, and what the configurations of all encoders share."""
+"""The settings of token fusion, and the mixins that all encoder configurations share."""
 
 import difflib
 import math
@@ -26,7 +26,7 @@ from .schedule import (
 
 logger = logging.get_logger(__name__)
 
-# The better of the two for the class token with the default method, by docs/encoders.md.
+# The better value for the class token with the default method, see docs/encoders.md.
 ROPE_POSITIONS = "kept"
 
 
@@ -45,7 +45,7 @@ def _check_layers(value: list[int] | None) -> None:
 
 
 def one_of(name: str, *allowed: str | None) -> Any:
-    """Metadata of a field that has one of some values."""
+    """Metadata of a field that allows only the values ``allowed``."""
 
     def check(value: str | None) -> None:
         if value not in allowed:
@@ -56,7 +56,7 @@ def one_of(name: str, *allowed: str | None) -> Any:
 
 
 def number(name: str, low: float, high: float = math.inf, *, below: bool = False) -> Any:
-    """Metadata of a field that is a number of at least ``low`` and at most, or below, ``high``."""
+    """Metadata of a field for numbers of at least ``low`` and at most, or below, ``high``."""
 
     def check(value: float) -> None:
         if not is_number(value) or value < low or value > high or (below and value == high):
@@ -73,63 +73,63 @@ class FusionConfigMixin(ScheduleMixin):
     """Settings of token fusion, shared by the configurations of all backbones.
 
     Args:
-        reduction: which method reduces the tokens: ``"mctf"``, ``"tome"`` (Token Merging, arXiv
+        reduction: method that reduces the tokens: ``"mctf"``, ``"tome"`` (Token Merging, arXiv
             2210.09461), ``"pitome"`` (arXiv 2405.16148), ``"diffrate"`` (arXiv 2305.17997),
-            ``"evit"`` (arXiv 2202.07800), ``"token_mergence"`` (arXiv 2306.04897), one that
-            :func:`.reducers.register` made known, or ``"none"`` for the plain model.
-        inflection: how ``r`` changes from layer to layer, as in ToMe: linearly about a mean of
-            ``r``, from 0 up to twice as much (1), down to 0 (-1), or not at all (0).
+            ``"evit"`` (arXiv 2202.07800), ``"token_mergence"`` (arXiv 2306.04897), a method
+            registered with :func:`.reducers.register`, or ``"none"`` for the plain model.
+        inflection: change of ``r`` over the layers, as in ToMe, with a mean of ``r``: 1 rises
+            linearly from 0 to ``2 r``, -1 falls linearly from ``2 r`` to 0, 0 is constant.
             ``r=(8, -1)`` sets both.
-        r: how many tokens a fusing layer fuses away: a count (1, 2, …), a fraction in (0, 1) of
-            the patch tokens that reach the layer, 0 for none, or a list of these with one entry
-            per layer. Not of ``"evit"`` and ``"token_mergence"``, which go by ``keep_rate``.
-        keep_rate: part of the patch tokens that a layer keeps, or a list with one such number per
-            layer.
-        fuse_token: ``"evit"`` sums up the tokens that are not kept in one more token; or it drops
-            them.
-        fusion_layers: zero-based indices of the layers that fuse. ``None``: the method's own (all
-            but the first for ``"mctf"``, the 4th, 7th and 10th of 12 for ``"evit"`` and
-            ``"token_mergence"``, all for the others), or those that an ``r`` or ``keep_rate`` with
-            one entry per layer says.
-        tau_sim: temperature of the similarity criterion; 0 switches it off. This and the settings
-            down to ``class_share`` are those of ``"mctf"``.
+        r: number of tokens that each fusing layer removes: a count (1, 2, …), a fraction in (0, 1)
+            of the patch tokens that enter the layer, 0 for none, or a list of these with one entry
+            per layer. ``"evit"`` and ``"token_mergence"`` use ``keep_rate`` instead.
+        keep_rate: fraction in (0, 1] of the patch tokens that each fusing layer keeps, or a list
+            of these with one entry per layer.
+        fuse_token: whether ``"evit"`` sums the tokens that it does not keep into one more token;
+            otherwise it drops them.
+        fusion_layers: zero-based indices of the layers that fuse. ``None`` selects the method's
+            default (all but the first for ``"mctf"``, the 4th, 7th and 10th of 12 for ``"evit"``
+            and ``"token_mergence"``, all for the others), or the layers in which a list in ``r`` or
+            ``keep_rate`` fuses.
+        tau_sim: temperature of the similarity criterion; 0 switches it off. This setting and those
+            down to ``class_share`` belong to ``"mctf"``.
         tau_info: temperature of the informativeness criterion; 0 switches it off.
         tau_size: temperature of the size criterion; 0 switches it off.
-        bidirectional: fuse half of the tokens forward and half backward, or all forward.
-        one_step_ahead: the attention that informativeness is judged by: ``"approximate"`` (the
-            layer's own, reused for the fused tokens), ``"precise"`` (the layer's own, computed
-            again after fusion), ``"present"`` (fuse between attention and MLP, by the attention
-            just applied) or ``"past"`` (fuse after the layer, by the attention it used).
+        bidirectional: whether to fuse half of the tokens forward and half backward; otherwise all
+            are fused forward.
+        one_step_ahead: attention that measures informativeness: ``"approximate"`` (the layer's
+            own, reused for the fused tokens), ``"precise"`` (the layer's own, computed again after
+            fusion), ``"present"`` (the attention just applied, to fuse between attention and MLP)
+            or ``"past"`` (the attention that the layer used, to fuse after the layer).
         pooling: weight of a token in its pool: ``"attention_size"`` (attention received times
-            size), ``"size"``, ``"mean"`` (all the same), or ``"max"`` (elementwise maximum).
-        key_share: weight of the keys in the similarity of ``"mctf"``, from 0 (only the tokens
-            count) to 1, in a geometric mean.
+            size), ``"size"``, ``"mean"`` (equal weights), or ``"max"`` (elementwise maximum).
+        key_share: weight of the keys in the similarity of ``"mctf"``, a geometric mean: from 0
+            (tokens only) to 1 (keys only).
         class_share: weight of the attention from the class token in the informativeness of
-            ``"mctf"``, likewise; the rest is the attention received from all.
-        margin: cosine above which ``"pitome"`` holds tokens for alike, in the first layer; it falls
-            to 0 behind the last.
-        dropped: how many of the tokens that a layer loses ``"diffrate"`` drops, where it merges the
-            rest: a count, a fraction in (0, 1) of them, or a list with one of these per layer.
-        proportional_attention: add the logarithm of each token's size to its attention scores;
-            ``"evit"`` never does.
-        min_tokens: no layer leaves fewer tokens than this, prefix tokens included.
-        restore: give each original position its token's row back where the layers end, so that
-            what reads the tokens finds as many as it would without fusion; or hand out the tokens
-            that are left. Dropped tokens cannot be restored.
-        skip_unread: let the last layer compute only the tokens that are read behind it: class
-            tokens. Unset, so do classifiers that read no others; ``True`` lets encoders do it,
-            too, whose ``last_hidden_state`` then has that one row; ``False`` switches it off. It
-            is off in a call that asks for the fusion, for attentions or hidden states, or where
-            somebody has hooked on to what it concerns.
+            ``"mctf"``, a geometric mean with the attention received from all tokens.
+        margin: cosine above which ``"pitome"`` treats tokens as similar in the first layer; it
+            decreases linearly with depth, to 0 after the last layer.
+        dropped: number of a layer's removed tokens that ``"diffrate"`` drops instead of merging: a
+            count, a fraction in (0, 1) of them, or a list of these with one entry per layer.
+        proportional_attention: whether to add the logarithm of each token's size to its attention
+            scores; has no effect on ``"evit"`` and ``"pitome"``.
+        min_tokens: smallest number of tokens that a layer leaves, prefix tokens included.
+        restore: whether each original position gets the row of its token after the last layer, so
+            that the number of tokens is as without fusion; otherwise the model outputs the tokens
+            left. Dropped tokens cannot be restored.
+        skip_unread: whether the last layer computes only the class tokens. Unset, classifiers that
+            read no other tokens do so. With ``True``, encoders do so too, and their
+            ``last_hidden_state`` has only that row. ``False`` switches it off. It is off in calls
+            that ask for fusion outputs, attentions or hidden states, and if hooks see the tokens.
 
     Raises:
-        huggingface_hub.errors.StrictDataclassError: for a value outside of what is allowed; the
-            message names the setting, the value and the values allowed.
+        huggingface_hub.errors.StrictDataclassError: if a value is not allowed; the message
+            contains the setting, the value and the allowed values.
     """
 
     reduction: str = field(default="mctf", metadata={"validator": _check_reduction})
     inflection: float | int = field(default=0.0, metadata={"validator": check_inflection})
-    # After inflection, which (r, inflection) replaces.
+    # After inflection, because r=(r, inflection) sets that field too.
     r: int | float | list[int | float] | tuple[int | float, int | float] = field(
         default=16, metadata={"validator": check_tokens_fused}
     )
@@ -171,15 +171,15 @@ class FusionConfigMixin(ScheduleMixin):
 
     @property
     def reducer_class(self) -> type[Reducer] | None:
-        """The method of reduction; ``None`` for none."""
+        """The class of the reduction method; ``None`` for ``reduction="none"``."""
         return None if self.reduction == "none" else REDUCERS[self.reduction]
 
     def check_effect(self, given: Mapping[str, Any]) -> None:
-        """Check that settings which somebody chose are those of this method.
+        """Check that the settings the user chose have an effect with this method.
 
         Raises:
-            ValueError: for an ``r`` or a ``keep_rate`` that it does not go by, an ``inflection``
-                without a single ``r``, or a setting of another method.
+            ValueError: if the method does not use the given ``r`` or ``keep_rate``, an
+                ``inflection`` has no single ``r``, or a setting belongs to another method.
         """
         amount = None if self.reducer_class is None else self.reducer_class.amount
         for name, nothing in (("r", 0), ("keep_rate", 1)):
@@ -205,13 +205,13 @@ class FusionConfigMixin(ScheduleMixin):
                 )
 
     def own_amount(self) -> dict[str, Any]:
-        """How much is reduced, as an argument of the model: its ``r`` or its ``keep_rate``."""
+        """The amount of reduction as an argument of the model: ``r`` or ``keep_rate``."""
         if self.reducer_class is None:
             return {"r": 0}
         return {self.reducer_class.amount: getattr(self, self.reducer_class.amount)}
 
     def validate_restore(self) -> None:
-        """Check that nothing is restored of which no token is left."""
+        """Check that ``restore`` is off if the method drops tokens."""
         reducer = build_reducer(self)
         if self.restore and reducer is not None and reducer.drops_tokens:
             raise ValueError(
@@ -220,7 +220,7 @@ class FusionConfigMixin(ScheduleMixin):
             )
 
     def validate_skip_unread(self) -> None:
-        """Check that there is a token which alone can be read."""
+        """Check that the model has a class token if ``skip_unread`` is set."""
         if self.skip_unread and not self.class_token:
             raise ValueError(
                 f"skip_unread={self.skip_unread!r} is not allowed in a model without class token, "
@@ -228,7 +228,7 @@ class FusionConfigMixin(ScheduleMixin):
             )
 
     def validate_dropped(self) -> None:
-        """Check that there are as many entries as layers."""
+        """Check that a list in ``dropped`` has one entry per layer."""
         if isinstance(self.dropped, list) and len(self.dropped) != self.num_hidden_layers:
             raise ValueError(
                 f"dropped={self.dropped!r} has {len(self.dropped)} entries: a list has one for "
@@ -236,7 +236,7 @@ class FusionConfigMixin(ScheduleMixin):
             )
 
     def validate_fusion_layers(self) -> None:
-        """Check what concerns several settings at once."""
+        """Check ``fusion_layers``, and the amounts per layer that depend on it."""
         wrong = [i for i in self.fusion_layers or () if not 0 <= i < self.num_hidden_layers]
         if wrong:
             raise ValueError(
@@ -252,14 +252,14 @@ class FusionConfigMixin(ScheduleMixin):
 @strict
 @dataclass(kw_only=True)
 class TokenFusion(FusionConfigMixin):
-    """Fusion in the layers of one encoder that has no configuration of this library.
+    """Settings of fusion for an encoder that has no configuration of this library.
 
     Args:
-        num_hidden_layers: of the encoder.
-        num_prefix_tokens: tokens that come before the patches and take no part.
-        class_token: whether the first token stands for the whole image.
+        num_hidden_layers: number of layers of the encoder.
+        num_prefix_tokens: number of tokens before the patches, which are never fused.
+        class_token: whether the first token represents the whole image.
         rope_positions: see :class:`RotaryConfigMixin`.
-        num_read_tokens: how many tokens are read behind the layers; ``None`` for all.
+        num_read_tokens: number of prefix tokens read after the last layer; ``None`` for all tokens.
     """
 
     num_hidden_layers: int
@@ -276,7 +276,7 @@ def as_pair(value: Any) -> tuple[int, int]:
     return tuple(value) if isinstance(value, (list, tuple)) else (value, value)
 
 
-# What transformers writes to a config.json, or takes, beside the fields of the configuration.
+# Names that transformers writes to a config.json, or accepts, besides the configuration's fields.
 _NOT_FIELDS = {
     "attn_implementation",
     "auto_map",
@@ -295,10 +295,10 @@ _NOT_FIELDS = {
 
 
 def check_exists(name: str | os.PathLike) -> None:
-    """Refuse what can only be a folder, and is none: no id on the Hub reads like that.
+    """Check that a name that looks like a path, not like a Hub id, exists.
 
     Raises:
-        FileNotFoundError: for it.
+        FileNotFoundError: if it does not exist.
     """
     text = os.fspath(name)
     is_path = text.startswith((".", "/", "~")) or "\\" in text or text.count("/") > 1
@@ -308,11 +308,11 @@ def check_exists(name: str | os.PathLike) -> None:
 
 @contextmanager
 def reading_config(name: str | os.PathLike) -> Iterator[None]:
-    """Tell in a line why the config.json of a folder or Hub id cannot be read.
+    """Raise a one-line error if the config.json of a folder or Hub id cannot be read in the block.
 
     Raises:
-        FileNotFoundError: for a folder without one, or that does not exist.
-        ValueError: for one that holds no settings by name.
+        FileNotFoundError: if the folder or its config.json does not exist.
+        ValueError: if the config.json does not contain settings by name.
     """
     check_exists(name)
     folder = Path(name)
@@ -327,14 +327,14 @@ def reading_config(name: str | os.PathLike) -> Iterator[None]:
 
 
 class EncoderConfigMixin(FusionConfigMixin):
-    """What the configurations of this library's own models share; before one of transformers.
+    """Mixin for the configuration class of transformers of each of this library's models.
 
     Attributes:
-        auto_classes: the family's classes by the ``Auto`` class that loads them.
-        plain_types: types of plain models whose checkpoints this one loads, and their names.
-        plain_parts: types of plain models that contain such a one, and where its configuration is.
-        further_settings: fields of the configuration that can be set like those of fusion.
-        any_size: whether the model takes images of any size as it is.
+        auto_classes: classes of the family, by the ``Auto`` class that loads them.
+        plain_types: names of the plain models whose checkpoints this class loads, by model type.
+        plain_parts: keys of the configurations of such models in larger ones, by the larger type.
+        further_settings: further fields that can be set like the settings of fusion.
+        any_size: whether the model accepts images of any size without an option.
     """
 
     auto_classes: ClassVar[dict[str, str]]
@@ -362,12 +362,12 @@ class EncoderConfigMixin(FusionConfigMixin):
 
     @classmethod
     def known(cls) -> set[str]:
-        """Names of all that can be set."""
+        """Names of all settings."""
         return {field.name for field in fields(cls)} | _NOT_FIELDS
 
     @classmethod
     def check_known(cls, names: Iterable[str]) -> None:
-        """Raise ValueError for names that are no settings of this configuration."""
+        """Raise ValueError if names are not settings of this configuration."""
         unknown = sorted(set(names) - cls.known())
         if unknown:
             near = difflib.get_close_matches(unknown[0], cls.known(), n=1)
@@ -380,12 +380,12 @@ class EncoderConfigMixin(FusionConfigMixin):
     def get_config_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Read a checkpoint's configuration; a plain model's counts as this one's.
+        """Read a checkpoint's configuration, and convert that of a plain model.
 
         Raises:
-            FileNotFoundError: for a folder without config.json.
-            ValueError: for the checkpoint of another architecture, or a config.json that holds
-                something else.
+            FileNotFoundError: if the folder has no config.json.
+            ValueError: if the checkpoint has another architecture, or config.json does not contain
+                settings by name.
         """
         with reading_config(pretrained_model_name_or_path):
             settings, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
@@ -406,17 +406,17 @@ class EncoderConfigMixin(FusionConfigMixin):
         if model_type != cls.model_type:
             with reading_config(pretrained_model_name_or_path):
                 settings = cls.of_plain(model_type, settings)
-            known = cls.known()  # beside what older releases left there
+            known = cls.known()  # older releases wrote further settings
             settings = {name: settings[name] for name in settings if name in known}
         return {**settings, "model_type": cls.model_type}, kwargs
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Make a configuration of what a config.json holds; what is unknown there is left out.
+        """Make a configuration from the content of a config.json, without unknown settings.
 
         Raises:
-            ValueError: for values that no such configuration has, or a setting in ``kwargs`` that
-                this architecture has no choice of.
+            ValueError: if a value has a wrong type, or ``kwargs`` contains a setting that is fixed
+                in this architecture.
         """
         known = cls.known()
         unknown = sorted(name for name in set(config_dict) - known if not name.startswith("_"))
@@ -438,26 +438,26 @@ class EncoderConfigMixin(FusionConfigMixin):
 
     @classmethod
     def of_plain(cls, model_type: str, settings: dict[str, Any]) -> dict[str, Any]:
-        """The settings of a plain model, as this configuration has them."""
+        """Convert the settings of a plain model to those of this configuration."""
         return settings
 
     def validate_extent(self) -> None:
-        """Check the sizes that limit each other."""
+        """Check the sizes that limit each other, for ``image_size`` and the usual image size."""
         for size in (self.image_size, self.usual_size):
             check_extent(self, self.grid(size))
 
     @property
     def usual_size(self) -> tuple[int, int]:
-        """Height and width of the images that the model is used with, in pixels."""
+        """Height and width, in pixels, of the images that the model is used with."""
         return as_pair(getattr(self, "input_size", None) or self.image_size)
 
     def num_tokens(self, image_size: int | tuple[int, int] | None = None) -> int:
-        """Tokens of an image, prefix tokens included; of the usual size unless given."""
+        """Number of tokens of an image, prefix tokens included; by default of the usual size."""
         rows, columns = self.grid(image_size)
         return rows * columns + self.num_prefix_tokens
 
     def grid(self, image_size: int | tuple[int, int] | None = None) -> tuple[int, int]:
-        """Rows and columns of patches of an image; of the usual size unless given."""
+        """Numbers of rows and columns of patches of an image; by default of the usual size."""
         height, width = self.usual_size if image_size is None else as_pair(image_size)
         patch_height, patch_width = as_pair(self.patch_size)
         return height // patch_height, width // patch_width
@@ -465,11 +465,11 @@ class EncoderConfigMixin(FusionConfigMixin):
 
 @dataclass(kw_only=True)
 class AnySizeConfigMixin:
-    """Settings of encoders that take images of any size.
+    """Settings of encoders that accept images of any size.
 
     Args:
-        input_size: height and width, in pixels, of the images that the model is used with, if it
-            is not ``image_size``; costs and budgets are those of such images.
+        input_size: height and width, in pixels, of the images that the model is used with, if
+            different from ``image_size``. Costs and budgets refer to these images.
     """
 
     any_size: ClassVar[bool] = True
@@ -478,12 +478,12 @@ class AnySizeConfigMixin:
 
 @dataclass(kw_only=True)
 class RotaryConfigMixin:
-    """Settings of encoders whose queries and keys are rotated by their positions (RoPE).
+    """Settings of encoders that rotate queries and keys by their positions (RoPE).
 
     Args:
-        rope_positions: where a fused token lies for the layers that follow: at the ``"mean"`` of
-            its members' places, with their weights in the pool (without weights for maximum
-            pooling), or where the token was that it started from (``"kept"``).
+        rope_positions: position of a fused token in the next layers: the ``"mean"`` of its members'
+            positions, weighted as in the pool (unweighted for maximum pooling), or the position of
+            the old token that it started from (``"kept"``).
     """
 
     rope_positions: str = field(

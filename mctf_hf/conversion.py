@@ -1,4 +1,4 @@
-"""Weights of other libraries: renamed, and understood from their shapes."""
+"""Conversion of other libraries' weights: new names, and configurations from their shapes."""
 
 import functools
 import math
@@ -16,7 +16,7 @@ from .registry import build
 from .sources import EMBEDDINGS, ours, refuse, table_of, theirs
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# The weights that tell the architecture of the layers, and how many axes they have.
+# Weights whose shapes determine the architecture of the layers, and their numbers of axes.
 _POSITIONS = f"{EMBEDDINGS}.position_embeddings"
 _MLP = "vit.layers.0.mlp.fc1.weight"
 _HEAD = "classifier.weight"
@@ -28,16 +28,17 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], source: str) -> dict[st
 
     Args:
         state_dict: weights by name.
-        source: whose names they are: ``"timm"`` for timm's ViT and DeiT, ``"mctf"`` for the
-            official MCTF code (github.com/mlvlab/MCTF), which names them alike,
+        source: origin of the names: ``"timm"`` for timm's ViT and DeiT, ``"mctf"`` for the
+            official MCTF code (github.com/mlvlab/MCTF), which uses the same names,
             ``"deit_distilled"``, ``"t2t_vit"`` (github.com/yitu-opensource/T2T-ViT) or
             ``"lv_vit"`` (github.com/zihangJiang/TokenLabeling).
 
     Returns:
-        The weights by their new names; timm's joint ``qkv`` split into three.
+        The weights by their new names, with each joint ``qkv`` split into three.
 
     Raises:
-        ValueError: for an unknown source, or keys that it does not have; they are all listed.
+        ValueError: if the source or keys are unknown (all keys are listed), or a weight cannot be
+            split.
     """
     table = table_of(source, state_dict)
     converted, unknown = {}, []
@@ -62,21 +63,21 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], source: str) -> dict[st
 def infer_config(
     state_dict: Mapping[str, Tensor], source: str, num_heads: int | None = None, **settings: Any
 ) -> MCTFViTConfig:
-    """The configuration that a checkpoint's weights have the shapes of.
+    """Infer the configuration from the shapes of a checkpoint's weights.
 
-    Images are square; activations are GELU; ``layer_norm_eps`` is the source's own.
+    Assumes square images, GELU activations and the source's own ``layer_norm_eps``.
 
     Args:
-        state_dict: weights by their own names.
+        state_dict: weights by their original names.
         source: see :func:`convert_state_dict`.
-        num_heads: attention heads, which no shape tells. Unset: 64 channels each, as in all ViT
-            and DeiT of up to 1,024 channels.
+        num_heads: number of attention heads, which no shape shows. If unset, each head has 64
+            channels, as in all ViT and DeiT with up to 1,024 channels.
         settings: further fields of the configuration, such as ``r``.
 
     Raises:
-        ValueError: for an unknown source, another architecture, weights that tell too little, or
-            if ``num_heads`` is needed, or does not divide the channels.
-        huggingface_hub.errors.StrictDataclassError: for settings that are not allowed.
+        ValueError: if the source is unknown, the architecture is another one, weights are missing
+            or misshapen, or ``num_heads`` is needed or does not divide the channels.
+        huggingface_hub.errors.StrictDataclassError: if settings are not allowed.
     """
     table = table_of(source, state_dict)
     refuse(state_dict, table)
@@ -109,7 +110,7 @@ def infer_config(
 
 
 def _grid(positions: int, prefix: int, name: str) -> int:
-    """Patches along one edge of the image."""
+    """Number of patches along one edge of the image."""
     grid = math.isqrt(max(positions - prefix, 0))
     if grid and grid**2 == positions - prefix:
         return grid
@@ -138,23 +139,23 @@ def _num_heads(hidden_size: int, num_heads: int | None) -> int:
 def build_model(
     state_dict: Mapping[str, Tensor], source: str, config: MCTFViTConfig
 ) -> MCTFViTForImageClassification:
-    """A classifier with a checkpoint's weights, in their precision (the highest, if several).
+    """Build a classifier with a checkpoint's weights, in their highest precision.
 
     Args:
-        state_dict: weights by their own names.
+        state_dict: weights by their original names.
         source: see :func:`convert_state_dict`.
         config: see :func:`infer_config`.
 
     Raises:
-        ValueError: unless the weights are exactly those of the model, and finite; all that are
-            unknown, missing or of another shape or type are listed.
+        ValueError: if weights are unknown, missing, not finite, or of a wrong shape or type; the
+            message lists all that do not fit.
     """
     table = table_of(source, state_dict)
     refuse(state_dict, table)
     with torch.device("meta"):
         model = build(config)
     shapes: dict[str, list[int]] = {}
-    counts: set[str] = set()  # of batches that a BatchNorm has seen
+    counts: set[str] = set()  # names of BatchNorms' counts of batches
     for name, weight in model.state_dict().items():
         their_name = theirs(name, table)
         if not weight.ndim:

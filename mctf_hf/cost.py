@@ -1,12 +1,12 @@
 """Multiply-accumulates of a configuration or a model, in closed form.
 
-What is counted, as the papers' "FLOPs" are: convolutions, linear layers, matrix products, and five
-operations per element of a LayerNorm; softmax, activations and index arithmetic are not. It is
-what this library executes: attention is applied to the values of all n old positions, where the
-official code applies an n' x n' map, and the similarity of the tokens counts too.
+Like the papers' "FLOPs", the count includes convolutions, linear layers, matrix products and five
+operations per element of a LayerNorm. It excludes softmax, activations and index arithmetic.
+It counts what this library executes: attention is applied to the values of all n old positions,
+where the official code applies an n' x n' map, and the similarity of the tokens is included.
 
-The layers follow a formula. What lies around them, from the patches to the heads, is counted by
-running the model once without fusion, on tensors without values.
+A formula gives the cost of the layers. The rest of the model, from the patches to the heads, is
+counted by running the model once without fusion, on tensors without values.
 """
 
 import functools
@@ -40,11 +40,11 @@ class LayerCost:
 
     Attributes:
         width: channels of all heads together.
-        heads: of attention.
-        query, key, value, output: the projections of attention.
-        norms: the norm before attention, and that before the MLP.
-        mlp: its linear layers.
-        mlp_width: channels within the MLP.
+        heads: number of attention heads.
+        query, key, value, output: cost of each projection of attention.
+        norms: cost of the norm before attention, and of the norm before the MLP.
+        mlp: cost of the linear layers of the MLP.
+        mlp_width: largest number of channels in the MLP.
     """
 
     width: int
@@ -59,17 +59,17 @@ class LayerCost:
 
     @property
     def queries_keys(self) -> int:
-        """What scores are made of."""
+        """Cost of the projections to queries and keys."""
         return self.query + self.key
 
     @property
     def after(self) -> int:
-        """All that follows attention."""
+        """Cost of everything after attention: output projection, norm and MLP."""
         return self.output + self.norms[1] + self.mlp
 
     @classmethod
     def of(cls, layers: FusedLayerList) -> "LayerCost":
-        """The parts of the first of some layers, all of which are alike."""
+        """The cost of the first layer; all layers are alike."""
         layer, names = layers[0], layers.names
         attention = getattr(layer, names.attention)
         core = attention_core(attention)
@@ -103,15 +103,15 @@ def _norm(norm: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Description:
-    """What a model costs, as a function of how many tokens its layers fuse.
+    """The cost of a model, as a function of the numbers of tokens that its layers fuse.
 
     Attributes:
-        num_tokens: that enter the first layer, prefix tokens included.
-        num_layers: of the encoder.
-        layer: one of them.
+        num_tokens: number of tokens that enter the first layer, prefix tokens included.
+        num_layers: number of layers of the encoder.
+        layer: cost of one layer.
         around: multiply-accumulates outside of the layers, without fusion.
-        per_token: of these, so many for each token that is left.
-        num_read: so many tokens alone leave the last layer; ``None`` for all.
+        per_token: part of ``around`` for each token that leaves the last layer.
+        num_read: number of prefix tokens the last layer outputs; ``None`` for all tokens.
     """
 
     num_tokens: int
@@ -123,14 +123,14 @@ class Description:
 
     @property
     def unfused(self) -> int:
-        """Multiply-accumulates of one image without fusion, all tokens computed everywhere.
+        """Multiply-accumulates of one image without fusion, with all tokens in every layer.
 
-        It is what transformers' model costs, and what budgets are parts of.
+        This is the cost of the model in transformers, and budgets are fractions of it.
         """
         return self.around + self.num_layers * _plain_layer(self.layer, self.num_tokens)
 
     def cost(self, settings: FusionConfigMixin, fused_by_layer: Sequence[int]) -> int:
-        """Multiply-accumulates of one image."""
+        """Multiply-accumulates of one image, for the number of tokens that each layer fuses."""
         tokens, total, prefix = self.num_tokens, self.around, settings.num_prefix_tokens
         reducer = build_reducer(settings)
         for index, fused in enumerate(fused_by_layer):
@@ -146,7 +146,7 @@ class Description:
         return total - self.per_token * (self.num_tokens - tokens)
 
     def of(self, settings: FusionConfigMixin, **amount: Any) -> int:
-        """The same for an ``r`` or a ``keep_rate``, or those of the settings."""
+        """Multiply-accumulates of one image for an ``r`` or ``keep_rate``, or for the settings."""
         return self.cost(settings, settings.tokens_fused(self.num_tokens, **amount))
 
 
@@ -160,26 +160,26 @@ def multiply_accumulates(
     """Multiply-accumulates of one forward pass on one image.
 
     Args:
-        model: a configuration of this library, for its classifier; a model of this library; or one
-            that :func:`.apply.fuse_tokens` was called with, whose vision encoder is counted.
-        r, keep_rate: one of them may be used instead of the configuration's own.
-        image_size: height and width in pixels, instead of the configuration's own.
+        model: configuration of this library, for its classifier; model of this library; or model
+            that :func:`.apply.fuse_tokens` was applied to, of which the vision encoder is counted.
+        r, keep_rate: amount of fusion instead of the configuration's; at most one of them.
+        image_size: height and width in pixels; by default those of the configuration.
 
     Raises:
-        ValueError: for an ``r`` or a ``keep_rate`` that is not allowed.
+        ValueError: if ``r`` or ``keep_rate`` is not allowed.
     """
     return describe(model, image_size).of(fusion_config_of(model), r=r, keep_rate=keep_rate)
 
 
 def fusion_config_of(model: Any) -> FusionConfigMixin:
-    """The settings of fusion of a model or a configuration, as they are here and now."""
+    """The current settings of fusion of a model or a configuration."""
     if isinstance(model, FusedModel):
         return model.fused_layers[0].active().settings
     return getattr(model, "config", model)
 
 
 def describe(model: Any, image_size: int | tuple[int, int] | None = None) -> Description:
-    """What a model costs, without fusion and by layer; see :func:`multiply_accumulates`."""
+    """Compute the cost description of a model; see :func:`multiply_accumulates`."""
     if isinstance(model, FusedModel):
         return _count_hosted(model, image_size)
     config: Any = fusion_config_of(model)
@@ -218,7 +218,7 @@ def _count(model: Any, config: Any, size: tuple[int, int]) -> Description:
         options["interpolate_pos_encoding"] = True
     layer, num_tokens, num_layers = LayerCost.of(layers), config.num_tokens(size), len(layers)
     given = torch.empty(1, channels, *size)
-    total = counted(model, given, r=0, output_fusion=True, **options)  # of all tokens
+    total = counted(model, given, r=0, output_fusion=True, **options)  # computes all tokens
     in_layers = num_layers * _plain_layer(layer, num_tokens)
     entry = BACKBONES[config.model_type]
     per_token = _LAYERNORM * config.hidden_size if entry.norms_all_tokens else 0
@@ -229,7 +229,7 @@ def _count(model: Any, config: Any, size: tuple[int, int]) -> Description:
 
 
 def _count_hosted(model: Any, image_size: int | tuple[int, int] | None) -> Description:
-    """The vision encoder in a model of transformers."""
+    """Count the vision encoder in a model of transformers."""
     encoder = find_encoders(model)[0]
     inputs, options = encoder.family.example(encoder.owner, image_size)
     layers, seen = encoder.layers, []
@@ -248,7 +248,7 @@ def _count_hosted(model: Any, image_size: int | tuple[int, int] | None) -> Descr
 
 @torch.no_grad()
 def counted(model: nn.Module, *inputs: Tensor, **options: Any) -> int:
-    """Multiply-accumulates of a call, of whose tensors only the shapes are looked at."""
+    """Multiply-accumulates of a call; only the shapes of its tensors are used."""
     state = {
         name: torch.empty_like(value, device="meta") if value.device.type != "meta" else value
         for name, value in (*model.named_parameters(), *model.named_buffers())
@@ -271,7 +271,7 @@ _NORMS: dict[Any, Callable[..., int]] = {torch.ops.aten.native_layer_norm: _laye
 
 
 def _plain_layer(layer: LayerCost, tokens: int, read: int | None = None) -> int:
-    """One layer that fuses nothing, and hands out ``read`` of the tokens, or all."""
+    """Cost of a layer that fuses nothing, and outputs ``read`` tokens, or all for ``None``."""
     queries = tokens if read is None else read
     looked_at = tokens * (layer.norms[0] + layer.key + layer.value)
     return looked_at + queries * (layer.query + 2 * tokens * layer.width + layer.after)
@@ -280,7 +280,7 @@ def _plain_layer(layer: LayerCost, tokens: int, read: int | None = None) -> int:
 def _layer(
     layer: LayerCost, reducer: Reducer, prefix: int, tokens: int, fused: int, read: int | None
 ) -> int:
-    """One layer in which ``tokens``, the prefix among them, become ``tokens - fused``."""
+    """Cost of a layer that reduces ``tokens``, prefix included, to ``tokens - fused``."""
     score, (first, second) = tokens * tokens * layer.width, layer.norms
     left = tokens - fused
     choice = reducer.multiply_accumulates(tokens - prefix, fused, layer.width, layer.heads)
@@ -293,7 +293,7 @@ def _layer(
     if reducer.stage is Stage.RECOMPUTE:
         return choice + before + _plain_layer(layer, left, read)
     rows = left if read is None else read
-    # A linear pool applies the rows of all tokens, and then fuses them.
+    # Linear pooling applies the attention rows of all tokens, and then fuses the outputs.
     applied = (tokens if read is None else read, tokens) if reducer.pools_linearly else (rows, left)
     after = left * (first + layer.value) + rows * layer.after
     return choice + before + after + math.prod(applied) * layer.width
@@ -302,21 +302,21 @@ def _layer(
 def r_for_budget(
     model: Any, fraction: float, *, image_size: int | None = None
 ) -> tuple[int, list[int | float]]:
-    """The r that brings the multiply-accumulates nearest to a budget, from below.
+    """Find the smallest r whose multiply-accumulates stay within a budget.
 
     Args:
         model: see :func:`multiply_accumulates`.
-        fraction: the budget, as a part of what the model costs without fusion.
-        image_size: height and width in pixels, instead of the configuration's own.
+        fraction: budget as a fraction of the model's cost without fusion.
+        image_size: height and width in pixels; by default those of the configuration.
 
     Returns:
-        The r, constant or with the configuration's inflection; and a list with one r per layer,
-        which comes nearer: starting from that r it fuses less, first layers first, for as long as
-        the budget allows.
+        The r, constant or with the configuration's inflection; and a list with one r per layer
+        that costs closer to the budget. The list starts from the r and fuses less, first layers
+        first, as long as the budget allows.
 
     Raises:
-        ValueError: for a fraction outside (0, 1], a budget that no r meets, or a configuration
-            that reduces nothing, or by ``keep_rate``.
+        ValueError: if the fraction is not in (0, 1], no r meets the budget, or the method does not
+            use ``r``.
     """
     settings = fusion_config_of(model)
     _check_budget(settings, fraction, "r")
@@ -344,16 +344,16 @@ def r_for_budget(
 
 
 def keep_rate_for_budget(model: Any, fraction: float, *, image_size: int | None = None) -> float:
-    """The largest keep rate, in thousandths, whose multiply-accumulates stay within a budget.
+    """Find the largest keep rate, in steps of 0.001, that stays within a budget.
 
     Args:
         model: see :func:`multiply_accumulates`.
-        fraction: the budget, as a part of what the model costs without fusion.
-        image_size: height and width in pixels, instead of the configuration's own.
+        fraction: budget as a fraction of the model's cost without fusion.
+        image_size: height and width in pixels; by default those of the configuration.
 
     Raises:
-        ValueError: for a fraction outside (0, 1], a budget that no rate meets, or a configuration
-            that reduces nothing, or by ``r``.
+        ValueError: if the fraction is not in (0, 1], no rate meets the budget, or the method does
+            not use ``keep_rate``.
     """
     settings = fusion_config_of(model)
     _check_budget(settings, fraction, "keep_rate")
@@ -391,15 +391,15 @@ def _too_small(fraction: float, least: str, left: float) -> ValueError:
 
 
 def resolve_budget(model: Any, setting: str, value: Any, *, image_size: int | None = None) -> Any:
-    """Turn ``"auto:0.56"`` into what costs as much; leave any other value alone.
+    """Replace text such as ``"auto:0.56"`` by the amount for that budget; return other values.
 
     Args:
         model: see :func:`multiply_accumulates`.
-        setting: ``"r"``, for :func:`r_for_budget`'s list, or ``"keep_rate"``, for
+        setting: ``"r"``, for the list of :func:`r_for_budget`, or ``"keep_rate"``, for
             :func:`keep_rate_for_budget`.
 
     Raises:
-        ValueError: for text of another form, and as these two.
+        ValueError: if the text has another form, or as these two functions raise.
     """
     if not isinstance(value, str):
         return value

@@ -1,4 +1,4 @@
-"""The releases of other libraries that models of this library run on, whatever else they import."""
+"""Checks that the installed releases of other libraries can run the models of this library."""
 
 import dis
 import inspect
@@ -14,13 +14,13 @@ OLDEST = "5.10.2"
 
 
 def check_names(library: str, private: Mapping[str, Sequence[str]]) -> None:
-    """Check that what is overridden or called of another library, though private, is there.
+    """Check that private names of another library that are overridden or called still exist.
 
-    An overridden method that nobody calls any more would be no error, and do nothing.
+    Without this check, overriding a method that the library no longer calls would fail silently.
 
     Args:
-        library: its name as it is installed, or Python.
-        private: names by the class or module that has them; ``__init__`` may make them.
+        library: name of the installed package, or ``Python``.
+        private: names by the class or module that has them; ``__init__`` may create them.
 
     Raises:
         ImportError: for the first name that is missing.
@@ -48,7 +48,7 @@ def _has(path: str, name: str) -> bool:
 
 
 def _numbers(version: str) -> list[int]:
-    """5.10.2 of ``5.10.2rc1`` or ``5.10.2.dev0``."""
+    """``5.10.2rc1`` and ``5.10.2.dev0`` -> ``[5, 10, 2]``."""
     return [int(number) for number in re.findall(r"\d+", version)[:3]]
 
 

@@ -1,4 +1,4 @@
-"""Weights that come from the Hub, checked against the checksums that they are kept under."""
+"""Checksum verification of weights downloaded from the Hub."""
 
 import hashlib
 import os
@@ -15,19 +15,19 @@ from huggingface_hub.file_download import repo_folder_name
 def checked_downloads(
     repo_id: str | os.PathLike, cache_dir: str | os.PathLike | None = None
 ) -> Iterator[None]:
-    """Compare every large file of a model that is downloaded meanwhile with its checksum.
+    """Verify the checksum of every large file of a model that is downloaded in the block.
 
-    The Hub's client compares sizes only. It keeps a large file under the SHA-256 of its content,
-    which the Hub states before the download; small files and those of earlier downloads are left
-    alone, so that loading from the cache costs nothing more. Where the cache can hold no links
-    (on Windows, without developer mode) files are kept under their own names and not checked.
+    The Hub's client compares sizes only. It names a large file in the cache by the SHA-256 that the
+    Hub states before the download. Small files and files of earlier downloads are not checked, so
+    loading from the cache costs no extra time. If the cache supports no links (on Windows without
+    developer mode), files keep their own names and are not checked.
 
     Args:
-        repo_id: id of a model on the Hub; a local folder is never downloaded.
-        cache_dir: the client's cache, if it is not the usual one.
+        repo_id: id of a model on the Hub; for a local folder nothing is checked.
+        cache_dir: cache folder of the client; ``None`` for the default.
 
     Raises:
-        OSError: for a file that is not what the Hub has. It has then been removed from the cache.
+        OSError: if a file differs from the Hub's file; it is then removed from the cache.
     """
     if os.path.isdir(repo_id):
         yield
@@ -43,7 +43,7 @@ def checked_downloads(
 
 
 def _large_files(folder: Path) -> set[tuple[Path, tuple[int, int]]]:
-    """Large files in the cache, and what tells a new one of the same name."""
+    """Large files in the cache, each with its inode and time of change to detect a replacement."""
     files = (folder / "blobs").glob("*") if (folder / "blobs").is_dir() else ()
     large = (file for file in files if re.fullmatch("[0-9a-f]{64}", file.name))
     return {(file, (file.stat().st_ino, file.stat().st_mtime_ns)) for file in large}

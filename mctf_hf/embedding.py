@@ -1,4 +1,4 @@
-"""Images as vectors: what is read of a model's tokens, and the labels that come with it.
+"""Embedding vectors of images, and the scores of labels.
 
 Shapes: ``b`` images, ``n`` tokens, ``d`` channels, ``c`` labels.
 """
@@ -21,11 +21,11 @@ VECTORS = ("class_token", "pooled", "mean_patches")
 
 
 class Embedded(NamedTuple):
-    """What a model makes of images.
+    """Vectors and scores of images.
 
     Attributes:
         vectors: (b, d) float32.
-        scores: (b, c) float32, of labels or of texts; ``None`` for a model that has none.
+        scores: (b, c) float32, one per label or text; ``None`` for a model without either.
     """
 
     vectors: Tensor
@@ -33,32 +33,32 @@ class Embedded(NamedTuple):
 
 
 def default_vector(model: Any) -> str:
-    """The vector that a model is known for: its image embedding, or its class token."""
+    """``pooled`` for models of image embeddings or without class token, else ``class_token``."""
     if output_of(model) == "image_embeds" or not model.config.class_token:
         return "pooled"
     return "class_token"
 
 
 class Embedder(nn.Module):
-    """Makes a vector of each image, and the scores of labels where the model has any.
+    """Computes a vector of each image, and the scores of labels if the model has labels.
 
-    Where the class token alone is read, the last layer computes no other, unless the model's
+    If only the class token is read, the last layer computes no other token, unless the model's
     ``skip_unread`` is false.
 
     Args:
-        model: of this library, in evaluation.
-        vector: ``class_token``, behind the last layer and the encoder's last norm; ``pooled``, what
-            the model itself reads of an image (the embedding of CLIP and SigLIP, what a
-            classifier's head sees); or ``mean_patches``, of which a fused token counts as often as
-            it has patches. Unset, that of :func:`default_vector`.
-        normalize: give vectors the length 1.
-        texts: labels of an image and text model, which score images by how near they are.
+        model: model of this library, in evaluation mode.
+        vector: ``class_token``, after the encoder's last norm; ``pooled``, the model's own vector
+            of an image (the embedding of CLIP and SigLIP, the input of a classifier's head); or
+            ``mean_patches``, the mean in which a fused token counts once per patch. Unset, the
+            result of :func:`default_vector`.
+        normalize: whether to scale vectors to length 1.
+        texts: texts that serve as labels of a model with a text encoder.
 
     Attributes:
-        labels: their names, in the order of the scores; ``None`` for a model that has none.
+        labels: names of the labels, in the order of the scores; ``None`` if there are none.
 
     Raises:
-        ValueError: for a vector that the model has not, or texts for one that knows none.
+        ValueError: if the model does not have that vector, or is a classifier and gets texts.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Embedder(nn.Module):
 
     @property
     def names_best(self) -> bool:
-        """Whether the label with the highest score says most; values of regression have none."""
+        """Whether there are labels and the highest score marks the best one; not in regression."""
         if self.texts is not None:
             return True
         return self._classifies and problem_type(self.model.config) != REGRESSION
@@ -107,7 +107,7 @@ class Embedder(nn.Module):
         """Embed images, (b, channels, height, width).
 
         Raises:
-            ValueError: if the model has no pooled output, or makes numbers that are not finite.
+            ValueError: if the pooled output is needed and the model has none.
         """
         parameter = next(self.model.parameters())
         pixel_values = pixel_values.to(parameter.device, parameter.dtype)
@@ -124,7 +124,7 @@ class Embedder(nn.Module):
         return Embedded(vectors, found)
 
     def _read(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The vectors, what the model pools, and its logits, in its precision."""
+        """The vectors, the pooled output and the logits, in the model's precision."""
         config, options = self.model.config, self._options(pixel_values)
         if self._kind == "logits":
             return self._read_classifier(pixel_values, options)
@@ -146,14 +146,14 @@ class Embedder(nn.Module):
     def _read_classifier(
         self, pixel_values: Tensor, options: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """The same of a classifier, of whose encoder the head may see something else."""
+        """The same for a classifier, whose head may read more than the class token."""
         model, config = self.model, self.model.config
         head_reads_more = isinstance(model, MCTFEncoderClassifierMixin)
         if self.vector == "pooled" or (self.vector == "class_token" and not head_reads_more):
             output = model(pixel_values, output_features=True, **options)
             return output.features, output.features, output.logits
         seen: list[Any] = []
-        # Somebody who looks at the encoder is shown all tokens.
+        # A hook makes the encoder compute and output all tokens.
         hook = model.base_model.register_forward_hook(lambda *call: seen.append(call[-1]))
         try:
             output = model(pixel_values, output_features=True, **options)
@@ -182,7 +182,7 @@ class Embedder(nn.Module):
 
 
 def _mean_patches(hidden_states: Tensor, token_sizes: Tensor | None, prefix: int) -> Tensor:
-    """The mean of patches: tokens (b, n, d), each of the size (b, n) if given, -> (b, d)."""
+    """Mean over patches: tokens (b, n, d), weighted by sizes (b, n) if given -> (b, d)."""
     patches = hidden_states[:, prefix:]
     if token_sizes is None:
         return patches.mean(1)
@@ -191,7 +191,7 @@ def _mean_patches(hidden_states: Tensor, token_sizes: Tensor | None, prefix: int
 
 
 def digest(model: nn.Module) -> str:
-    """A number that changes with a model's weights."""
+    """A hash of a model's weights, 16 hexadecimal digits."""
     found = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
         found.update(name.encode())

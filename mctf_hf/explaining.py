@@ -1,7 +1,7 @@
-"""What a model with fused tokens looks at, on the grid of the image's patches.
+"""Explanations of models with fused tokens, on the grid of the image's patches.
 
-Shapes: ``b`` images, ``n`` embedded tokens, ``m`` tokens that are left, ``d`` channels, ``h`` x
-``w`` patches.
+Shapes: ``b`` images, ``n`` embedded tokens, ``m`` tokens left, ``d`` channels, ``h`` x ``w``
+patches.
 """
 
 from collections.abc import Sequence
@@ -14,20 +14,20 @@ from torch import Tensor, nn
 def attention_rollout(attentions: Sequence[Tensor], assignments: Sequence[Tensor]) -> Tensor:
     """The share of each embedded token in each final token, through all layers.
 
-    Attention rollout (arXiv 2005.00928): the product over the layers of the map's mean over heads
-    and the identity in equal parts. Where a layer fuses tokens, those that a new one is made of
-    count by how many embedded ones each stands for.
+    Attention rollout (arXiv 2005.00928): each layer contributes the average of the identity and its
+    attention map's mean over heads, and the layers are multiplied. Where a layer fuses tokens, each
+    old token has a weight in its new token: the number of embedded tokens that it represents.
 
     Args:
-        attentions: of each layer (b, heads, n', n'), from ``output_attentions=True``.
-        assignments: of each layer (b, n), from ``output_fusion=True`` in the same call.
+        attentions: one (b, heads, n', n') per layer, from ``output_attentions=True``.
+        assignments: one (b, n) per layer, from ``output_fusion=True`` in the same call.
 
     Returns:
-        (b, m, n), rows that sum to 1. Row 0 is the class token's in a model that has one; columns
+        (b, m, n), each row sums to 1. Row 0 belongs to the class token, if there is one. Columns
         are the prefix tokens, then the patches from left to right and top to bottom.
 
     Raises:
-        ValueError: unless each layer has one of both, and they are of the same tokens.
+        ValueError: if there is not one of each for every layer, or their tokens do not match.
     """
     if not attentions or len(attentions) != len(assignments):
         raise ValueError(
@@ -59,7 +59,7 @@ def _pooling(before: Tensor, after: Tensor) -> Tensor:
     """Shares of the tokens before a layer in those after it: (b, tokens after, tokens before).
 
     Args:
-        before, after: (b, n), the assignments of the embedded tokens to both.
+        before, after: (b, n), assignments of the embedded tokens before and after the layer.
     """
     embedded = _members(before)  # [b, tokens before, n]
     counts = _members(after) @ embedded.mT
@@ -67,21 +67,21 @@ def _pooling(before: Tensor, after: Tensor) -> Tensor:
 
 
 def _members(assignment: Tensor) -> Tensor:
-    """(b, n), -1 for tokens that were dropped -> (b, tokens, n), 1 for the members of each."""
+    """(b, n), -1 for dropped tokens -> (b, tokens, n), 1 for the members of each token."""
     tokens = torch.arange(int(assignment.max()) + 1, device=assignment.device)
     return (assignment[:, None, :] == tokens[:, None]).float()
 
 
 class Explained(nn.Module):
-    """A classifier as libraries that explain one call it: images in, logits out.
+    """A classifier in the form that explanation libraries expect: images in, logits out.
 
-    With pytorch-grad-cam, ``GradCAM(explained, target_layers, explained.reshape_transform)``. Hook
-    on to what runs once in a layer and has a row for each token: the MLP (``layers[-2].mlp``) or
-    the norm before it. The norm before attention runs twice in a layer that fuses, and what follows
-    the last attention has no part in the class token.
+    With pytorch-grad-cam, use ``GradCAM(explained, target_layers, explained.reshape_transform)``.
+    Choose a module that runs once per layer and outputs one row per token: the MLP
+    (``layers[-2].mlp``) or the norm before it. The norm before attention runs twice in a layer that
+    fuses before attention. After the last attention, patches no longer affect the class token.
 
     Args:
-        model: of this library, or one that ``fuse_tokens`` was called with.
+        model: model of this library, or model that ``fuse_tokens`` was applied to.
     """
 
     def __init__(self, model: Any):
@@ -102,9 +102,9 @@ class Explained(nn.Module):
         return output.logits
 
     def reshape_transform(self, tokens: Tensor) -> Tensor:
-        """Tokens of the last call, from anywhere in the layers, on the grid of the patches.
+        """Place tokens of the last call, from any layer, on the grid of the patches.
 
-        Each patch has the row of the token that it is part of, or zeros where it was dropped.
+        Each patch gets the row of its token, or zeros if it was dropped.
 
         Args:
             tokens: (b, m, d), activations or their gradients.
@@ -113,7 +113,7 @@ class Explained(nn.Module):
             (b, d, h, w)
 
         Raises:
-            ValueError: before any call, or for tokens of which no layer has so many.
+            ValueError: before any call, or if no layer has that number of tokens.
         """
         if self._grid is None:
             raise ValueError("no tokens are known: call the model first")

@@ -1,9 +1,8 @@
-"""Models in files that run without this library: ONNX, and two kinds of ``.pt2``.
+"""Export of models to files that run without this library: ONNX, and two kinds of ``.pt2``.
 
-These are a program of ``torch.export``, and a package of AOTInductor, which is compiled ahead of
-time. The size of the images is fixed, that of the batch is not. All kinds of file tell what they
-hold: ONNX in its ``metadata_props``, a program in its extra file ``metadata.json``, a package by
-its ``get_metadata()``.
+A ``.pt2`` file is a program of ``torch.export``, or a package of AOTInductor, which is compiled
+ahead of time. The image size is fixed; the batch size is not. Each file contains metadata: ONNX in
+``metadata_props``, a program in the extra file ``metadata.json``, a package in ``get_metadata()``.
 """
 
 import copy
@@ -32,13 +31,13 @@ from .registry import output_of
 from .schedule import KeepRate, TokensFused
 from .torch_private import compile_package, load_package
 
-Model = Any  # one of this library
+Model = Any  # a model of this library
 
-# Rounding alone stays far below this; beyond it, some token has been chosen differently.
+# Rounding alone causes far smaller differences; a larger one means a different choice of tokens.
 TOLERANCE = 1e-4
-# With a limit, for torch before 2.8 cannot see that no batch is as large as the largest integer.
+# Torch before 2.8 needs a limit: it cannot exclude a batch as large as the largest integer.
 BATCH = Dim("batch", max=2**31 - 1)
-# What torch and onnx say on each export of any model, by the logger that says it.
+# Start of the messages that torch and onnx log on every export, by logger.
 _NOISE = {
     "torch.onnx._internal.exporter._registration": "torchvision is not installed",
     "onnx_ir._convenience": "Attribute type is ambiguous because it is an empty sequence",
@@ -46,13 +45,13 @@ _NOISE = {
 
 
 class Agreement(NamedTuple):
-    """How far two functions of images agree.
+    """Agreement of two functions of images.
 
     Attributes:
-        batch_sizes: images per call, in their order.
-        max_difference: largest absolute difference between two numbers of the outputs.
-        differing: share of the images with a difference above :data:`TOLERANCE`, in [0, 1].
-        top1: share of the images that get the same label, in [0, 1]; ``None`` for a backbone.
+        batch_sizes: number of images in each call.
+        max_difference: largest absolute difference between corresponding output numbers.
+        differing: fraction of the images with a difference above :data:`TOLERANCE`, in [0, 1].
+        top1: fraction of the images that get the same label, in [0, 1]; ``None`` for a backbone.
     """
 
     batch_sizes: tuple[int, ...]
@@ -69,24 +68,23 @@ def to_onnx(
     r: TokensFused | None = None,
     keep_rate: KeepRate | None = None,
 ) -> Path:
-    """Write a model as ONNX, from ``pixel_values`` to what it is used for.
+    """Write a model as ONNX, with the input ``pixel_values`` and the model's main output.
 
-    That is ``logits``, ``image_embeds`` or ``last_hidden_state``.
-
-    Weights are part of the file; above 1.5 GiB they lie beside it, in ``<file>.data``. Nothing
-    appears before all of it is written.
+    The output is ``logits``, ``image_embeds`` or ``last_hidden_state``. The file contains the
+    weights; above 1.5 GiB they are in ``<file>.data`` beside it. No file appears before all are
+    complete.
 
     Args:
-        model: a model for inference, in float32.
-        file: its name ends in ``.onnx``.
-        image_processor: what makes ``pixel_values`` of images, to be told in the metadata.
-        r: used instead of the configuration's own ``r``.
-        keep_rate: used instead of the configuration's own, with a method that goes by it.
+        model: model in evaluation mode, in float32.
+        file: path that ends in ``.onnx``.
+        image_processor: image processor that makes ``pixel_values``, recorded in the metadata.
+        r: value to use instead of the configuration's ``r``.
+        keep_rate: value to use instead of the configuration's, with a method that uses it.
 
     Raises:
         ImportError: see :func:`import_onnx`.
-        ValueError: for another ending of ``file``, a model that is in training mode or of another
-            type of numbers, or an ``r`` or ``keep_rate`` that is not allowed.
+        ValueError: if ``file`` has another suffix, the model is in training mode, not in float32 or
+            has weights that are not finite, or ``r`` or ``keep_rate`` is not allowed.
         RuntimeError: if torch cannot export the model.
     """
     import_onnx()
@@ -95,7 +93,7 @@ def to_onnx(
     amount = {"r": r, "keep_rate": keep_rate}
     file = _checked(model, file, ".onnx", amount)
     output = output_of(model)
-    # ONNX holds every attention map in any case: in eager attention each is computed but once.
+    # ONNX holds every attention map in any case; eager attention computes each only once.
     with draft(file) as whole, _quiet(), _attention(model, "eager"), torch.no_grad():
         program = torch.onnx.export(
             FirstOutput(model, **amount),
@@ -110,12 +108,12 @@ def to_onnx(
         assert program is not None
         graph = program.model.graph
         for node in graph:
-            node.metadata_props.clear()  # traces of the stack, which name folders of this machine
+            node.metadata_props.clear()  # stack traces contain folder names of this machine
         inner = [made for node in graph for made in node.outputs if not made.is_graph_output()]
         for value in (*inner, *graph.initializers.values()):
-            value.shape = value.type = None  # else quantizing finds those of before
+            value.shape = value.type = None  # would be out of date after quantization
         program.model.metadata_props.update(_metadata(model, image_processor, amount))
-        program.save(whole, external_data=False)  # a wish: ONNX has a limit, and torch respects it
+        program.save(whole, external_data=False)  # torch ignores this above ONNX's size limit
     return file
 
 
@@ -129,12 +127,11 @@ def to_torch_export(
 ) -> Path:
     """Write a model as a program of ``torch.export``, for ``torch.export.load``.
 
-    Arguments as of :func:`to_onnx`, but ``file`` ends in ``.pt2``, and the model's type of numbers
-    and its backend of attention are kept.
+    The arguments are those of :func:`to_onnx`, but ``file`` ends in ``.pt2``. The model's type of
+    numbers and attention backend are kept.
 
     Raises:
-        ValueError: for another ending of ``file``, a model that is in training mode, or an ``r``
-            or ``keep_rate`` that is not allowed.
+        ValueError: as :func:`to_onnx`, but any type of numbers is allowed.
         RuntimeError: if torch cannot export the model.
     """
     amount = {"r": r, "keep_rate": keep_rate}
@@ -142,7 +139,7 @@ def to_torch_export(
     with draft(file) as whole, _quiet():
         program = _program(FirstOutput(model, **amount), _example(model))
         metadata = json.dumps(_metadata(model, image_processor, amount), indent=2)
-        packed = io.BytesIO()  # on a full disk torch would end the process
+        packed = io.BytesIO()  # writing to a full disk, torch would end the process
         torch.export.save(program, packed, extra_files={"metadata.json": metadata})
         whole.write_bytes(packed.getbuffer())
     return file
@@ -156,16 +153,15 @@ def to_aot_inductor(
     r: TokensFused | None = None,
     keep_rate: KeepRate | None = None,
 ) -> Path:
-    """Write a model as a package of AOTInductor: machine code, with its weights packed for it.
+    """Write a model as a package of AOTInductor: machine code and weights prepared for it.
 
-    For processors and releases of torch like this one; there it is the fastest form of a model by
-    far. ``torch._inductor.aoti_load_package`` loads it.
-
-    Arguments as of :func:`to_torch_export`.
+    The package needs a processor and a torch release like those here, where it is by far the
+    fastest form of a model. ``torch._inductor.aoti_load_package`` loads it. The arguments are those
+    of :func:`to_torch_export`.
 
     Raises:
-        ValueError, RuntimeError: as :func:`to_torch_export`; RuntimeError also where torch finds no
-            compiler of C++.
+        ValueError: as :func:`to_torch_export`.
+        RuntimeError: as :func:`to_torch_export`, or if torch finds no C++ compiler.
     """
     amount = {"r": r, "keep_rate": keep_rate}
     file = _checked(model, file, ".pt2", amount)
@@ -177,7 +173,7 @@ def to_aot_inductor(
 
 @torch.no_grad()
 def _program(function: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
-    """A function of batches of any size, without traces of the stack, which name folders."""
+    """Export a function for any batch size, without stack traces, which contain folder names."""
     shapes = ({0: BATCH},)
     program = torch.export.export(function, (example,), dynamic_shapes=shapes, strict=False)
     for node in program.graph.nodes:
@@ -189,14 +185,14 @@ def _program(function: nn.Module, example: Tensor) -> torch.export.ExportedProgr
 def compile_ahead(
     function: nn.Module, example: Tensor, file: Path, metadata: dict[str, str]
 ) -> None:
-    """Compile a function of batches of any size, (b, …) -> (b, …), into a package.
+    """Compile a function, (b, …) -> (b, …) for any b, into a package.
 
     Args:
-        example: a batch of two.
-        file: its name ends in ``.pt2``.
+        example: input with a batch size of two.
+        file: path that ends in ``.pt2``.
 
     Raises:
-        RuntimeError: if torch cannot export or compile it.
+        RuntimeError: if torch cannot export or compile the function.
     """
     program = _program(function, example)
     options = {"freezing": True, "aot_inductor.metadata": metadata}
@@ -208,12 +204,13 @@ def compile_ahead(
 
 
 def load(file: str | os.PathLike) -> Callable[[Tensor], Tensor]:
-    """What an exported file computes: (b, channels, height, width) -> (b, labels) or (b, m, d).
+    """Load an exported file as a function of images, (b, channels, height, width).
 
-    ONNX runs in onnxruntime on the CPU, with as many threads as torch.
+    It returns the model's first output: (b, labels), (b, d) or (b, m, d). ONNX files run in
+    onnxruntime on the CPU, with as many threads as torch.
 
     Raises:
-        ImportError: see :func:`import_onnx`; ``.pt2`` needs nothing.
+        ImportError: see :func:`import_onnx`; only for ONNX files.
     """
     file = Path(file)
     if file.suffix == ".pt2":
@@ -225,7 +222,7 @@ def load(file: str | os.PathLike) -> Callable[[Tensor], Tensor]:
     onnxruntime = import_onnx()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    # Threads that wait for the next call would take the cores from whatever runs until then.
+    # Otherwise threads that wait for the next call keep the cores busy.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
@@ -237,13 +234,13 @@ def load(file: str | os.PathLike) -> Callable[[Tensor], Tensor]:
 
 
 def check(model: Model, file: str | os.PathLike, batches: Iterable[Tensor]) -> Agreement:
-    """Run an exported file and its model on the same images, and compare.
+    """Run an exported file and its model on the same images, and compare the outputs.
 
-    Not all images need agree: where two tokens are all but equally attractive, rounding decides
-    which of them is fused. :func:`check_rounding` tells how often it does.
+    Some images may differ: if two tokens are almost equally attractive, rounding decides which one
+    is fused. :func:`check_rounding` measures how often this happens.
 
     Args:
-        batches: tensors of (b, channels, height, width), best of several sizes.
+        batches: tensors (b, channels, height, width), preferably of several batch sizes.
 
     Raises:
         ImportError: as :func:`load`.
@@ -252,10 +249,10 @@ def check(model: Model, file: str | os.PathLike, batches: Iterable[Tensor]) -> A
 
 
 def check_rounding(model: Model, batches: Iterable[Tensor]) -> Agreement:
-    """Compare a model with itself in float64, which rounds otherwise and is the same in all else.
+    """Compare a model with itself in float64, where only the rounding differs.
 
     Args:
-        batches: tensors of (b, channels, height, width).
+        batches: tensors (b, channels, height, width).
     """
     return _compare(model, FirstOutput(copy.deepcopy(model).double()), batches)
 
@@ -273,7 +270,7 @@ def _compare(
         differences.append((found - expected).abs().flatten(1).amax(1).double())
         same.append(found.argmax(-1) == expected.argmax(-1))
     difference = torch.cat(differences)
-    alike = (difference <= TOLERANCE).double()  # what is no number is not
+    alike = (difference <= TOLERANCE).double()  # NaN counts as different
     return Agreement(
         batch_sizes=tuple(batch_sizes),
         max_difference=difference.max().item(),
@@ -283,10 +280,10 @@ def _compare(
 
 
 def import_onnx() -> Any:
-    """The onnxruntime package, if all that ONNX needs is installed.
+    """Import onnxruntime, and check that the other packages for ONNX are installed.
 
     Raises:
-        ImportError: with what to install.
+        ImportError: if a package is missing; the message contains the command to install it.
     """
     with needed_by("ONNX"):
         for package in ("onnx", "onnxscript"):
@@ -295,10 +292,10 @@ def import_onnx() -> Any:
 
 
 class FirstOutput(nn.Module):
-    """A model's first output, as a function of images alone.
+    """A model's first output as a function of images only.
 
     Args:
-        options: of each call.
+        options: keyword arguments of each call of the model.
     """
 
     def __init__(self, model: Model, **options: Any):
@@ -312,7 +309,7 @@ class FirstOutput(nn.Module):
 
 
 def _example(model: Model) -> Tensor:
-    """Two images, for of one torch would conclude that there is never more than one."""
+    """A batch of two images; with one image torch would fix the batch size to 1."""
     shape = (2, model.config.num_channels, *model.config.usual_size)
     return torch.zeros(shape, dtype=model.dtype, device=model.device)
 
@@ -322,13 +319,13 @@ def _checked(model: Model, file: str | os.PathLike, suffix: str, amount: dict[st
         raise ValueError(f"{file} is not allowed: the file's name ends in {suffix}")
     if model.training:
         raise ValueError("a model in training mode is not exported: call model.eval()")
-    model.config.tokens_fused(model.config.num_tokens(), **amount)  # is it allowed?
+    model.config.tokens_fused(model.config.num_tokens(), **amount)  # raises if not allowed
     check_weights(model, "the model")
     return Path(file)
 
 
 def _metadata(model: Model, image_processor: Any, amount: dict[str, Any]) -> dict[str, str]:
-    """What a file's user must know, each value in JSON."""
+    """Metadata that a user of the file needs, each value in JSON."""
     config = model.config
     given = {name: value for name, value in amount.items() if value is not None}
     told: dict[str, Any] = {
@@ -349,9 +346,9 @@ def _metadata(model: Model, image_processor: Any, amount: dict[str, Any]) -> dic
 
 
 def _translations() -> dict[Any, Callable[..., Any]]:
-    """Operators as those that onnxruntime's tools for quantization know the shapes of.
+    """Replacements for operators whose shapes onnxruntime's quantization tools cannot infer.
 
-    These are lost on reductions whose axes are an input, but for sums and means.
+    The tools fail on reductions whose axes are an input, except sums and means.
     """
     from onnxscript import opset18 as op
 
@@ -400,7 +397,7 @@ def _attention(model: Model, implementation: str) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what torch and onnx say of themselves, whatever the model."""
+    """Suppress messages of torch and onnx that occur with every model."""
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*", FutureWarning)

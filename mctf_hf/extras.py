@@ -1,4 +1,4 @@
-"""Packages that the library alone does not need, and the extras that bring them."""
+"""Optional packages, and the extras of this library that install them."""
 
 import re
 from collections.abc import Iterator
@@ -8,18 +8,18 @@ from importlib.util import find_spec
 
 DISTRIBUTION = "mctf-hf"
 _NOT_FOR_USERS = ("dev",)
-_DISTRIBUTIONS = {"yaml": "pyyaml"}  # of packages that are called otherwise
+_DISTRIBUTIONS = {"yaml": "pyyaml"}  # distributions with another name than their package
 
 
 @contextmanager
 def needed_by(user: str) -> Iterator[None]:
-    """Tell which extra brings a package that turns out to be missing in the block.
+    """Name the extra to install if a package is missing in the block.
 
     Args:
-        user: what needs it, as the message has it.
+        user: name of what needs the package, for the message.
 
     Raises:
-        ModuleNotFoundError: in one line, with what to install.
+        ModuleNotFoundError: if a package is missing; the message contains the install command.
     """
     try:
         yield
@@ -36,7 +36,7 @@ def needed_by(user: str) -> Iterator[None]:
 
 
 def extra_of(package: str) -> str | None:
-    """The extra of this library that brings a package; None if no one does."""
+    """The extra of this library that installs a package; ``None`` if there is none."""
     wanted = _normalized(_DISTRIBUTIONS.get(package, package))
     try:
         requirements = requires(DISTRIBUTION) or []

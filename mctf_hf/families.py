@@ -1,4 +1,4 @@
-"""The vision encoders of transformers whose tokens can be fused, and where they are in a model."""
+"""The supported vision encoders of transformers, and functions that find them in a model."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -27,17 +27,17 @@ def _relative_positions(config: Any) -> str | None:
 
 @dataclass(frozen=True)
 class Family:
-    """Encoders that are written alike.
+    """Encoders with the same structure.
 
     Attributes:
-        name: as people call it.
+        name: common name of the family.
         owners: classes of transformers that embed images and run the layers.
-        layers_path: where their list of layers is.
-        layer_names: of the parts of a layer.
-        prefix: how many tokens come before the patches, or a function of the configuration.
-        rotary: where the module is that makes rotary positions.
-        spectrogram: whether it takes spectrograms, not images.
-        hindrance: why an encoder of some configuration cannot fuse; ``None`` if it can.
+        layers_path: path of the list of layers in the owner.
+        layer_names: names of the parts of a layer.
+        prefix: number of tokens before the patches, or a function of the configuration.
+        rotary: path of the module that computes rotary positions, if there is one.
+        spectrogram: whether the input is a spectrogram instead of images.
+        hindrance: function that returns why a configuration cannot fuse, or ``None`` if it can.
     """
 
     name: str
@@ -52,13 +52,13 @@ class Family:
     def example(
         self, owner: nn.Module, image_size: int | tuple[int, int] | None = None
     ) -> tuple[Tensor, dict[str, Any]]:
-        """What an owner takes, without values, and options of the call.
+        """An uninitialised input for an owner, and options of the call.
 
         Args:
-            image_size: height and width in pixels, instead of the configuration's own.
+            image_size: height and width in pixels; by default those of the configuration.
 
         Raises:
-            ValueError: for an ``image_size`` of an encoder that takes no images.
+            ValueError: if ``image_size`` is given for an encoder of spectrograms.
         """
         config: Any = owner.config
         if self.spectrogram:
@@ -73,7 +73,7 @@ class Family:
         return torch.empty(1, config.num_channels, *size), options
 
     def num_prefix_tokens(self, config: Any) -> int:
-        """How many tokens come before the patches."""
+        """Number of tokens before the patches."""
         return self.prefix if isinstance(self.prefix, int) else self.prefix(config)
 
 
@@ -115,7 +115,7 @@ FAMILIES = (
     Family("SmolVLM", ("SmolVLMVisionTransformer",), "encoder.layers", CLIP, 0),
 )
 
-# How many prefix tokens classes read to pool or to classify, who read no other tokens for it.
+# Number of prefix tokens that each class reads to pool or classify; it reads no other tokens.
 PREFIX_TOKENS_READ = {
     **dict.fromkeys(("Dinov2Model", "Dinov2WithRegistersModel", "DINOv3ViTModel"), 1),
     **dict.fromkeys(("CLIPVisionModel", "CLIPVisionModelWithProjection", "CLIPModel"), 1),
@@ -126,7 +126,7 @@ PREFIX_TOKENS_READ = {
     "ASTForAudioClassification": 2,
 }
 
-# Encoders that are known and cannot fuse yet, and why.
+# Known encoders that are not supported yet, and the reasons.
 UNSUPPORTED = {
     "Siglip2VisionModel": "SigLIP 2 NaFlex pads its images to one length",
     "VideoMAEModel": "VideoMAE's tokens are of videos",
@@ -147,12 +147,13 @@ class Encoder(NamedTuple):
     """A vision encoder in a model.
 
     Attributes:
-        path: of the owner in the model, empty for the model itself.
-        owner: what embeds images and runs the layers.
-        family: how it is written.
-        layers: its list of layers.
-        runner: the module that iterates over them.
-        grid_class: class of the backbone that it is or is in, which makes grids; or ``None``.
+        path: path of the owner in the model, empty for the model itself.
+        owner: module that embeds images and runs the layers.
+        family: family of the encoder.
+        layers: list of its layers.
+        runner: module that iterates over the layers.
+        grid_class: class name of the backbone, with grids as outputs, that contains or is the
+            owner; ``None`` if there is no backbone.
     """
 
     path: str
@@ -164,7 +165,7 @@ class Encoder(NamedTuple):
 
 
 def find_encoders(model: nn.Module) -> list[Encoder]:
-    """The vision encoders in a model, which may be one itself."""
+    """Find the vision encoders in a model, or the model itself if it is one."""
     found = []
     for path, module in model.named_modules():
         family = family_of(module)
@@ -179,42 +180,42 @@ def find_encoders(model: nn.Module) -> list[Encoder]:
 
 
 def _grid_class(model: nn.Module, path: str) -> str | None:
-    """The class of the first backbone on the way to a module."""
+    """Name of the class of the first backbone on the path from the model to a module."""
     parts = path.split(".") if path else []
     way = [model.get_submodule(".".join(parts[:i])) for i in range(len(parts) + 1)]
     return next((type(one).__name__ for one in way if isinstance(one, BackboneMixin)), None)
 
 
 def family_of(module: nn.Module) -> Family | None:
-    """The family that a module runs the layers of; ``None`` for any other module."""
+    """The family whose layers a module runs; ``None`` for any other module."""
     names = _names(module)
     return next((family for family in FAMILIES if names & set(family.owners)), None)
 
 
 def _names(module: nn.Module) -> set[str]:
-    """Names of a module's classes that are of transformers."""
+    """Names of a module's class and base classes that transformers defines."""
     classes = type(module).__mro__
     return {one.__name__ for one in classes if one.__module__.startswith("transformers.models.")}
 
 
 def num_read_tokens(model: nn.Module) -> int | None:
-    """How many prefix tokens a model reads of its encoder; ``None`` if it reads others, too."""
+    """Number of prefix tokens that a model reads from its encoder; ``None`` if it reads others."""
     return next(
         (PREFIX_TOKENS_READ[name] for name in _names(model) if name in PREFIX_TOKENS_READ), None
     )
 
 
 def supported() -> dict[str, tuple[str, ...]]:
-    """Families whose tokens can be fused, and the classes of transformers that run their layers.
+    """Supported families of encoders, with the classes of transformers that run their layers.
 
     Models that contain such an encoder (``CLIPModel``, ``LlavaForConditionalGeneration``,
-    ``DepthAnythingForDepthEstimation``, …) are supported as they are.
+    ``DepthAnythingForDepthEstimation``, …) are supported too.
     """
     return {family.name: family.owners for family in FAMILIES}
 
 
 def explain(model: nn.Module) -> str:
-    """Why no tokens of a model can be fused."""
+    """The reason why the tokens of a model cannot be fused."""
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         inside = [f"{type(one.owner).__name__} at {one.path!r}" for one in find_encoders(model)]
@@ -236,7 +237,7 @@ def explain(model: nn.Module) -> str:
             reasons.append(str(error).split(",")[0])
     reason = "they are of no known encoder for images"
     if len(reasons) == len({family.layer_names for family in FAMILIES}):
-        # Of the vocabularies that fit least badly, what is missing.
+        # No family's names fit: report the shortest reason.
         reason = min(reasons, key=len)
     return (
         f"{name} has no vision encoder that is known, only layers of "

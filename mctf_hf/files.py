@@ -1,4 +1,4 @@
-"""Files of a folder: read with suspicion, written whole or not at all."""
+"""Reading of files with checks, and writing of files completely or not at all."""
 
 import csv
 import json
@@ -10,26 +10,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-# A model's weights, as transformers names them.
+# Names that transformers gives to the files of a model's weights.
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 _MOST_JSON = 2**26  # bytes
-_MODE = "r+b" if os.name == "nt" else "rb"  # that a file's content can be seen to the disk in
+_MODE = "r+b" if os.name == "nt" else "rb"  # mode of opening that fsync needs
 
 
 @contextmanager
 def drafts(folder: str | os.PathLike, last: str | None = None) -> Iterator[Path]:
-    """A new folder, whose files go to ``folder`` when the block has ended well.
+    """A temporary folder, whose files move to ``folder`` if the block ends without an error.
 
-    It lies in ``folder``, under a name that nobody knows before, and is gone in the end. Files are
-    seen to the disk before the first one takes its place; a link there is replaced, not followed.
+    The temporary folder is in ``folder``, has a random name and is always removed. All files are
+    flushed to disk before the first one moves. Links to be replaced are not followed.
 
     Args:
-        folder: it exists.
-        last: name of the file that takes its place after all others.
+        folder: existing folder.
+        last: name of the file that moves after all others.
 
     Raises:
-        IsADirectoryError: if a folder lies where a file is to go; nothing is replaced then.
-        OSError: if the disk is full, for one; likewise.
+        IsADirectoryError: if a folder has the name of a file to move; no file has moved then.
+        OSError: if writing fails, for example because the disk is full; no file has moved then.
     """
     folder = Path(folder)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".draft-") as place:
@@ -46,9 +46,9 @@ def drafts(folder: str | os.PathLike, last: str | None = None) -> Iterator[Path]
 
 @contextmanager
 def draft(file: str | os.PathLike) -> Iterator[Path]:
-    """A path to write instead of ``file``, as in :func:`drafts`: of the same name, elsewhere.
+    """A path with the name of ``file`` in a temporary folder, to write to; see :func:`drafts`.
 
-    What is written beside it goes along, first.
+    Other files that are written to the same folder move first.
     """
     file = Path(file)
     with drafts(file.parent, file.name) as folder:
@@ -56,36 +56,36 @@ def draft(file: str | os.PathLike) -> Iterator[Path]:
             yield folder / file.name
         except OSError as error:
             if error.filename is None or Path(str(error.filename)).is_relative_to(folder):
-                error.filename = str(file)  # as it was asked for; a full disk names none
+                error.filename = str(file)  # the caller's path; a full disk gives no filename
             raise
 
 
 def replace(file: str | os.PathLike, write: Callable[[Path], object]) -> None:
-    """Let ``write`` make a file at the path it is given, and put that in the place of ``file``."""
+    """Let ``write`` create a file at a temporary path, and replace ``file`` by it."""
     with draft(file) as path:
         write(path)
 
 
 def write_text(file: str | os.PathLike, text: str) -> None:
-    """Put a text, in UTF-8, in the place of a file."""
+    """Replace a file by a text in UTF-8."""
     replace(file, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def read_object(file: str | os.PathLike) -> dict[str, Any]:
-    """The object that a JSON file holds.
+    """Read a JSON file that contains an object.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it holds something else.
+        ValueError: if the file is not regular, too large, not JSON, or contains no object.
     """
     file = Path(file)
-    if file.exists() and not file.is_file():  # a pipe would be waited for
+    if file.exists() and not file.is_file():  # reading a pipe would block
         raise ValueError(f"{file} is not allowed: it is no file")
     if (size := file.stat().st_size) > _MOST_JSON:
         raise ValueError(f"{file} is not allowed: {size:,} bytes of JSON, more than {_MOST_JSON:,}")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # not of its encoding, no JSON, nested too deep
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
         raise ValueError(f"{file} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} is not allowed: it holds {_kind(content)}, not a JSON object")
@@ -93,10 +93,10 @@ def read_object(file: str | os.PathLike) -> dict[str, Any]:
 
 
 def read_index(file: str | os.PathLike) -> dict[str, str]:
-    """The file in the same folder that each weight is in, by an index of weights in parts.
+    """Read the index of sharded weights: for each weight, the file in the folder of the index.
 
     Raises:
-        ValueError: if it names none, or something else.
+        ValueError: if the index names no files, or anything but files of its folder.
     """
     index = read_object(file)
     if not isinstance(index.get("metadata"), dict):
@@ -110,7 +110,7 @@ def read_index(file: str | os.PathLike) -> dict[str, str]:
 
 
 def check_indexes(folder: str | os.PathLike) -> None:
-    """Read the indexes of weights in a folder, if it is one.
+    """Check all indexes of sharded weights in a folder; a path that is no folder has none.
 
     Raises:
         ValueError: see :func:`read_index`.
@@ -124,14 +124,14 @@ def _kind(content: Any) -> str:
 
 
 def is_plain_name(name: object) -> bool:
-    """Whether something is the name of a file in a folder, and leads nowhere else."""
+    """Whether ``name`` is a plain file name, which cannot lead out of its folder."""
     return isinstance(name, str) and re.fullmatch(r"\w[\w.-]*", name) is not None
 
 
 def drop_links(folder: str | os.PathLike, names: Collection[str]) -> None:
-    """Remove links in the place of a model's configuration, weights and files of some names.
+    """Remove links that have the names of a model's configuration or weights, or given names.
 
-    What is written there by a library that follows links then stays in the folder.
+    Libraries that follow links then write to the folder itself.
     """
     configurations = {"config.json", "generation_config.json"}
     for file in Path(folder).glob("*"):
@@ -141,7 +141,7 @@ def drop_links(folder: str | os.PathLike, names: Collection[str]) -> None:
 
 
 def write_csv(file: TextIO, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write rows as CSV, with ``'`` before texts that a spreadsheet would take for formulas."""
+    """Write rows as CSV, with ``'`` before texts that a spreadsheet would read as formulas."""
     writer = csv.DictWriter(file, [_harmless(column) for column in columns])
     writer.writeheader()
     writer.writerows({_harmless(key): _harmless(cell) for key, cell in row.items()} for row in rows)

@@ -1,7 +1,8 @@
-"""From embeddings to the final norm: the layers of an encoder, fused, in one place.
+"""Lists of layers that fuse tokens, from the embeddings to the final norm.
 
-:func:`fuse_layers` gives the layers of any encoder that :mod:`.anatomy` has names for the algorithm
-of :mod:`.fused_layer`, by exchanging their classes. Weights, their names and the modules stay.
+:func:`fuse_layers` exchanges the classes of an encoder's layers, so that they run the algorithm of
+:mod:`.fused_layer`. It supports every encoder that has names in :mod:`.anatomy`. The modules, their
+weights and the weights' names stay the same.
 """
 
 import functools
@@ -24,20 +25,20 @@ from .schedule import KeepRate, TokensFused
 
 logger = logging.get_logger(__name__)
 
-# The widest activation of the images that a CPU takes through the layers at once.
+# Largest activation, in bytes, of the images that a CPU runs through the layers at once.
 SLICE_BYTES = 12 * 2**20
 
 _FUSED_CLASSES: dict[tuple[type, type], type] = {}
 
 
 def fused_class(mixin: type, host: type, **attributes: Any) -> type:
-    """The class of ``host`` with ``mixin`` before it.
+    """Create the class that derives from ``mixin`` and ``host``, or return it if it exists.
 
-    It keeps the host's name, by which libraries find the modules to keep together. Copies and
-    pickles of its instances store the two classes, and make it anew.
+    It keeps the host's name, by which libraries find the modules that must not be split. Copies and
+    pickles of its instances store the two classes, and create the class again.
 
     Args:
-        attributes: of the class, the same for all modules of ``host``.
+        attributes: attributes of the class, the same for all modules of ``host``.
     """
     if (mixin, host) not in _FUSED_CLASSES:
         own = {
@@ -62,9 +63,9 @@ def _new(mixin: type, host: type, attributes: dict[str, Any]) -> Any:
 
 
 def exchange_class(module: nn.Module, new: type) -> None:
-    """Let a module be of another class, with the hooks of accelerate that it may have."""
+    """Change the class of a module, and update a hook of accelerate that it may have."""
     module.__class__ = new
-    if "_old_forward" in module.__dict__:  # what accelerate's hook calls
+    if "_old_forward" in module.__dict__:  # the method that accelerate's hook calls
         module._old_forward = new.forward.__get__(module)  # type: ignore[attr-defined]
 
 
@@ -72,7 +73,7 @@ class Rotary(NamedTuple):
     """Positions of an image's patches for encoders that rotate queries and keys.
 
     Attributes:
-        rotation: of the patches, as transformers hands it to its layers.
+        rotation: rotation of the patches, in the form that layers of transformers take.
         coordinates: (patches, 2), float32.
         frequencies: (d / h / 4,), turns of the channels per unit of a coordinate.
     """
@@ -83,12 +84,14 @@ class Rotary(NamedTuple):
 
 
 class FusedLayerList(nn.ModuleList):
-    """The layers of an encoder, which run as one.
+    """The layers of an encoder, with a method that runs all of them.
 
     Attributes:
-        settings: of the fusion.
-        widest: channels of the widest activation.
-        takes_options: whether a layer of transformers takes any keyword; before 5.18 DINOv2's not.
+        settings: settings of fusion.
+        widest: number of channels of the widest activation.
+        takes_options: whether the original layers accept any keyword; those of DINOv2 before
+            transformers 5.18 do not.
+        names: names of the parts of a layer.
     """
 
     settings: FusionConfigMixin
@@ -114,20 +117,20 @@ class FusedLayerList(nn.ModuleList):
         """Run all layers: (b, n, d) -> tokens (b, m, d) that are not restored.
 
         Args:
-            args, kwargs: of layers that run as those of transformers.
-            settings: instead of the layers' own.
+            args, kwargs: arguments of layers that run as those of transformers.
+            settings: settings to use instead of the layers' own.
             r, keep_rate: see :meth:`.schedule.ScheduleMixin.tokens_fused`.
-            track: fill the tokens' sizes and rows, also where nothing is fused.
-            history: and the assignments of each layer.
-            rotary: positions of the patches of rotary encoders.
-            mask: of attention, as the layers take it; only without fusion.
-            keeps_all: the tokens are going to be restored, so none may be dropped.
-            num_read: so many prefix tokens alone are read of what leaves the last layer, which
-                then computes no others, unless ``history`` is asked for, or attentions or hidden
-                states of all layers, or somebody has hooked on to that layer.
+            track: whether to fill the tokens' sizes and rows even if nothing is fused.
+            history: whether to fill the assignments of each layer too.
+            rotary: positions of the patches, for rotary encoders.
+            mask: attention mask in the form that the layers take; only without fusion.
+            keeps_all: whether the tokens will be restored, so that none may be dropped.
+            num_read: number of prefix tokens the last layer computes; ``None`` for all tokens. It
+                computes all if ``history``, attentions or hidden states are requested, or if it
+                has hooks.
 
         Raises:
-            ValueError: for an amount that is not allowed, or a mask where tokens are fused.
+            ValueError: if an amount is not allowed, or a mask is given and tokens are fused.
         """
         settings = self.settings if settings is None else settings
         num_tokens = hidden_states.shape[1]
@@ -201,7 +204,7 @@ class FusedLayerList(nn.ModuleList):
                 output = layer(tokens.hidden_states, *args, **host)
                 tokens = tokens._replace(hidden_states=output)
             else:
-                # Hidden states go by themselves, as reentrant checkpoints want them.
+                # Reentrant checkpointing needs the hidden states as an argument of their own.
                 rest = tokens._replace(hidden_states=None)  # type: ignore[arg-type]
                 own["step"] = step.in_layer(index, len(counts), r)
                 _, tokens = layer(tokens.hidden_states, tokens=rest, **own)
@@ -215,19 +218,19 @@ class FusedLayerList(nn.ModuleList):
         return tokens._replace(assignments=tuple(made)) if history else tokens
 
     def _is_shown(self, kwargs: dict[str, Any]) -> bool:
-        """Whether somebody looks at what the last layer makes of all tokens."""
+        """Whether attentions or hidden states are requested, or the last layer has hooks."""
         asked = any(kwargs.get(f"output_{name}") for name in ("attentions", "hidden_states"))
         return asked or any(map(is_hooked, self[-1].modules()))
 
     def _slice_size(
         self, hidden_states: Tensor, fuses: bool, mask: Tensor | None, kwargs: dict[str, Any]
     ) -> int:
-        """How many images go through all layers at once.
+        """Number of images that run through all layers at once.
 
-        On a CPU, activations that outgrow its cache cost more than they save, and allocating them
-        anew in each layer costs most. So a batch goes through in slices, if nothing but the final
-        hidden states is asked for and no graph is recorded. Layers that run as those of
-        transformers get the batch that those would get.
+        On a CPU, activations larger than its cache are slow, mostly because each layer allocates
+        them again. So a batch is split into slices, if only the final hidden states are requested
+        and no graph is recorded. Layers that run as those of transformers get the whole batch if
+        nothing is fused or a module has hooks.
         """
         batch, num_tokens = hidden_states.shape[:2]
         if not goes_in_slices(hidden_states) or batch == 1:
@@ -252,16 +255,16 @@ def _is_watched(module: nn.Module) -> bool:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether somebody looks at what enters or leaves a module.
+    """Whether a module has hooks, other than those that transformers installs to capture outputs.
 
-    transformers leaves hooks of its own behind, which look at nothing unless they are asked to.
+    transformers leaves its hooks in place, and they do nothing unless outputs are requested.
     """
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     return any(getattr(hook, "__module__", None) != capture_outputs.__module__ for hook in hooks)
 
 
 def goes_in_slices(x: Tensor) -> bool:
-    """Whether a batch may be taken apart: on a CPU, where no graph is recorded or traced."""
+    """Whether a batch may be split: on a CPU, if no graph is recorded or traced."""
     return x.is_cpu and not is_recorded()
 
 
@@ -284,7 +287,7 @@ def _step(
 
 
 def _joined(parts: Sequence[Tokens]) -> Tokens:
-    """The tokens of slices of a batch as those of the batch."""
+    """Join the tokens of slices of a batch."""
     first = parts[0]
     rows = None
     if first.rows is not None:
@@ -306,7 +309,7 @@ def _joined(parts: Sequence[Tokens]) -> Tokens:
 
 
 def check_mask(mask: Tensor | None) -> None:
-    """Raise ValueError for a mask that masks something, or whose values cannot be looked at."""
+    """Raise ValueError if a mask masks something, or its values cannot be read."""
     if mask is not None and (torch.compiler.is_compiling() or not _masks_nothing(mask)):
         raise ValueError(
             "attention_mask is not allowed where tokens are fused: leave it out, or set r=0 or "
@@ -324,15 +327,16 @@ def fuse_layers(
     settings: FusionConfigMixin,
     kind: type[FusedLayerList] = FusedLayerList,
 ) -> None:
-    """Let the layers of an encoder fuse tokens, in place.
+    """Make the layers of an encoder fuse tokens, in place.
 
     Args:
-        layers: of one class.
-        names: of the parts of a layer.
-        settings: of the fusion; what they say at a call counts.
+        layers: layers of one class.
+        names: names of the parts of a layer.
+        settings: settings of fusion; each call uses their current values.
+        kind: new class of the list.
 
     Raises:
-        ValueError: for layers that are not written as their family's; nothing is changed then.
+        ValueError: if a layer lacks a part that ``names`` contains; nothing is changed then.
     """
     for layer in layers:
         check_layer(layer, names)

@@ -1,8 +1,8 @@
-"""The algorithm, once: a transformer layer that attends, fuses tokens if it is to, and has an MLP.
+"""The algorithm: a transformer layer with attention, optional token fusion, and an MLP.
 
-:class:`FusedLayer` goes before a layer class of transformers, whose parts it finds by their names
-(:mod:`.anatomy`). Layers hold no settings of fusion and no state: what they are to do comes with
-each call as a :class:`Step`, and what travels with the tokens as :class:`Tokens`.
+:class:`FusedLayer` is a mixin for the layer classes of transformers, and finds their parts by name
+(:mod:`.anatomy`). Layers hold no settings of fusion and no state: each call gets its instructions
+as a :class:`Step`, and the tokens with their data as :class:`Tokens`.
 
 Shapes: ``b`` images, ``n`` tokens before and ``m`` tokens after a layer's fusion, ``d`` channels,
 ``h`` heads.
@@ -21,17 +21,16 @@ from .reducers import Observation, Reducer, Stage
 
 
 class Tokens(NamedTuple):
-    """Tokens, and all that travels with them from layer to layer.
+    """Tokens, and the data that goes with them from layer to layer.
 
     Attributes:
         hidden_states: (b, n, d).
-        sizes: (b, n), how many of the embedded tokens each one stands for; ``None`` if all stand
-            for one.
+        sizes: (b, n), number of embedded tokens that each token represents; ``None`` if all are 1.
         positions: (b or 1, n, 2), coordinates for rotary encoders, 0 for prefix tokens; or None.
-        rows: (b * embedded tokens,) int64, the row in the flattened (b * n, …) of the token that
-            each embedded one has become part of, -1 for none; ``None`` where nobody asks.
-        assignments: of each layer (b, embedded tokens), see :meth:`assignment`, after the last one;
-            ``None`` where nobody asks.
+        rows: (b * embedded tokens,) int64, the row of each embedded token's present token in the
+            flattened (b * n, …), -1 for dropped tokens; ``None`` if not requested.
+        assignments: one (b, embedded tokens) per layer, see :meth:`assignment`, filled after the
+            last layer; ``None`` if not requested.
     """
 
     hidden_states: Tensor
@@ -41,7 +40,7 @@ class Tokens(NamedTuple):
     assignments: tuple[Tensor, ...] | None = None
 
     def reduce(self, reduction: Reduction, rope_positions: str | None) -> "Tokens":
-        """All of it after a reduction of n tokens to m."""
+        """The tokens and their data after a reduction of n tokens to m."""
         hidden_states, sizes, positions, rows, _ = self
         if sizes is None:
             precision = torch.promote_types(hidden_states.dtype, torch.float32)
@@ -57,7 +56,7 @@ class Tokens(NamedTuple):
         )
 
     def restored(self) -> Tensor:
-        """The hidden states at the places of the embedded tokens: (b, embedded tokens, d)."""
+        """The hidden states at the positions of the embedded tokens: (b, embedded tokens, d)."""
         if self.rows is None:
             return self.hidden_states
         batch = self.hidden_states.shape[0]
@@ -65,14 +64,14 @@ class Tokens(NamedTuple):
         return flat.view(batch, -1, self.hidden_states.shape[2])
 
     def assignment(self) -> Tensor | None:
-        """(b, embedded tokens) int64, index of the token that each is part of, -1 for none."""
+        """(b, embedded tokens) int64, index of the token that contains each one, -1 if dropped."""
         if self.rows is None:
             return None
         return images_rows(self.rows, *self.hidden_states.shape[:2])
 
 
 def _move(positions: Tensor, reduction: Reduction, rope_positions: str | None) -> Tensor:
-    """Where new tokens lie: (b, n, 2) -> (b, m, 2)."""
+    """Positions of the new tokens: (b, n, 2) -> (b, m, 2)."""
     batch, _, axes = positions.shape
     if rope_positions == "kept":
         return positions.flatten(0, 1).index_select(0, reduction.kept).view(batch, -1, axes)
@@ -82,21 +81,20 @@ def _move(positions: Tensor, reduction: Reduction, rope_positions: str | None) -
 
 
 class Step(NamedTuple):
-    """What a layer is to do with the tokens in one pass.
+    """Instructions to a layer for one pass.
 
     Attributes:
-        reducer: the method of reduction; ``None`` for none.
-        r: how many tokens fewer are to leave the layer.
-        num_prefix_tokens: tokens at the front that take no part.
-        class_token: whether the first token stands for the whole image.
-        proportional_attention: whether sizes enter attention.
-        shown_restored: whether hooks see the hidden states at the places of the embedded tokens.
+        reducer: reduction method; ``None`` for no reduction.
+        r: number of tokens that the layer removes.
+        num_prefix_tokens: number of tokens at the front that are never fused.
+        class_token: whether the first token represents the whole image.
+        proportional_attention: whether attention scores include the sizes of the tokens.
+        shown_restored: whether hooks see hidden states at the positions of the embedded tokens.
         keeps_all: whether the tokens will be restored, so that none may be dropped.
         rope_positions: see :class:`.configuration_mctf.RotaryConfigMixin`.
         frequencies: (d / h / 4,), turns of the channels per unit of a coordinate; or ``None``.
-        num_read: so many prefix tokens alone are to leave the layer, which computes nothing else;
-            ``None`` for all tokens.
-        fuses: whether any layer fuses; if none does, all is computed as transformers does.
+        num_read: number of prefix tokens the layer outputs; ``None`` for all tokens.
+        fuses: whether any layer fuses; if none does, all is computed as in transformers.
     """
 
     reducer: Reducer | None
@@ -112,7 +110,7 @@ class Step(NamedTuple):
     fuses: bool = False
 
     def in_layer(self, layer: int, num_layers: int, r: int) -> "Step":
-        """What one layer of several is to do; the last one may know that little is read."""
+        """The instructions to one of the layers; only the last one gets ``num_read``."""
         reducer = self.reducer
         return self._replace(
             r=r,
@@ -122,7 +120,7 @@ class Step(NamedTuple):
 
     @property
     def stage(self) -> Stage | None:
-        """When tokens are reduced; ``None`` if they are not, or if nobody would see it."""
+        """When tokens are reduced; ``None`` if they are not, or if no output would depend on it."""
         if self.reducer is None or not self.r:
             return None
         return self.reducer.stage if self.num_read is None or self.reducer.stage.ahead else None
@@ -132,21 +130,21 @@ UNFUSED = Step(None, 0, 0, False, False)
 
 
 def rotation_at(positions: Tensor, frequencies: Tensor) -> Rotation:
-    """The rotation of tokens at some places: (b, n, 2), (d / h / 4,) -> two of (b, 1, n, d / h)."""
+    """Rotation of tokens at given positions: (b, n, 2), (d / h / 4,) -> two (b, 1, n, d / h)."""
     angles = 2 * math.pi * positions[:, None, :, :, None] * frequencies  # [b, 1, n, 2, d / h / 4]
     angles = angles.flatten(3).repeat(1, 1, 1, 2)
     return Rotation(angles.cos(), angles.sin())
 
 
 class FusedLayer:
-    """A layer that can fuse tokens between its parts; before a layer class of transformers.
+    """Mixin for a layer class of transformers: a layer that can fuse tokens between its parts.
 
-    Without a step it is the layer that it was. Own classes may differ in four hooks:
-    ``norm_attention``, ``attend``, ``add`` and ``run_mlp``.
+    Without a step it works as the original layer. Subclasses may override ``norm_attention``,
+    ``attend``, ``add`` and ``run_mlp``.
 
     Attributes:
-        names: of its parts.
-        runs_as_host: whether without fusion the layer of transformers does all that it has to.
+        names: names of its parts.
+        runs_as_host: whether the original layer can be used if nothing is fused.
     """
 
     names: ClassVar[LayerNames]
@@ -164,17 +162,17 @@ class FusedLayer:
         step: Step | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Run the layer on ``hidden_states``, (b, n, d), and fuse as the step says.
+        """Run the layer on ``hidden_states``, (b, n, d), and fuse as the step defines.
 
         Args:
-            args, kwargs: of the layer of transformers; with a step only ``attention_mask``, for a
-                layer that fuses nothing, and ``output_attentions``.
-            tokens: what travels with the hidden states, which are left out of it.
-            step: what to do; unset, the layer runs as that of transformers.
+            args, kwargs: arguments of the original layer; with a step only ``attention_mask``, for
+                a layer that fuses nothing, and ``output_attentions``.
+            tokens: data of the tokens, without the hidden states.
+            step: instructions; unset, the layer runs as in transformers.
 
         Returns:
-            The hidden states, as transformers does; with a step these, and the :class:`Tokens`.
-            Whoever hooks on to the layer finds the former restored, if the step says so.
+            The hidden states, as in transformers; with a step, these and the :class:`Tokens`. If
+            the layer has forward hooks and ``step.shown_restored`` is set, the former are restored.
         """
         if step is None or tokens is None:
             if self.runs_as_host:
@@ -196,7 +194,7 @@ class FusedLayer:
         applied_here = stage is not None or shown or read is not None
         applied_here = applied_here or tokens.sizes is not None or tokens.positions is not None
         if applied_here or (attention_mask is None and self._is_faster(normed, step)):
-            # Where it only ranks tokens, or belongs to all of them, no gradient flows through it.
+            # Attention that only ranks tokens before it is computed again needs no gradient.
             with torch.set_grad_enabled(torch.is_grad_enabled() and stage is not Stage.RECOMPUTE):
                 attention = self._look_ahead(normed, bias, tokens, step, shown, stage)
 
@@ -228,25 +226,25 @@ class FusedLayer:
 
     @property
     def core(self) -> FusionAttention:
-        """What makes queries and keys."""
+        """The module that computes queries and keys."""
         core = attention_core(getattr(self, self.names.attention))
         assert isinstance(core, FusionAttention)
         return core
 
     def norm_attention(self, hidden_states: Tensor) -> Tensor:
-        """What attention sees: (b, n, d) -> (b, n, d)."""
+        """The norm before attention: (b, n, d) -> (b, n, d)."""
         return getattr(self, self.names.norm_attention)(hidden_states)
 
     def attend(self, normed: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The output of attention, (b, m, d), of normalised tokens."""
+        """The attention output, (b, m, d), for normalised tokens."""
         output = getattr(self, self.names.attention)(normed, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
     def add(self, residual: Tensor, branch: Tensor, through: tuple[str, ...]) -> Tensor:
-        """The residual stream with a branch added: two of (b, m, d) -> (b, m, d).
+        """Add a branch to the residual stream: both (b, m, d) -> (b, m, d).
 
         Args:
-            through: names of what the branch goes through before.
+            through: names of the parts to apply to the branch first.
         """
         parts = [part for part in (getattr(self, name) for name in through) if _acts(part)]
         scale = _scale(parts[-1]) if parts else None
@@ -257,7 +255,7 @@ class FusedLayer:
         return torch.addcmul(residual, branch, scale)  # in one pass over the tokens
 
     def run_mlp(self, hidden_states: Tensor) -> Tensor:
-        """The output of the MLP, and its norm before: (b, m, d) -> (b, m, d)."""
+        """The norm before the MLP, and the MLP: (b, m, d) -> (b, m, d)."""
         normed = getattr(self, self.names.norm_mlp)(hidden_states)
         return getattr(self, self.names.mlp)(normed)
 
@@ -277,7 +275,7 @@ class FusedLayer:
         if tokens.positions is not None and step.frequencies is not None:
             rotation = rotation_at(tokens.positions, step.frequencies)
         hold_map = shown or self._holds_map(normed, step, stage)
-        num_queries = step.num_read if stage is None else None  # whoever chooses looks at all
+        num_queries = step.num_read if stage is None else None  # the reducer needs all queries
         attention = self.core.look_ahead(
             normed, bias, hold_map=hold_map, rotation=rotation, num_queries=num_queries
         )
@@ -286,18 +284,18 @@ class FusedLayer:
         return attention._replace(columns=ColumnMeans() if self._sees_all_rows(step) else None)
 
     def _sees_all_rows(self, step: Step) -> bool:
-        """Whether whoever chooses sees what each token receives from all others."""
+        """Whether the reducer needs the attention that each token receives from all tokens."""
         needs = () if step.reducer is None else step.reducer.needs
         return "attention_received" in needs or (
             "class_attention" in needs and not step.class_token
         )
 
     def _is_faster(self, normed: Tensor, step: Step) -> bool:
-        """Whether this layer attends faster by a map that it makes itself."""
+        """Whether attention in this layer is faster with a map than with a kernel."""
         return step.fuses and self.core.is_faster_by_map(normed, step.num_read)
 
     def _holds_map(self, normed: Tensor, step: Step, stage: Stage | None) -> bool:
-        """Whether attention's map is computed as such, once."""
+        """Whether to compute the attention map once and hold it."""
         if self.core.config._attn_implementation == "eager" or self._is_faster(normed, step):
             return True
         reducer = step.reducer
@@ -330,7 +328,7 @@ class FusedLayer:
 
 
 def _acts(part: Any) -> bool:
-    """Whether a part of a branch does anything: dropouts do in training, and whoever hooks on."""
+    """Whether a part of a branch has an effect; a dropout needs training mode or hooks for it."""
     if not isinstance(part, nn.Module):
         return isinstance(part, Tensor) or part != 1
     idle = isinstance(part, nn.Identity) or (
@@ -340,7 +338,7 @@ def _acts(part: Any) -> bool:
 
 
 def _scale(part: Any) -> Tensor | None:
-    """The factors of a LayerScale, unless its module has to be called; ``None`` for other parts."""
+    """The factors of a LayerScale; ``None`` if its module must be called, or for other parts."""
     if not isinstance(part, nn.Module):
         return part if isinstance(part, Tensor) else None
     called = part._forward_hooks or part._forward_pre_hooks or "_old_forward" in part.__dict__
@@ -348,14 +346,14 @@ def _scale(part: Any) -> Tensor | None:
 
 
 def _size_bias(sizes: Tensor | None, step: Step, dtype: torch.dtype) -> Tensor | None:
-    """Proportional attention: the logarithm of each key's size, (b, 1, 1, n)."""
+    """Bias of proportional attention, the logarithm of each key's size: (b, 1, 1, n)."""
     if sizes is None or not step.proportional_attention:
         return None
     return sizes.log().to(dtype)[:, None, None, :]
 
 
 def _check(reduction: Reduction, tokens: Tokens, step: Step) -> None:
-    """Raise ValueError for a reduction that is not what was asked for."""
+    """Raise ValueError if a reduction does not match the step or the reducer's attributes."""
     found, num_tokens = reduction.kept.shape[0], tokens.hidden_states.shape[1]
     images, name = max(1, reduction.batch), type(step.reducer).__qualname__
     if found // images != num_tokens - step.r:

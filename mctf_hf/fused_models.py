@@ -1,4 +1,4 @@
-"""Models of transformers with fusion, and what runs their layers, as classes before theirs."""
+"""Mixins for models of transformers that fuse tokens, and for the modules that run their layers."""
 
 import dataclasses
 import functools
@@ -28,14 +28,14 @@ FILE = "token_fusion.json"
 
 
 class FusedRunner:
-    """What runs layers with fusion; before its class, of transformers or torch."""
+    """Mixin for the module, of transformers or torch, that runs layers with fusion."""
 
     hosted_layers: HostedLayerList
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         host = cls.__dict__.get("host")
-        if host is None:  # a class that others make of this one, such as FSDP2
+        if host is None:  # a subclass made by another library, such as FSDP2
             return
 
         @functools.wraps(host.forward)
@@ -46,10 +46,10 @@ class FusedRunner:
 
 
 class FusedModel:
-    """The model that fusion was given to; before its class of transformers.
+    """Mixin for the class of transformers of a model that fuses tokens.
 
-    Its calls take ``r``, ``keep_rate`` and ``output_fusion`` beside all else, as the models of this
-    library do. Saving writes the settings of fusion beside the checkpoint, which is unchanged.
+    Calls also accept ``r``, ``keep_rate`` and ``output_fusion``, like the models of this library.
+    Saving writes the settings of fusion to a file beside the unchanged checkpoint.
     """
 
     fused_layers: list[HostedLayerList]
@@ -57,12 +57,12 @@ class FusedModel:
     config: Any
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """A new model has no fusion, whatever the one had whose class was called."""
+        """A new model has no fusion, even if it is created from the class of a fused model."""
         return cls.host(*args, **kwargs) if args or kwargs else object.__new__(cls)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "host" in cls.__dict__:  # not of a class that others make of this one, such as FSDP2
+        if "host" in cls.__dict__:  # not in a subclass made by another library, such as FSDP2
             cls.forward = _forward_of(cls.host)  # type: ignore[attr-defined]
 
     def save_pretrained(
@@ -71,7 +71,7 @@ class FusedModel:
         """Save the checkpoint as transformers does, and the settings of fusion beside it.
 
         Raises:
-            ValueError: for ``push_to_hub=True``, which would leave the settings behind.
+            ValueError: for ``push_to_hub=True``, which would not upload the settings.
         """
         if kwargs.get("push_to_hub"):
             raise ValueError(
@@ -88,7 +88,7 @@ class FusedModel:
 
 
 def _forward_of(host: type[PreTrainedModel]) -> Callable[..., Any]:
-    """The forward of a class of transformers, with settings of fusion for one call."""
+    """The forward method of a class of transformers, with settings of fusion for one call."""
 
     @functools.wraps(host.forward)
     def forward(

@@ -1,4 +1,4 @@
-"""Outputs of transformers that tell what became of the tokens."""
+"""Outputs of transformers with additional fields on token fusion."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from .hosted_layers import Call
 def with_fusion(
     output: Any, calls: Sequence[Call], told: bool, fewer: bool, *, by_layer: bool
 ) -> Any:
-    """An output with what became of the tokens, if that was asked for."""
+    """Add fields on fusion to an output if ``told``; with ``fewer``, keep only the tokens left."""
     if calls[0].tokens is None or not (told or fewer):
         return output
     tokens = tracked(calls[0].tokens, calls[0])
@@ -34,7 +34,7 @@ def with_fusion(
 
 
 def tracked(tokens: Tokens, call: Call) -> Tokens:
-    """The tokens of a call with sizes and rows, which layers without fusion do not make."""
+    """The tokens of a call, with sizes and rows even if no layer fused tokens."""
     if tokens.rows is not None:
         return tokens
     batch, num_tokens, _ = tokens.hidden_states.shape
@@ -49,9 +49,9 @@ def tracked(tokens: Tokens, call: Call) -> Tokens:
 
 
 def _left(output: Any, tokens: Tokens) -> Any:
-    """An output with one row for each token that is left, in place of one for each position.
+    """Reduce the rows of an output from one per original position to one per token left.
 
-    Everything that reads tokens has seen each as often as it has patches by then.
+    All modules that read the tokens have already used the restored ones.
     """
     assignment = tokens.assignment()
     assert assignment is not None
@@ -74,7 +74,7 @@ def _left(output: Any, tokens: Tokens) -> Any:
     return type(output)(**changed)
 
 
-# What an output tells of the fusion, besides what transformers' has.
+# Fields on fusion that are added to the outputs of transformers.
 _TOLD: dict[str, Any] = {
     "token_sizes": Tensor | None,
     "assignment": Tensor | None,
@@ -83,14 +83,14 @@ _TOLD: dict[str, Any] = {
 
 
 def _extended(output: type[Any]) -> type[Any]:
-    """A class of outputs with more fields."""
+    """The class of outputs with the fields on fusion added."""
     if "token_sizes" in output.__dataclass_fields__:
         return output
     if output not in _EXTENDED:
         more = [(name, kind, None) for name, kind in _TOLD.items()]
         name = f"Fused{output.__name__}"
         made = dataclasses.make_dataclass(name, more, bases=(output,))
-        made.__module__, made.__qualname__ = __name__, name  # by which it is pickled
+        made.__module__, made.__qualname__ = __name__, name  # needed to pickle outputs
         globals()[name] = _EXTENDED[output] = made
     return _EXTENDED[output]
 
@@ -99,4 +99,4 @@ _EXTENDED: dict[type[Any], type[Any]] = {}
 
 
 for _output in (BaseModelOutput, BaseModelOutputWithPooling, BackboneOutput, ImageClassifierOutput):
-    _extended(_output)  # what is compiled cannot make classes
+    _extended(_output)  # compiled code cannot create classes

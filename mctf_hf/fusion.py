@@ -1,9 +1,9 @@
-"""A token reduction as data: which token goes where, and with which weight.
+"""Token reductions as data: the destination and the weight of each token.
 
-Every method of this library ends in the same small value, a :class:`Reduction`. Each new token
-starts from one old token that is kept; every other one is merged into a new one, or dropped. So
-fusing is a gather of what is kept and a weighted scatter of the few that are merged, broadcasting
-back is a gather, and two reductions compose by gathering one assignment with the other.
+Every method of this library returns the same small value, a :class:`Reduction`. Each new token
+starts from one kept old token. Every other old token is merged into a new one, or dropped. So
+fusing is a gather of the kept tokens and a weighted scatter of the merged ones, restoring is a
+gather, and two reductions compose by gathering one assignment with the other.
 
 Shapes: ``b`` images, ``n`` tokens before and ``m`` tokens after the reduction, ``d`` channels.
 Tokens are addressed by their row in the flattened (b * n, …) and (b * m, …) tensors.
@@ -17,18 +17,18 @@ from torch import Tensor
 
 @dataclass(eq=False)
 class Reduction:
-    """How ``n`` tokens become ``m``.
+    """A reduction of ``n`` tokens to ``m``.
 
     Attributes:
-        batch: how many images.
-        rows: (b * n,) int64, the new row that each old row becomes part of, -1 for none.
+        batch: number of images.
+        rows: (b * n,) int64, the new row that contains each old row, -1 for dropped rows.
         kept: (b * m,) int64, the old row that each new row starts from.
-        merged: (b * k,) int64, the old rows that are merged; without drops, k is n - m.
-        destination: (b * k,) int64, the new rows that these are merged into.
-        kept_weights: (b * m, 1), the coefficients of the rows that are kept, in their new row. See
+        merged: (b * k,) int64, the merged old rows; without drops, k is n - m.
+        destination: (b * k,) int64, the new row that each merged row joins.
+        kept_weights: (b * m, 1), coefficients of the kept rows in their new rows. See
             :meth:`weigh`.
-        merged_weights: (b * k, 1), those of the rows that are merged.
-        size_factors: (b * k,), by how much the sizes of those count; ``None`` for 1.
+        merged_weights: (b * k, 1), coefficients of the merged rows.
+        size_factors: (b * k,), factors of the sizes of the merged rows; ``None`` for 1.
         maximum: whether fusing is the elementwise maximum, without weights.
     """
 
@@ -46,12 +46,12 @@ class Reduction:
     def from_positions(
         cls, kept: Tensor, merged: Tensor, destination: Tensor, num_tokens: int
     ) -> "Reduction":
-        """Reduction of ``num_tokens`` tokens from positions within each image.
+        """Create a reduction of ``num_tokens`` tokens from positions within each image.
 
         Args:
-            kept: (b, m), the old positions that the new tokens start from, in their new order.
-            merged: (b, k), the old positions that are merged; those in neither are dropped.
-            destination: (b, k), the new positions that these are merged into.
+            kept: (b, m), old positions that the new tokens start from, in their new order.
+            merged: (b, k), old positions to merge; positions neither kept nor merged are dropped.
+            destination: (b, k), new positions that the merged tokens join.
         """
         batch, num_new = kept.shape
         image = torch.arange(batch, device=kept.device)[:, None]
@@ -71,9 +71,9 @@ class Reduction:
     def from_assignment(
         cls, assignment: Tensor, num_tokens: int, num_dropped: int = 0
     ) -> "Reduction":
-        """Reduction of (b, n) tokens to ``num_tokens``, each of which some token is assigned to.
+        """Create a reduction to ``num_tokens`` tokens from the new position (b, n) of each token.
 
-        In each image ``num_dropped`` tokens are assigned to -1.
+        Each new position occurs at least once. Each image has ``num_dropped`` entries of -1.
         """
         batch, num_old = assignment.shape
         positions = torch.arange(num_old, device=assignment.device).expand(batch, -1)
@@ -87,11 +87,11 @@ class Reduction:
 
     @property
     def assignment(self) -> Tensor:
-        """(b, n) int64, the index in [0, m) of the new token that each token joins, -1 for none."""
+        """(b, n) int64, index in [0, m) of each token's new token, -1 if it was dropped."""
         return images_rows(self.rows, self.batch, self.kept.shape[0] // self.batch)
 
     def weigh(self, weights: Tensor) -> None:
-        """Let fusing be the mean with these weights, (b, n), positive."""
+        """Make fusing the mean with the given weights, (b, n), positive."""
         flat = weights.view(-1, 1)
         kept, merged = flat.index_select(0, self.kept), flat.index_select(0, self.merged)
         total = kept.index_add(0, self.destination, merged)
@@ -100,9 +100,9 @@ class Reduction:
 
 
 def images_rows(rows: Tensor, batch: int, num_tokens: int) -> Tensor:
-    """Row in its own image of each row of the flattened (b * num_tokens, …): (b * n,) -> (b, n).
+    """Convert rows of a flattened (b * num_tokens, …) to rows within images: (b * n,) -> (b, n).
 
-    Rows of -1, for tokens that were dropped, stay.
+    The -1 of dropped tokens stays.
     """
     first = torch.arange(0, batch * num_tokens, num_tokens, device=rows.device)
     own = rows.view(batch, -1)
@@ -110,15 +110,15 @@ def images_rows(rows: Tensor, batch: int, num_tokens: int) -> Tensor:
 
 
 def fuse_sizes(sizes: Tensor, reduction: Reduction) -> Tensor:
-    """How much each new token stands for: (b, n) -> (b, m)."""
+    """The sizes of the new tokens: (b, n) -> (b, m)."""
     return add_up(sizes, reduction, reduction.size_factors)
 
 
 def add_up(x: Tensor, reduction: Reduction, factors: Tensor | None = None) -> Tensor:
-    """The sum of the members of each new token: (b, n, …) -> (b, m, …).
+    """Sum the members of each new token: (b, n, …) -> (b, m, …).
 
     Args:
-        factors: (b * k,), of the rows that are merged; two axes of ``x`` then.
+        factors: (b * k,), factors of the merged rows; ``x`` must have two axes then.
     """
     flat = x.flatten(0, 1)
     merged = flat.index_select(0, reduction.merged)
@@ -133,7 +133,7 @@ def fuse(x: Tensor, reduction: Reduction) -> Tensor:
     """Pool the members of each new token: (b, n, d) -> (b, m, d).
 
     Raises:
-        ValueError: for a reduction that has no weights, and is not to take maxima.
+        ValueError: if the reduction has no weights and ``maximum`` is not set.
     """
     flat = x.flatten(0, 1)
     kept = flat.index_select(0, reduction.kept)
@@ -151,21 +151,17 @@ def fuse(x: Tensor, reduction: Reduction) -> Tensor:
 
 
 def unfuse(x: Tensor, reduction: Reduction) -> Tensor:
-    """Give every old position, of which none was dropped, its new token's row.
-
-    (b, m, …) -> (b, n, …).
-    """
+    """Copy each new token's row to its old positions: (b, m, …) -> (b, n, …); none is dropped."""
     rows = x.flatten(0, 1).index_select(0, reduction.rows)
     return rows.view(x.shape[0], -1, *x.shape[2:])
 
 
 def fuse_attention(attention: Tensor, reduction: Reduction) -> Tensor:
-    """Attention map of the fused tokens, approximated from the map of the old ones.
+    """Approximate the attention map of the fused tokens from the map of the old tokens.
 
     Columns of fused tokens are summed, rows are pooled like the tokens: ``R A C`` of MCTF
-    (arXiv 2403.10030, section 3.3). No layer needs it to compute its output, see
-    :meth:`~.attention.FusionAttention.forward`; it serves ``output_attentions`` and maximum
-    pooling.
+    (arXiv 2403.10030, section 3.3). It is needed only for ``output_attentions``, hooks and maximum
+    pooling, see :meth:`~.attention.FusionAttention.forward`.
 
     Args:
         attention: (b, h, n, n).
@@ -181,5 +177,5 @@ def fuse_attention(attention: Tensor, reduction: Reduction) -> Tensor:
 
 
 def compose(first: Tensor, then: Tensor) -> Tensor:
-    """New rows of two reductions in a row: (b * n,) and (b * m,) -> (b * n,)."""
+    """New rows after two successive reductions: (b * n,) and (b * m,) -> (b * n,)."""
     return torch.where(first < 0, first, then.index_select(0, first.clamp(min=0)))
