@@ -129,8 +129,8 @@ def push(
     push that the folder lacks, and the records about them.
 
     Args:
-        folder: folder that :func:`save` wrote. All its files are uploaded, except hidden files and
-            those of :func:`held_back`, which a warning lists.
+        folder: folder that :func:`save` wrote. Its files are uploaded, but not its subfolders,
+            hidden files and the files of :func:`held_back`; a warning lists the last.
         repo_id: ``organisation/name``.
         private: whether to make a new repository private.
         revision: branch to commit to.

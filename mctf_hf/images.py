@@ -47,11 +47,11 @@ def needs_heif(name: str) -> bool:
 
 
 class UnreadableImage(ValueError):
-    """Error for a row or file that contains no image, or none that can be decoded within limits."""
+    """Error for a row or file without an image, or with one that is undecodable or too large."""
 
 
 def read_image(source: Any, channels: int = 3) -> Image.Image:
-    """Decode an image file to RGB or grey and turn it upright; of 16 bits, use the upper 8.
+    """Decode an image file to RGB or grey, turned upright; 16-bit pixels keep the upper 8 bits.
 
     Args:
         source: path or open file.
@@ -83,7 +83,7 @@ def _opened(source: Any) -> Iterator[Image.Image]:
 
 
 def in_channels(image: Image.Image, channels: int = 3) -> Image.Image:
-    """Convert an image of any mode to RGB (3 channels) or grey (1); of 16 bits, use the upper 8.
+    """Convert an image to RGB (3 channels) or grey (1); 16-bit pixels keep the upper 8 bits.
 
     Raises:
         ValueError: for pixels of unknown range: 32-bit integers and floats.
@@ -200,8 +200,7 @@ class ImageReader:
         """Convert a decoded image to the model's channels.
 
         Raises:
-            UnreadableImage: with the name, if that fails, or if the processor would make an image
-                of more than ``LARGEST_EDGE**2`` pixels.
+            UnreadableImage: with the name, if that fails or the processor's result is too large.
         """
         if image.mode != MODES[self.channels]:
             try:

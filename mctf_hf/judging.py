@@ -1,4 +1,4 @@
-"""Measuring the loss by fusion: outputs with fusion against outputs without, or against labels.
+"""Measuring what a model loses by fusion, against its outputs without fusion or against labels.
 
 Shapes: ``n`` images, ``d`` channels or classes.
 """
@@ -59,8 +59,7 @@ class Judge:
     """Compares a model's outputs for images with and without fusion.
 
     Args:
-        model: model of this library, or one that ``fuse_tokens`` was called with, in evaluation
-            mode.
+        model: model of this library, or fused by ``fuse_tokens``, in evaluation mode.
         pixel_values: (n, channels, height, width).
         labels: (n,) int64, for a classifier; unset, the outputs without fusion are the reference.
 
@@ -153,8 +152,7 @@ class Verdict:
         change: see :meth:`Judge.change`, (n,).
         agreement: see :meth:`Judge.agreement`, (n,).
         right: see :meth:`Judge.right`.
-        gained: with labels, per image 1 if only the prediction with fusion is right, -1 if only
-            that without fusion is right, else 0, (n,).
+        gained: with labels, 1 if right only with fusion, -1 if right only without, else 0, (n,).
         ratio: speed relative to no fusion; ``None`` if not measured.
     """
 

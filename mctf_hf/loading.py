@@ -70,7 +70,7 @@ def load_pretrained(
             "is timm's, convert the model.safetensors that lies there"
         )
     model_class = class_of(name) if model_class is None else model_class
-    model_class.config_class.from_pretrained(name, **settings)  # raises for others
+    model_class.config_class.from_pretrained(name, **settings)  # checks the architecture
     bare = issubclass(model_class, MCTFViTModel)
     own = {"add_pooling_layer": False} if bare else {}
     with reading(name, UNREADABLE):

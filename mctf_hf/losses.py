@@ -159,7 +159,7 @@ def label_loss(
         problem_type: one label per image gives the cross-entropy, several labels the mean binary
             cross-entropy, regression the mean squared error.
         label_smoothing: fraction of a label that is spread over all classes; with several labels
-            per image, fraction of the way by which 1 and 0 move to 0.5.
+            per image, fraction of the distance by which 1 and 0 move towards 0.5.
         class_weights: weight of each class; with several labels per image, only of present classes.
         reduction: ``mean`` over images (weighted, for one label per image), or ``none``.
 
@@ -206,9 +206,9 @@ class Distillation(nn.Module):
 
     Args:
         kind: ``hard`` learns the most probable class of the guide, ``soft`` its probabilities.
-        weight: weight of the distillation loss; the label loss has the rest. The paper has 0.5
-            (hard) and 0.1 (soft).
-        temperature: temperature of both softmaxes, for ``soft``; the paper has 3.
+        weight: weight of the distillation loss, w; the label loss has the weight 1 - w. The paper
+            uses 0.5 (hard) and 0.1 (soft).
+        temperature: temperature of both softmaxes, for ``soft``; the paper uses 3.
     """
 
     def __init__(

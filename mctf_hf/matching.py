@@ -25,7 +25,7 @@ def bipartition(num_prefix_tokens: int) -> tuple[slice, slice]:
 def similarity(tokens: Tensor, num_prefix_tokens: int) -> Tensor:
     """Cosine similarity of alpha to beta tokens, in [0, 1]: (b, n, d) -> (b, n_alpha, n_beta).
 
-    In float32 or more, also under autocast, because half precision cannot rank similar tokens.
+    In float32 or more, also under autocast, because half precision cannot separate similar tokens.
     """
     alpha, beta = bipartition(num_prefix_tokens)
     unit = unit_vectors(tokens)
@@ -75,7 +75,7 @@ def attraction(
     Args:
         tokens: (b, n, d), the layer's input.
         informativeness: (b, n), positive; attention that each token receives.
-        sizes: (b, n), number of patches in each token, at least 1; ``None`` for one in each.
+        sizes: (b, n), number of patches per token, at least 1; ``None`` if all are 1.
         keys: (b, n, d'), keys of the attention, used with a ``key_share`` above 0.
         key_share: weight of the key similarity in its geometric mean with the token similarity.
 

@@ -46,7 +46,7 @@ def take_over_names(own: Sequence[str], plain: str) -> None:
 
 
 def check_contents(model: nn.Module, files: Sequence[str | os.PathLike] | None) -> None:
-    """Check that a model has not far more weights than its checkpoint can contain.
+    """Check that a model does not have many more weights than its checkpoint can contain.
 
     Args:
         files: files of the checkpoint; ``None`` for weights in memory.
@@ -82,7 +82,7 @@ def num_read(model: Any, wanted: int | None) -> int | None:
         wanted: number that the caller asks for; ``None`` for the model's own number.
 
     Raises:
-        ValueError: for less than 1, or more prefix tokens than the model has.
+        ValueError: for a number below 1 or above the model's number of prefix tokens.
     """
     most = model.config.num_prefix_tokens
     if wanted is not None and not 1 <= wanted <= most:
@@ -91,7 +91,7 @@ def num_read(model: Any, wanted: int | None) -> int | None:
             f"{most} prefix tokens"
         )
     wanted = model.num_read_tokens if wanted is None else wanted
-    # Hooks on the model or its direct parts see all tokens.
+    # Hooks on the model or its direct parts get all tokens.
     return None if any(map(is_hooked, (model, *model.children()))) else wanted
 
 
