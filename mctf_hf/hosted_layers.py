@@ -1,7 +1,7 @@
-"""Layers of a model of transformers that fuse as the call, or the block around it, says.
+"""Fused layers of a transformers model, which take their settings from the current call or block.
 
-Calls are in context variables, so that each thread has its own. What is compiled cannot look there
-and finds them in the layers.
+Context variables hold the current calls, so each thread has its own. Compiled code cannot read
+context variables; it reads attributes of the layers instead.
 """
 
 import dataclasses
@@ -19,20 +19,20 @@ from .fused_layer import Tokens
 from .reducers import build_reducer
 from .schedule import KeepRate, TokensFused
 
-# What a user sets; the rest of TokenFusion is the encoder's.
+# Settings that a user can change; the encoder determines the other fields of TokenFusion.
 SETTINGS = (*(field.name for field in dataclasses.fields(FusionConfigMixin)), "rope_positions")
 
 
 @dataclasses.dataclass(eq=False)
 class Call:
-    """How tokens are fused in some calls, and what became of them.
+    """Fusion settings of one or more calls of a model, and the tokens that the last call returned.
 
     Attributes:
-        settings: of the fusion.
-        r, keep_rate: of these calls, or None.
-        unmasked: the caller gave no mask; one that transformers makes in an export is ignored.
-        history: the tokens tell what each layer has made of them, too.
-        tokens: of the last of these calls.
+        settings: fusion settings.
+        r, keep_rate: amounts that replace those of the settings; ``None`` to keep them.
+        unmasked: whether the caller passed no mask; a mask that an export creates is ignored.
+        history: whether the tokens also contain the assignment after each layer.
+        tokens: output tokens of the last call.
     """
 
     settings: TokenFusion
@@ -43,22 +43,22 @@ class Call:
     tokens: Tokens | None = None
 
 
-# By the id of the layers. What is compiled cannot look here and finds it in the layers instead.
+# The current call of each layer list, by its id. Compiled code reads ``HostedLayerList.call``.
 _CALLS: ContextVar[dict[int, Call]] = ContextVar("calls")
-# The ids of layers that a module of transformers runs here and now.
+# Ids of the layer lists that a transformers module is running in this context.
 _RUNNING: ContextVar[frozenset[int]] = ContextVar("running", default=frozenset())
 
 
 class HostedLayerList(FusedLayerList):
-    """Layers in a model of transformers, which iterates over them to run them one by one.
+    """The layers of a transformers model, whose ``forward`` loops over them.
 
-    In its loop, iterating yields this object alone, which runs all layers; elsewhere, each layer.
+    In that loop, iteration yields only this list, which runs all layers; elsewhere, each layer.
     """
 
     settings: TokenFusion
-    call: Call | None = None  # for what is compiled
+    call: Call | None = None  # for compiled code
     running: bool = False
-    __repr__ = nn.Module.__repr__  # that of lists does not say how tokens are fused
+    __repr__ = nn.Module.__repr__  # that of ModuleList omits extra_repr
 
     def __iter__(self) -> Iterator[nn.Module]:
         runs = self.running
@@ -76,16 +76,16 @@ class HostedLayerList(FusedLayerList):
         )
 
     def active(self) -> Call:
-        """How tokens are fused here and now."""
+        """The current call; without one, a call with the layers' own settings."""
         call = self.call
         if not torch.compiler.is_compiling():
             call = _CALLS.get({}).get(id(self))
         return Call(self.settings) if call is None else call
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Run all layers: (b, n, d) -> (b, n, d), or fewer tokens where some are dropped."""
+        """Run all layers: (b, n, d) -> (b, n, d), or fewer tokens if some are dropped or unread."""
         call = self.active()
-        if kwargs.keys() & {"r", "keep_rate"}:  # of a call that went past the model's own
+        if kwargs.keys() & {"r", "keep_rate"}:  # the call bypassed the model's own forward
             call = Call(call.settings, kwargs.pop("r", None), kwargs.pop("keep_rate", None))
         refuse(kwargs)
         settings, rotary = call.settings, kwargs.pop("position_embeddings", None)
@@ -125,7 +125,7 @@ class HostedLayerList(FusedLayerList):
 
 
 def refuse(options: dict[str, Any]) -> None:
-    """Raise ValueError for settings of fusion that a call does not take."""
+    """Raise ValueError for fusion settings that a call does not accept."""
     wrong = sorted(options.keys() & {*SETTINGS, "output_fusion"})
     if wrong:
         raise ValueError(
@@ -137,7 +137,7 @@ def refuse(options: dict[str, Any]) -> None:
 def run_hosted(
     layers: Sequence[HostedLayerList], forward: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
-    """Call a forward that iterates over layers to run them."""
+    """Call a ``forward`` that loops over layers, so that each layer list runs as one module."""
     if torch.compiler.is_compiling():
         for one in layers:
             one.running = True
@@ -154,7 +154,7 @@ def run_hosted(
 
 
 def enter_calls(layers: Sequence[HostedLayerList], calls: Sequence[Call]) -> Any:
-    """Let layers run as in some calls from here on; returns what :func:`leave_calls` needs."""
+    """Make the calls current for the layers; return the state that :func:`leave_calls` restores."""
     if torch.compiler.is_compiling():
         before = [one.call for one in layers]
         for one, call in zip(layers, calls, strict=True):
@@ -173,13 +173,13 @@ def leave_calls(layers: Sequence[HostedLayerList], entered: Any) -> None:
 
 
 _COMPILED = Lock()
-_BLOCKS: dict[int, list[Call]] = {}  # of fusion_of, by the id of the layers
+_BLOCKS: dict[int, list[Call]] = {}  # open blocks of fusion_of, by id of the layer list
 
 
 def show_to_compiled(
     layers: Sequence[HostedLayerList], calls: Sequence[Call], inside: bool
 ) -> None:
-    """Let what is compiled see the calls of a block, in whatever thread, while it lasts."""
+    """Show the calls of a block to compiled code in all threads, or hide them at its end."""
     with _COMPILED:
         for one, call in zip(layers, calls, strict=True):
             blocks = _BLOCKS.setdefault(id(one), [])

@@ -1,4 +1,4 @@
-"""Saving models so that they load anywhere, and their way to the Hub."""
+"""Saving models so that they load anywhere, and uploading them to the Hub."""
 
 import errno
 import json
@@ -62,22 +62,22 @@ def save(
     *,
     files: Mapping[str, str | bytes] | None = None,
 ) -> Path:
-    """Write a model, its code and its image processor to a folder, or leave the folder as it was.
+    """Save a model, its code and its image processor; if that fails, leave the folder unchanged.
 
-    Everything is written to a draft first and then moved file by file, the configuration last.
-    Removed are weights of an earlier save that the new one lacks, what was recorded of them, and
-    code that an earlier save has written, by its record, and nobody has changed; nothing else is.
+    All files are first written to a draft folder and then moved one by one, the configuration last.
+    Files of an earlier save that the new one lacks are removed: weights, records about these
+    weights, and code that was not changed since. All other files stay.
 
     Args:
-        files: contents of further files by name, such as ``README.md``.
+        files: contents of additional files by name, such as ``README.md``.
 
     Returns:
         The folder.
 
     Raises:
         FileExistsError: see :func:`check_folder`.
-        ValueError: for a model that would not load anywhere, or whose weights are not finite.
-        OSError: if it cannot be written, for one because the disk is full.
+        ValueError: for a model that others could not load, or whose weights are not finite.
+        OSError: if the folder cannot be written, for example because the disk is full.
     """
     check_weights(model, "the model")
     folder = check_folder(folder)
@@ -121,26 +121,26 @@ def push(
     message: str = "Upload a model with token fusion",
     api: HfApi | None = None,
 ) -> CommitInfo:
-    """Put a model's folder on the Hub, in one commit.
+    """Upload a model's folder to the Hub in one commit.
 
-    The repository is made if it does not exist, and the branch likewise. Large files go up first;
-    they belong to no revision until the commit is made, so a push that breaks off leaves every
-    revision as it was, and the next one finds them there. Weights of an earlier push that the
-    folder lacks, and what was recorded of them, are removed by the same commit.
+    The repository and the branch are created if they do not exist. Large files are uploaded first
+    and belong to no revision until the commit. A push that fails leaves every revision unchanged,
+    and the next push does not send these files again. The commit also removes weights of an earlier
+    push that the folder lacks, and the records about them.
 
     Args:
-        folder: as :func:`save` writes it; all files that lie in it go up but hidden ones and
-            those that :func:`held_back` names, which a warning tells.
+        folder: folder that :func:`save` wrote. Its files are uploaded, but not its subfolders,
+            hidden files and the files of :func:`held_back`; a warning lists the last.
         repo_id: ``organisation/name``.
-        private: make a new repository private.
+        private: whether to make a new repository private.
         revision: branch to commit to.
-        message: of the commit.
-        api: client of the Hub, with its address and its token; unset, the usual one.
+        message: commit message.
+        api: Hub client, with address and token; unset, the default client.
 
     Raises:
-        ValueError: for a folder that would not load, or a public repository where a private one
-            is asked for.
-        ConnectionError: if the Hub refuses the push or can't be reached.
+        ValueError: for a folder that cannot be loaded, or an existing public repository where a
+            private one is asked for.
+        ConnectionError: if the Hub rejects the push or cannot be reached.
     """
     check_repo_id(repo_id)
     additions = [CommitOperationAdd(file.name, file) for file in loadable_files(folder)]
@@ -175,14 +175,14 @@ def push(
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Raise ValueError unless it is ``organisation/name``, as the Hub wants it."""
+    """Raise ValueError unless ``repo_id`` is a valid ``organisation/name`` of the Hub."""
     validate_repo_id(repo_id)
     if "/" not in repo_id:
         raise ValueError(f"repo_id={repo_id!r} is not allowed: it is organisation/name")
 
 
 def _open(api: HfApi, repo_id: str, private: bool) -> None:
-    """See that the repository is there."""
+    """Create the repository if it does not exist; raise ValueError for an unwanted public one."""
     try:
         public = not api.repo_info(repo_id).private
     except RepositoryNotFoundError:
@@ -196,7 +196,7 @@ def _open(api: HfApi, repo_id: str, private: bool) -> None:
 
 
 def _latest_commit(api: HfApi, repo_id: str, revision: str) -> str | None:
-    """The commit that a branch is at, ``None`` if there is no such branch."""
+    """Hash of the latest commit of a branch; ``None`` if the branch does not exist."""
     try:
         return api.repo_info(repo_id, revision=revision).sha
     except RevisionNotFoundError:
@@ -204,11 +204,11 @@ def _latest_commit(api: HfApi, repo_id: str, revision: str) -> str | None:
 
 
 def _explained(error: Exception, where: str) -> str:
-    """What went wrong on the way to the Hub, what was pushed to is now, and what to do about it."""
+    """Error message with the state of the branch, the reason of the failure and advice."""
     cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
     reason = " ".join(line.strip() for line in str(cause).split("\n") if line.strip())
     status = getattr(getattr(cause, "response", None), "status_code", None)
-    if status is None and (told := re.search(r"\b(4\d\d) [A-Z]", reason)):  # Xet's have no response
+    if status is None and (told := re.search(r"\b(4\d\d) [A-Z]", reason)):  # Xet: no response
         status = int(told[1])
     if status in (401, 403) or isinstance(cause, RepositoryNotFoundError):
         advice = "Is the token right, and may it write there? `hf auth login` or HF_TOKEN sets it"
@@ -222,7 +222,7 @@ def _explained(error: Exception, where: str) -> str:
 
 
 def _undo(api: HfApi, repo_id: str, revision: str, head: str | None, made: bool) -> str:
-    """What has become of a branch by a push that failed; one that was made for it goes again."""
+    """Describe a branch after a failed push; delete it if this push only created it."""
     if head is None and not made:
         return "was not changed"
     try:

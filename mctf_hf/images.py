@@ -1,7 +1,7 @@
-"""Image files, and what ``datasets`` stores of them, as the pixels that a model takes.
+"""Reading image files and images stored by ``datasets``, and converting them to tensors.
 
-Whatever turns an image into a tensor does it here: every command sees the same of an image, and an
-image or a processor's settings that would fill the memory are refused before they do.
+All commands convert images here, so all of them see the same pixels. Images and processor settings
+that would need too much memory are rejected first.
 """
 
 import io
@@ -20,10 +20,10 @@ from transformers import ViTImageProcessorPil
 
 from .checks import LARGEST_EDGE, check_processor
 
-OnBadImage = Literal["error", "skip"]  # what is done about an image that cannot be read
-MODES = {1: "L", 3: "RGB"}  # Pillow's, by the number of channels
+OnBadImage = Literal["error", "skip"]  # action for an image that cannot be read
+MODES = {1: "L", 3: "RGB"}  # Pillow modes by number of channels
 HEIF = (".heic", ".heif", ".hif")
-# Pillow knows their names, but holds no decoder, or runs a program to draw them.
+# Formats that Pillow knows by name but cannot decode, or decodes with an external program.
 NOT_READ = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
 
 try:
@@ -35,31 +35,31 @@ else:
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file of this name is one of those that can be read, by its ending."""
+    """Whether the extension of a file name belongs to a readable image format."""
     ending = os.path.splitext(name)[1].lower()
     kind = Image.registered_extensions().get(ending)
     return kind in Image.OPEN and kind not in NOT_READ
 
 
 def needs_heif(name: str) -> bool:
-    """Whether it takes pillow-heif, which is not installed, to read a file of this name."""
+    """Whether reading a file of this name needs pillow-heif, which is not installed."""
     return pillow_heif is None and os.path.splitext(name)[1].lower() in HEIF
 
 
 class UnreadableImage(ValueError):
-    """A row or file that holds no image, or one that can't be decoded within bounds."""
+    """Error for a row or file without an image, or with one that is undecodable or too large."""
 
 
 def read_image(source: Any, channels: int = 3) -> Image.Image:
-    """Decode an image file, upright, to RGB or grey, of 16 bits per pixel the upper eight.
+    """Decode an image file to RGB or grey, turned upright; 16-bit pixels keep the upper 8 bits.
 
     Args:
-        source: a path, or a file that is open.
-        channels: 3, or 1 for grey.
+        source: path or open file.
+        channels: 3 for RGB, or 1 for grey.
 
     Raises:
-        ValueError: for more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``, for what is no regular file
-            and for numbers that have no highest one: 32-bit integers and real numbers.
+        ValueError: for more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``, a path that is not a
+            regular file, and pixels of unknown range: 32-bit integers and floats.
     """
     with _opened(source) as stored:
         ImageOps.exif_transpose(stored, in_place=True)
@@ -68,9 +68,9 @@ def read_image(source: Any, channels: int = 3) -> Image.Image:
 
 @contextmanager
 def _opened(source: Any) -> Iterator[Image.Image]:
-    """An image file, of which no more than the head is read yet."""
+    """Open an image file; only its header is read."""
     if isinstance(source, str | Path) and os.path.exists(source) and not os.path.isfile(source):
-        raise ValueError("it is no file")  # a pipe would be waited for
+        raise ValueError("it is no file")  # opening a pipe would block
     with Image.open(source) as stored:
         most = Image.MAX_IMAGE_PIXELS
         if most is not None and stored.width * stored.height > most:
@@ -83,10 +83,10 @@ def _opened(source: Any) -> Iterator[Image.Image]:
 
 
 def in_channels(image: Image.Image, channels: int = 3) -> Image.Image:
-    """An image of any mode in RGB (3 channels) or grey (1), of 16 bits the upper eight.
+    """Convert an image to RGB (3 channels) or grey (1); 16-bit pixels keep the upper 8 bits.
 
     Raises:
-        ValueError: for numbers that have no highest one: 32-bit integers and real numbers.
+        ValueError: for pixels of unknown range: 32-bit integers and floats.
     """
     mode = MODES[channels]
     if image.mode == mode:
@@ -102,10 +102,10 @@ def in_channels(image: Image.Image, channels: int = 3) -> Image.Image:
 
 
 def decode(stored: dict[str, Any] | str | Path | None, name: str, channels: int = 3) -> Image.Image:
-    """The image of a file or of what ``datasets`` stores for one, in RGB or grey.
+    """Decode an image file, or an image as ``datasets`` stores it, to RGB or grey.
 
     Raises:
-        UnreadableImage: with the name, if there is none or it can't be decoded.
+        UnreadableImage: with the name, if there is no image or it cannot be decoded.
     """
     if stored is None:
         raise UnreadableImage(f"{name} has no image")
@@ -118,10 +118,10 @@ def decode(stored: dict[str, Any] | str | Path | None, name: str, channels: int 
 
 
 def check_head(file: Path) -> None:
-    """Look at the head of an image file alone, which tells its format and size.
+    """Check only the header of an image file, which contains its format and size.
 
     Raises:
-        UnreadableImage: if it is none, or none that is read; what follows the head may be damaged.
+        UnreadableImage: if the file is no image or of an unsupported format.
     """
     with _named(str(file)), _opened(file):
         pass
@@ -129,12 +129,12 @@ def check_head(file: Path) -> None:
 
 @contextmanager
 def _named(name: str) -> Iterator[None]:
-    """Tell the name of an image that can't be read."""
+    """Replace errors of the block by UnreadableImage with the name of the image."""
     try:
         yield
     except MemoryError:
         raise
-    except Exception as error:  # of a damaged file Pillow may raise anything
+    except Exception as error:  # Pillow may raise any error for a damaged file
         unknown = isinstance(error, UnidentifiedImageError)
         reason = "its format is unknown" if unknown else error
         if isinstance(error, Image.DecompressionBombError):
@@ -143,16 +143,16 @@ def _named(name: str) -> Iterator[None]:
 
 
 class ImageReader:
-    """Images for one model: how they are decoded, and what its image processor makes of them.
+    """Decodes images for one model and converts them with the model's image processor.
 
     Args:
-        processor: an image processor of transformers.
-        channels: of the images that the model takes: 3, or 1 for grey.
-        options: of the processor's call.
+        processor: image processor of transformers.
+        channels: number of image channels of the model: 3, or 1 for grey.
+        options: keyword arguments for calls of the processor.
 
     Raises:
-        ValueError: for another number of channels, a processor that makes other ones, or one that
-            makes nothing of an image.
+        ValueError: for another number of channels, or a processor that fails or outputs another
+            number of channels or values that are not finite.
     """
 
     def __init__(self, processor: Any, channels: int = 3, **options: Any):
@@ -180,7 +180,7 @@ class ImageReader:
         self.options = options
         try:
             made = ImageReader.__call__(self, Image.new(MODES[channels], (64, 64)))
-        except Exception as error:  # whatever its settings are
+        except Exception as error:  # its settings may cause any error
             raise ValueError(f"{type(processor).__name__} can't be used: {error}") from error
         if len(made) != channels or not made.isfinite().all():
             raise ValueError(
@@ -189,18 +189,18 @@ class ImageReader:
             )
 
     def read(self, stored: Any, name: str) -> Image.Image:
-        """Decode what a row or a file holds, see :func:`decode`.
+        """Decode the image of a row or file, see :func:`decode`.
 
         Raises:
-            UnreadableImage: with the name, also for what the processor can't take.
+            UnreadableImage: with the name; also for an image that :meth:`admit` rejects.
         """
         return self.admit(decode(stored, name, self.channels), name)
 
     def admit(self, image: Image.Image, name: str) -> Image.Image:
-        """A decoded image in the model's channels, if what the processor makes of it is bounded.
+        """Convert a decoded image to the model's channels.
 
         Raises:
-            UnreadableImage: with the name, if it is not.
+            UnreadableImage: with the name, if that fails or the processor's result is too large.
         """
         if image.mode != MODES[self.channels]:
             try:
@@ -216,20 +216,20 @@ class ImageReader:
         return image
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """What the processor makes of an admitted image: (channels, height, width)."""
+        """Convert an admitted image to pixel values: (channels, height, width)."""
         return self.processor(image, return_tensors="pt", **self.options)["pixel_values"][0]
 
     def batch(self, images: Iterable[Image.Image]) -> Tensor:
-        """Images of any mode and size as (b, channels, height, width).
+        """Convert images of any mode and size to one batch: (b, channels, height, width).
 
         Raises:
-            ValueError: if the processor makes images of several sizes.
+            ValueError: if the processor outputs images of several sizes.
         """
         return self.stack([self(self.admit(image, f"image {i}")) for i, image in enumerate(images)])
 
     @staticmethod
     def stack(made: Sequence[Tensor]) -> Tensor:
-        """What calls have made of images as (b, channels, height, width).
+        """Stack pixel values of several images: (b, channels, height, width).
 
         Raises:
             ValueError: see :meth:`batch`.
@@ -245,10 +245,10 @@ class ImageReader:
 
 
 def usual_processor(config: Any) -> ViTImageProcessorPil:
-    """What makes pixels for a model that comes without a processor: its usual size, -1 to 1.
+    """Image processor for a model without one: the model's usual size, pixel values in [-1, 1].
 
     Args:
-        config: of a model of this library.
+        config: configuration of this library.
     """
     height, width = config.usual_size
     half = [0.5] * config.num_channels
@@ -257,7 +257,7 @@ def usual_processor(config: Any) -> ViTImageProcessorPil:
 
 
 def scaling(processor: Any, channels: int = 3) -> tuple[Tensor, Tensor]:
-    """What a processor subtracts from pixels, and divides by: each (channels, 1, 1) float64."""
+    """What a processor subtracts from pixels and divides by: (channels, 1, 1) float64 each."""
     unit = 1 / processor.rescale_factor if processor.do_rescale else 1.0
     mean, std = 0.0, 1.0
     if processor.do_normalize:
@@ -270,14 +270,14 @@ def scaling(processor: Any, channels: int = 3) -> tuple[Tensor, Tensor]:
 
 
 def to_image(processor: Any, pixel_values: Tensor) -> Image.Image:
-    """Undo a processor's scaling of one image, (channels, height, width), for the eye, in RGB."""
+    """Undo a processor's scaling of one image, (channels, height, width); return it in RGB."""
     mean, std = scaling(processor, len(pixel_values))
     pixels = (pixel_values.double().cpu() * std + mean).round().clamp(0, 255).byte()
     return Image.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).numpy())
 
 
 def made_size(processor: Any, height: int, width: int) -> tuple[int, int]:
-    """Height and width of an image while a processor works on it as numbers, at most."""
+    """Upper limit of an image's height and width while a processor converts it."""
     size = getattr(processor, "size", None) or {}
     if not getattr(processor, "do_resize", None):
         cropped = getattr(processor, "do_center_crop", None)
@@ -286,7 +286,7 @@ def made_size(processor: Any, height: int, width: int) -> tuple[int, int]:
     if not shortest and not longest:
         if size.get("height") and size.get("width"):
             return size["height"], size["width"]
-        return height, width  # no larger than it is, in all other ways to tell a size
+        return height, width  # other kinds of sizes do not enlarge images
     scales = [] if not shortest else [shortest / min(height, width)]
     scales += [] if not longest else [longest / max(height, width)]
     return math.ceil(min(scales) * height), math.ceil(min(scales) * width)

@@ -1,4 +1,4 @@
-"""What fusion loses: a model's outputs with fusion beside those without, or beside labels.
+"""Measuring what a model loses by fusion, against its outputs without fusion or against labels.
 
 Shapes: ``n`` images, ``d`` channels or classes.
 """
@@ -19,16 +19,16 @@ from .candidates import FittedCandidate
 from .cost import describe, fusion_config_of
 from .fused_models import FusedModel
 
-# Images that are judged at once.
+# Images per forward pass.
 CHUNK = 32
 
 
 @contextlib.contextmanager
 def applied(model: Any, settings: dict[str, Any]) -> Iterator[None]:
-    """Fuse by some settings for a while.
+    """Apply fusion settings to a model within a block.
 
     Args:
-        model: of this library, or one that ``fuse_tokens`` was called with.
+        model: model of this library, or one that ``fuse_tokens`` was called with.
     """
     if isinstance(model, FusedModel):
         with fusion_of(model, **settings):
@@ -47,7 +47,7 @@ def applied(model: Any, settings: dict[str, Any]) -> Iterator[None]:
 
 
 def embedding_of(output: Any) -> Tensor:
-    """What a model says of images: logits, image embeddings, or its pooled output, (n, d)."""
+    """Logits, image embeddings, pooled output or first token: the first that exists, (n, d)."""
     for name in ("logits", "image_embeds", "pooler_output"):
         found = getattr(output, name, None)
         if found is not None:
@@ -56,16 +56,16 @@ def embedding_of(output: Any) -> Tensor:
 
 
 class Judge:
-    """Compares what a model says of images with and without fusion.
+    """Compares a model's outputs for images with and without fusion.
 
     Args:
-        model: of this library, or one that ``fuse_tokens`` was called with, in evaluation.
+        model: model of this library, or fused by ``fuse_tokens``, in evaluation mode.
         pixel_values: (n, channels, height, width).
-        labels: (n,) int64, of a classifier; unset, the model without fusion is the measure.
+        labels: (n,) int64, for a classifier; unset, the outputs without fusion are the reference.
 
     Attributes:
-        described: what the model costs.
-        unfused: its outputs without fusion, (n, d).
+        described: cost of the model.
+        unfused: outputs without fusion, (n, d).
     """
 
     def __init__(self, model: Any, pixel_values: Tensor, labels: Tensor | None = None):
@@ -79,7 +79,7 @@ class Judge:
         return len(self.pixel_values)
 
     def part(self, which: slice) -> "Judge":
-        """A judge with some of the images, of which nothing is computed again."""
+        """A judge for some of the images, which reuses the outputs without fusion."""
         part = copy.copy(self)
         part.pixel_values, part.unfused = self.pixel_values[which], self.unfused[which]
         part.labels = None if self.labels is None else self.labels[which]
@@ -91,16 +91,15 @@ class Judge:
         return self.model(pixel_values.to(device, self.model.dtype))
 
     def outputs(self, settings: dict[str, Any], start: int = 0, stop: int | None = None) -> Tensor:
-        """Outputs (stop - start, d) in float32 of some images by some settings."""
+        """Outputs with some settings for images start to stop: (stop - start, d), float32."""
         with applied(self.model, settings):
             chunks = self.pixel_values[start:stop].split(CHUNK)
             return torch.cat([embedding_of(self._call(one)).float().cpu() for one in chunks])
 
     def loss(self, outputs: Tensor, start: int = 0) -> Tensor:
-        """What is lost for each image, (n,), of the outputs from one image on.
+        """Loss of each image, (n,), for outputs that begin at image ``start``.
 
-        With labels their cross-entropy; without, a classifier's Kullback-Leibler divergence from
-        the probabilities without fusion, or one minus the cosine of an embedding to that without.
+        With labels, this is the cross-entropy; without, see :meth:`change`.
         """
         if self.labels is not None:
             labels = self.labels[start : start + len(outputs)]
@@ -108,7 +107,11 @@ class Judge:
         return self.change(outputs, start)
 
     def change(self, outputs: Tensor, start: int = 0) -> Tensor:
-        """How far fusion moves the outputs from one image on, (n,): see :meth:`loss`."""
+        """Change of each image's output by fusion, (n,), for outputs that begin at image ``start``.
+
+        For a classifier, this is the Kullback-Leibler divergence between the probabilities without
+        and with fusion; for embeddings, one minus the cosine similarity.
+        """
         unfused = self.unfused[start : start + len(outputs)]
         if self.classifies:
             return F.kl_div(
@@ -117,10 +120,10 @@ class Judge:
         return 1 - F.cosine_similarity(outputs, unfused)
 
     def agreement(self, outputs: Tensor) -> Tensor:
-        """For each of all images whether fusion changes nothing that somebody would see, (n,).
+        """Whether each image has the same result with fusion, (n,), for outputs of all images.
 
-        A classifier's is the same class, an embedding's the same nearest neighbour among the
-        embeddings without fusion of the other images.
+        The result is the predicted class of a classifier, and for embeddings the nearest neighbour
+        among the embeddings of the other images without fusion.
         """
         if self.classifies:
             return outputs.argmax(-1) == self.unfused.argmax(-1)
@@ -132,26 +135,25 @@ class Judge:
         return nearest[0] == nearest[1]
 
     def right(self, outputs: Tensor) -> Tensor | None:
-        """For each of all images whether its label is found, (n,); ``None`` without labels."""
+        """Whether each image's predicted class is its label, (n,); ``None`` without labels."""
         return None if self.labels is None else outputs.argmax(-1) == self.labels
 
 
 @dataclass
 class Verdict:
-    """What a setting costs and loses, on some images.
+    """Cost and loss of a setting, measured on some images.
 
     Attributes:
-        name: what it is called in tables.
-        setting: the settings; ``None`` for no fusion.
+        name: name in tables.
+        setting: fitted candidate; ``None`` for no fusion.
         cost: multiply-accumulates of one image.
-        fraction: of the cost without fusion, all tokens computed.
+        fraction: cost relative to the model without fusion that computes all tokens.
         loss: see :meth:`Judge.loss`, (n,).
         change: see :meth:`Judge.change`, (n,).
         agreement: see :meth:`Judge.agreement`, (n,).
         right: see :meth:`Judge.right`.
-        gained: with labels, for each image 1 if fusion alone makes it right, -1 if it makes it
-            wrong, else 0, (n,).
-        ratio: measured speed over that without fusion, if it was measured.
+        gained: with labels, 1 if right only with fusion, -1 if right only without, else 0, (n,).
+        ratio: speed relative to no fusion; ``None`` if not measured.
     """
 
     name: str
@@ -166,7 +168,7 @@ class Verdict:
     ratio: float | None = None
 
     def row(self, best: "Verdict | None" = None) -> dict[str, float | str]:
-        """Figures by name, with standard errors; of differences in loss, against another one's."""
+        """Results by name, with standard errors; given ``best``, also the difference in loss."""
         row: dict[str, float | str] = {
             "setting": self.name,
             "gmacs": self.cost / 1e9,
@@ -201,7 +203,7 @@ def _error(values: Tensor) -> float:
 
 
 def judge(judging: Judge, name: str, setting: FittedCandidate | None) -> Verdict:
-    """A setting on all of the judge's images; without one, the model without fusion."""
+    """Judge a setting, or the model without fusion for ``None``, on all images of ``judging``."""
     described = judging.described
     outputs = judging.unfused if setting is None else judging.outputs(setting.settings)
     nothing = [0] * described.num_layers

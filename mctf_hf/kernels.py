@@ -1,12 +1,11 @@
-"""Attention together with what each token receives of it, by kernels that hold no map.
+"""Triton kernels for attention and the attention that each token receives, without storing a map.
 
-As FlashAttention (arXiv 2205.14135) does, a program takes a block of queries past all keys, and
-keeps of each row of the map its largest score and the sum of its exponentials. Their logarithm, the
-row's normaliser, is written beside the output. With that, a second kernel takes a block of keys
-past all queries, and sums the columns of the map. Nobody adds to what another has written, so
-results are the same in each run.
-
-They are written in Triton, which comes with torch for GPUs. Without it this module has none.
+As in FlashAttention (arXiv 2205.14135), each program of the first kernel processes one block of
+queries against all keys. For each row of the map it keeps the largest score and the sum of the
+exponentials, and stores the logarithm of that sum, the row's normaliser, with the output. Each
+program of the second kernel processes one block of keys against all queries and uses the
+normalisers to sum the columns of the map. Programs never add to the same memory, so results are the
+same in each run. Triton comes with torch for GPUs; without Triton, this module has no kernels.
 
 Shapes: ``b`` images, ``n`` tokens, ``h`` heads, ``d`` channels.
 """
@@ -22,24 +21,24 @@ try:
 except ImportError:
     triton = None
 
-ROWS = COLUMNS = 64  # of the map, by which it is gone through
-LOG2_E = 1.4426950408889634  # exponentials are of base 2
+ROWS = COLUMNS = 64  # block size of the map
+LOG2_E = 1.4426950408889634  # the kernels use exponentials of base 2
 
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """Attention applied to values, and what each token receives, mean over heads and queries.
+    """Attention output, and attention that each token receives, mean over heads and queries.
 
     There is no gradient. Scores and sums are in float32.
 
     Args:
         query, key, value: (b, h, n, d / h) each.
         bias: (b or 1, 1, 1, n), finite, added to the scores; ``None`` for none.
-        scaling: factor of the products of queries and keys.
+        scaling: factor of the query-key products.
 
     Returns:
-        (b, h, n, d / h), and (b, n) in float32.
+        The output (b, h, n, d / h), and the attention received (b, n) in float32.
     """
     batch, heads, num_tokens, channels = value.shape
     output = value.new_empty(batch, num_tokens, heads, channels).transpose(1, 2)
@@ -47,7 +46,7 @@ def attend(
 
 
 def attention_received(query: Tensor, key: Tensor, bias: Tensor | None, scaling: float) -> Tensor:
-    """What :func:`attend` gives beside its output, (b, n), applied to nothing."""
+    """The attention that each token receives, (b, n), as in :func:`attend`, without the output."""
     return _run(query, key, None, None, bias, scaling)
 
 
@@ -90,12 +89,12 @@ def _run(
 
 
 def _with_rows(x: Tensor) -> Tensor:
-    """The same, with the channels of a token side by side."""
+    """The same tensor, with the channels of each token contiguous."""
     return x if x.stride(3) == 1 else x.contiguous()
 
 
 def _at(x: Tensor) -> tuple[Any, ...]:
-    """(b, h, n, d / h), and by how much its images, heads and tokens lie apart."""
+    """A tensor (b, h, n, d / h) and its strides between images, heads and tokens."""
     return x, *x.stride()[:3]
 
 
@@ -103,7 +102,7 @@ if triton is not None:
 
     @triton.jit
     def _block(num_tokens, heads, SIZE: tl.constexpr):
-        """The image, the head and the tokens of this program."""
+        """The image, the head and the tokens that this program processes."""
         blocks = tl.cdiv(num_tokens, SIZE)
         which = tl.program_id(0)
         image = (which // blocks // heads).to(tl.int64)
@@ -112,7 +111,7 @@ if triton is not None:
 
     @triton.jit
     def _load(start, apart, tokens, num_tokens, channels, CHANNELS: tl.constexpr):
-        """Some tokens of a head: [tokens, CHANNELS], 0 beyond what there is."""
+        """Load some tokens of a head: [tokens, CHANNELS], 0 outside of the tensor."""
         channel = tl.arange(0, CHANNELS)
         inside = (tokens[:, None] < num_tokens) & (channel[None, :] < channels)
         at = start + tokens[:, None] * apart + channel[None, :]
@@ -120,7 +119,7 @@ if triton is not None:
 
     @triton.jit
     def _scores(queries, keys, bias, columns, num_tokens, scale, HAS_BIAS: tl.constexpr):
-        """Scores as exponents of 2: [rows, columns], -inf beyond the last key."""
+        """Scores as exponents of base 2: [rows, columns], -inf beyond the last key."""
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
         inside = columns < num_tokens
         if HAS_BIAS:
@@ -128,7 +127,7 @@ if triton is not None:
             scores += biases[None, :] * 1.4426950408889634
         return tl.where(inside[None, :], scores, -float("inf"))
 
-    @triton.jit(do_not_specialize=["num_tokens"])  # which differs from layer to layer
+    @triton.jit(do_not_specialize=["num_tokens"])  # it differs between layers
     def _attend(
         query,
         query_b,
@@ -159,7 +158,7 @@ if triton is not None:
         COLUMNS: tl.constexpr,
         CHANNELS: tl.constexpr,
     ):
-        """A block of rows of the map: their normalisers and, if it is applied, their output."""
+        """Process a block of rows of the map: store normalisers and, if ``APPLIED``, the output."""
         image, head, rows = _block(num_tokens, heads, ROWS)
         query += image * query_b + head * query_h
         key += image * key_b + head * key_h
@@ -193,7 +192,7 @@ if triton is not None:
             pooled = pooled / total[:, None]
             tl.store(at, pooled.to(output.dtype.element_ty), mask=inside)
 
-    @triton.jit(do_not_specialize=["num_tokens"])  # which differs from layer to layer
+    @triton.jit(do_not_specialize=["num_tokens"])  # it differs between layers
     def _receive(
         query,
         query_b,
@@ -216,7 +215,7 @@ if triton is not None:
         COLUMNS: tl.constexpr,
         CHANNELS: tl.constexpr,
     ):
-        """The sums of a block of columns of the map, whose rows' normalisers are known."""
+        """Sum a block of columns of the map, using the normalisers of its rows."""
         image, head, columns = _block(num_tokens, heads, COLUMNS)
         query += image * query_b + head * query_h
         key += image * key_b + head * key_h

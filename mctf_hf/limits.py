@@ -1,6 +1,6 @@
-"""What settings of a model may be, so that nothing takes memory for what no model has.
+"""Limits of a model's settings, so that a wrong value cannot fill the memory.
 
-The limits are far beyond the largest models that exist: of 22 billion weights, 48 layers, 6,144
+The limits are far above the largest existing model, with 22 billion weights, 48 layers and 6,144
 channels (arXiv 2302.05442).
 """
 
@@ -12,9 +12,9 @@ import torch
 from transformers.activations import ACT2FN
 
 WIDTH, PIXELS, LABELS = 65_536, 65_536, 1_000_000
-# Tokens of an image, which all positions are of.
+# Largest number of tokens, and so of positions, of an image.
 TOKENS = 1_048_576
-# The least and the most, of each number where there are several.
+# Smallest and largest value of each setting; for several numbers, of each number.
 LIMITS: dict[str, tuple[float, float]] = {
     "num_hidden_layers": (1, 1_000),
     "hidden_size": (1, WIDTH),
@@ -57,11 +57,11 @@ ACTIVATIONS = ("hidden_act", "pooler_act")
 
 
 def check_setting(name: str, value: Any) -> None:
-    """Check a setting by itself, if it is one of those that have limits.
+    """Check a single setting, if it has limits.
 
     Raises:
-        ValueError: for a number beyond its limits, a size of other than one or two numbers, names
-            of classes that are not numbered from 0 on, or an unknown activation or type of numbers.
+        ValueError: for a number outside of its limits, a size that is not one or two numbers, class
+            names that are not numbered from 0, or an unknown activation or dtype.
     """
     if name == "id2label" and value is not None:
         _check_labels(value)
@@ -112,14 +112,14 @@ def _check_labels(names: Mapping[Any, Any]) -> None:
 
 
 def check_extent(config: Any, grid: tuple[int, int]) -> None:
-    """Check the sizes of a model that limit each other.
+    """Check sizes of a model that depend on each other.
 
     Args:
         grid: rows and columns of patches.
 
     Raises:
-        ValueError: for patches larger than the image, more of them than allowed, or heads that do
-            not divide the channels.
+        ValueError: for patches larger than the image, too many patches, or channels that the number
+            of heads does not divide.
     """
     sizes = f"image_size={config.image_size!r} with patch_size={config.patch_size!r}"
     if not 1 <= math.prod(grid) <= TOKENS:

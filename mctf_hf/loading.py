@@ -1,4 +1,4 @@
-"""Models from folders and the Hub, with a report of the weights that do not fit."""
+"""Loading models from folders and the Hub, with a report of the weights that do not fit."""
 
 from typing import Any, NamedTuple
 
@@ -11,12 +11,13 @@ from .weight_files import UNREADABLE, reading
 
 
 class Misfits(NamedTuple):
-    """Weights that a checkpoint and a model do not share.
+    """Differences between the weights of a checkpoint and of a model.
 
     Attributes:
-        unknown: names that the model does not have.
-        missing: names that the checkpoint does not have; they are as new.
-        misshapen: names of weights of another shape, which are as new, too, with a text of both.
+        unknown: names that only the checkpoint has.
+        missing: names that only the model has; these weights are newly initialised.
+        misshapen: text with both shapes, by name of the weights whose shapes differ; these weights
+            are newly initialised too.
     """
 
     unknown: list[str]
@@ -25,14 +26,14 @@ class Misfits(NamedTuple):
 
 
 def load_reported(model_class: Any, name: Any, **options: Any) -> tuple[Any, Misfits]:
-    """``from_pretrained`` of a class, whatever does not fit, and what that is.
+    """Load a model even if weights do not fit, and return it with its :class:`Misfits`.
 
     Args:
         name: folder, or id on the Hub.
-        options: of ``from_pretrained``.
+        options: keyword arguments of ``from_pretrained``.
     """
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # the report says all
+    logging.set_verbosity_error()  # the report replaces the warnings
     try:
         model, report = model_class.from_pretrained(
             name, **options, ignore_mismatched_sizes=True, output_loading_info=True
@@ -50,19 +51,18 @@ def load_reported(model_class: Any, name: Any, **options: Any) -> tuple[Any, Mis
 def load_pretrained(
     name: str, model_class: type[Any] | None = None, **settings: Any
 ) -> MCTFViTForImageClassification:
-    """A model from a folder of transformers or of this library, with all of its weights.
+    """Load a checkpoint of transformers or of this library, whose weights all have to fit.
 
     Args:
         name: local folder, or id on the Hub.
-        model_class: of this library; unset, that of :func:`.class_of`. A ViT's encoder comes
-            without the pooler that transformers puts on it.
+        model_class: class of this library; unset, the result of :func:`.class_of`. A ViT encoder is
+            loaded without the pooler that transformers adds to it.
         settings: fields of the configuration, such as ``r``, that replace the checkpoint's.
 
     Raises:
-        OSError: if there is no such model.
-        ValueError: for another architecture, files that cannot be read, or unless the weights are
-            exactly those of the model, and finite; all that are unknown, missing or misshapen are
-            listed.
+        OSError: if the model does not exist.
+        ValueError: for another architecture, files that cannot be read, weights that are not
+            finite, or weights that are unknown, missing or misshapen; the message lists these.
     """
     if "model_type" not in stored_config(name):
         raise ValueError(
@@ -70,7 +70,7 @@ def load_pretrained(
             "is timm's, convert the model.safetensors that lies there"
         )
     model_class = class_of(name) if model_class is None else model_class
-    model_class.config_class.from_pretrained(name, **settings)  # says what it has to of another
+    model_class.config_class.from_pretrained(name, **settings)  # checks the architecture
     bare = issubclass(model_class, MCTFViTModel)
     own = {"add_pooling_layer": False} if bare else {}
     with reading(name, UNREADABLE):
@@ -82,7 +82,7 @@ def load_pretrained(
 
 
 def complain(**problems: list[str]) -> None:
-    """Raise ValueError for weights, by what is wrong with them, if there are any."""
+    """Raise ValueError if there are weights with problems, and list them by kind of problem."""
     found = [f"{kind.replace('_', ' ')}: {names}" for kind, names in problems.items() if names]
     if found:
         raise ValueError(f"the weights do not fit a ViT: {'; '.join(found)}")

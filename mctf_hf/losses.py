@@ -1,4 +1,4 @@
-"""What a model with fusion is finetuned by: token-reduction consistency, and distillation."""
+"""Losses for finetuning a model with fusion: token-reduction consistency and distillation."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,15 +12,16 @@ from .problems import MULTI, REGRESSION, SINGLE
 
 
 class ConsistencyLoss(NamedTuple):
-    """The total and its parts, each a scalar tensor.
+    """The total loss and its parts, each a scalar tensor.
 
     Attributes:
         total: student + teacher_weight * teacher + consistency_weight * consistency.
-        student: loss of the labels of the pass that fuses most.
-        teacher: loss of the labels of the pass that fuses less.
-        consistency: mean squared distance of the two class tokens over the images that pass.
-        passing: fraction of images that the student is confident about.
-        confidence: mean of :func:`label_probability` of the student.
+        student: label loss of the pass that fuses most.
+        teacher: label loss of the pass that fuses less.
+        consistency: mean squared distance between the features of the two passes, over the images
+            that count for consistency.
+        passing: fraction of the images that count for consistency.
+        confidence: mean :func:`label_probability` of the student.
     """
 
     total: Tensor
@@ -32,18 +33,18 @@ class ConsistencyLoss(NamedTuple):
 
 
 class TokenReductionConsistency(nn.Module):
-    """Loss of one set of weights run twice, fusing much (student) and little (teacher).
+    """Loss of two passes with the same weights: one fuses much (student), one little (teacher).
 
-    MCTF (arXiv 2403.10030), section 3.4. The student's class token is drawn to the teacher's for
-    those images whose label the student already gives more than ``confidence_threshold``.
+    MCTF (arXiv 2403.10030), section 3.4. The loss pulls the student's class token towards the
+    teacher's, for images whose label the student gives more than ``confidence_threshold``.
 
     Args:
-        teacher_weight: weight of the teacher's loss of the labels.
+        teacher_weight: weight of the teacher's label loss.
         consistency_weight: weight of the distance between class tokens.
-        confidence_threshold: an image counts for consistency if :func:`label_probability` is more.
-            In regression, which knows no probability, all images count.
-        label_smoothing: of both losses of the labels, see :func:`label_loss`.
-        class_weights: of both losses of the labels, likewise.
+        confidence_threshold: images count for consistency if :func:`label_probability` is above it.
+            In regression, which has no probability, all images count.
+        label_smoothing: label smoothing of both label losses, see :func:`label_loss`.
+        class_weights: class weights of both label losses, see :func:`label_loss`.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class TokenReductionConsistency(nn.Module):
         self.class_weights = class_weights
 
     def check(self, problem_type: str, num_labels: int) -> None:
-        """Raise ValueError for settings that are not those of such a head."""
+        """Raise ValueError for settings that a head of this kind cannot use."""
         weights = self.class_weights
         if weights is not None:
             if problem_type == REGRESSION:
@@ -99,13 +100,13 @@ class TokenReductionConsistency(nn.Module):
 
         Args:
             student_logits, teacher_logits: (b, c).
-            student_features, teacher_features: (b, d), what the head reads.
+            student_features, teacher_features: (b, d), input of the head.
             labels: see :func:`label_loss`.
-            problem_type: what labels are, as ``config.problem_type`` has it.
-            student_loss, teacher_loss: scalars to use instead of the losses of the labels.
-            mean_over_processes: mean of a scalar over the processes that train together, if there
-                are several. Their consistencies, averaged as gradients are, are then a mean over
-                the passing images of all processes, not a mean of means.
+            problem_type: kind of labels, as in ``config.problem_type``.
+            student_loss, teacher_loss: scalars that replace the label losses.
+            mean_over_processes: function that averages a scalar over all training processes. The
+                consistency, averaged over processes like gradients, is then the mean over all
+                images that count in all processes, not a mean of means.
         """
         if student_loss is None:
             student_loss = self.label_loss(student_logits, labels, problem_type)
@@ -129,7 +130,7 @@ class TokenReductionConsistency(nn.Module):
         )
 
     def label_loss(self, logits: Tensor, labels: Tensor, problem_type: str = SINGLE) -> Tensor:
-        """:func:`label_loss` with these settings, mean over images: a scalar."""
+        """:func:`label_loss` with the settings of this loss, mean over images: a scalar."""
         return label_loss(
             logits,
             labels,
@@ -148,22 +149,22 @@ def label_loss(
     class_weights: Sequence[float] | Tensor | None = None,
     reduction: Literal["mean", "none"] = "mean",
 ) -> Tensor:
-    """How far logits are from labels, as transformers' losses for each ``problem_type`` tell.
+    """Loss of logits for labels, as transformers defines it for each ``problem_type``.
 
     Args:
         logits: (b, c).
-        labels: of one label per image (b,) int64, -100 where there is none, or (b, c) probabilities
-            that are positive for an image's labels; of several (b, c), 1 or 0; of regression
-            (b, c), or (b,) of one value.
-        problem_type: cross-entropy of one label per image, mean of the binary cross-entropies of
-            several, mean squared error of regression.
-        label_smoothing: part of a label that all classes share; with several labels per image it
-            draws 1 and 0 that far to 0.5.
-        class_weights: how much each class counts; with several labels per image, where it is there.
-        reduction: ``mean`` over images, by their weights, or ``none``.
+        labels: with one label per image, (b,) int64, -100 for none, or (b, c) probabilities,
+            positive for an image's labels; with several labels per image, (b, c), 1 or 0; in
+            regression, (b, c), or (b,) for one value.
+        problem_type: one label per image gives the cross-entropy, several labels the mean binary
+            cross-entropy, regression the mean squared error.
+        label_smoothing: fraction of a label that is spread over all classes; with several labels
+            per image, fraction of the distance by which 1 and 0 move towards 0.5.
+        class_weights: weight of each class; with several labels per image, only of present classes.
+        reduction: ``mean`` over images (weighted, for one label per image), or ``none``.
 
     Returns:
-        A scalar, or (b,).
+        A scalar, or (b,) without reduction.
 
     Raises:
         ValueError: for labels of another shape.
@@ -201,13 +202,13 @@ def _misshapen(labels: Tensor, problem_type: str, logits: Tensor) -> str:
 
 
 class Distillation(nn.Module):
-    """Learning from another classifier's logits (DeiT, arXiv 2012.12877, section 4).
+    """Learning from another classifier, the guide (DeiT, arXiv 2012.12877, section 4).
 
     Args:
-        kind: ``hard`` learns the class that the other gives most, ``soft`` its probabilities.
-        weight: part of this in the loss; the rest is the cross-entropy of the labels. The paper's
-            are 0.5 (hard) and 0.1 (soft).
-        temperature: of both probabilities, for ``soft``; the paper's is 3.
+        kind: ``hard`` learns the most probable class of the guide, ``soft`` its probabilities.
+        weight: weight of the distillation loss, w; the label loss has the weight 1 - w. The paper
+            uses 0.5 (hard) and 0.1 (soft).
+        temperature: temperature of both softmaxes, for ``soft``; the paper uses 3.
     """
 
     def __init__(
@@ -221,12 +222,12 @@ class Distillation(nn.Module):
         self.temperature = temperature
 
     def forward(self, supervised: Tensor, logits: Tensor, guide_logits: Tensor) -> Tensor:
-        """Join the loss of the labels with that of the guide.
+        """Combine the label loss with the distillation loss.
 
         Args:
-            supervised: scalar, the loss of the labels.
-            logits: (b, c), of the head that learns from the guide.
-            guide_logits: (b, c), of the guide.
+            supervised: scalar, the label loss.
+            logits: (b, c), logits of the head that learns from the guide.
+            guide_logits: (b, c), logits of the guide.
 
         Returns:
             A scalar.
@@ -246,16 +247,16 @@ class Distillation(nn.Module):
 
 @torch.no_grad()
 def label_probability(logits: Tensor, labels: Tensor, problem_type: str = SINGLE) -> Tensor:
-    """How sure a model is of each image's label.
+    """Probability that a model gives to each image's label.
 
     Args:
         logits: (b, c).
         labels: see :func:`label_loss`.
 
     Returns:
-        (b,): the probability of the label, of both labels together for mixed images. With several
-        labels per image, the mean of their probabilities; where there is none, the mean
-        probability that the classes are not there. In regression 1.
+        (b,): probability of the label, or of both labels together for mixed images. With several
+        labels per image, the mean of their probabilities; for an image without labels, the mean
+        probability that a class is absent. In regression 1.
     """
     if problem_type == REGRESSION:
         return logits.new_ones(len(logits))

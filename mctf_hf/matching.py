@@ -1,4 +1,4 @@
-"""Which tokens attract each other, and bipartite soft matching of those that attract most.
+"""Attraction between tokens, and bipartite soft matching of the tokens with the most attraction.
 
 Multi-criteria Token Fusion (MCTF, CVPR 2024, arXiv 2403.10030), sections 3.1 and 3.2. The
 patch tokens are split by the parity of their position into alpha (even) and beta (odd); prefix
@@ -17,7 +17,7 @@ from .fusion import Reduction
 
 
 def bipartition(num_prefix_tokens: int) -> tuple[slice, slice]:
-    """Positions of the alpha and of the beta tokens: the even and the odd ones after the prefix."""
+    """Positions of the alpha (even) and beta (odd) tokens, without the prefix tokens."""
     odd = num_prefix_tokens % 2
     return slice(num_prefix_tokens + odd, None, 2), slice(num_prefix_tokens + 1 - odd, None, 2)
 
@@ -25,7 +25,7 @@ def bipartition(num_prefix_tokens: int) -> tuple[slice, slice]:
 def similarity(tokens: Tensor, num_prefix_tokens: int) -> Tensor:
     """Cosine similarity of alpha to beta tokens, in [0, 1]: (b, n, d) -> (b, n_alpha, n_beta).
 
-    At least in float32, also under autocast: half precision could not tell similar tokens apart.
+    In float32 or more, also under autocast, because half precision cannot separate similar tokens.
     """
     alpha, beta = bipartition(num_prefix_tokens)
     unit = unit_vectors(tokens)
@@ -35,20 +35,20 @@ def similarity(tokens: Tensor, num_prefix_tokens: int) -> Tensor:
 
 
 def cosine_similarity(tokens: Tensor) -> Tensor:
-    """Of all pairs, in [-1, 1], at least in float32: (b, n, d) -> (b, n, n)."""
+    """Cosine similarity of all pairs, in [-1, 1], in float32 or more: (b, n, d) -> (b, n, n)."""
     unit = unit_vectors(tokens)
     with full_precision(unit):
         return unit @ unit.mT
 
 
 def unit_vectors(tokens: Tensor) -> Tensor:
-    """Tokens of length 1, in float32 or more: (b, n, d) -> (b, n, d)."""
+    """Tokens scaled to length 1, in float32 or more: (b, n, d) -> (b, n, d)."""
     tokens = tokens.to(_precision(tokens))
     return tokens / torch.linalg.vector_norm(tokens, dim=-1, keepdim=True).clamp_(min=1e-12)
 
 
 def full_precision(x: Tensor) -> AbstractContextManager:
-    """Keep autocast off matrix products."""
+    """Context manager that switches autocast off for matrix products."""
     if x.is_cpu and not torch.is_autocast_enabled("cpu"):
         return nullcontext()
     return torch.autocast(x.device.type, enabled=False)
@@ -68,20 +68,19 @@ def attraction(
 ) -> Tensor:
     """Product of the three criteria of MCTF (equations 4 to 7), each to the power 1 / tau.
 
-    Similar tokens attract, so do uninformative ones and small ones. A temperature of 0 switches a
-    criterion off. Informativeness and size enter as one factor per token, so no pairwise map of
-    them is built; informativeness is relative to the image's least informative token.
+    Attraction is high between similar, uninformative and small tokens. A temperature of 0 switches
+    a criterion off. Informativeness and size are one factor per token, so no pairwise map of them
+    is needed. Informativeness is relative to the least informative token of the image.
 
     Args:
         tokens: (b, n, d), the layer's input.
-        informativeness: (b, n), positive; how much attention each token receives.
-        sizes: (b, n), how many patches each token stands for, at least 1; ``None`` if all stand
-            for one.
-        keys: (b, n, d'), for a ``key_share``.
-        key_share: weight of the keys' similarity in its geometric mean with the tokens'.
+        informativeness: (b, n), positive; attention that each token receives.
+        sizes: (b, n), number of patches per token, at least 1; ``None`` if all are 1.
+        keys: (b, n, d'), keys of the attention, used with a ``key_share`` above 0.
+        key_share: weight of the key similarity in its geometric mean with the token similarity.
 
     Returns:
-        (b, n_alpha, n_beta), in float32 or the tokens' own precision where that is higher.
+        (b, n_alpha, n_beta), in float32, or in the tokens' dtype if that is more precise.
     """
     alpha, beta = bipartition(num_prefix_tokens)
     if tau_sim:
@@ -107,7 +106,7 @@ def attraction(
 def _joint_similarity(
     tokens: Tensor, keys: Tensor | None, key_share: float, num_prefix_tokens: int
 ) -> Tensor:
-    """The geometric mean of the similarities of tokens and keys: (b, n_alpha, n_beta)."""
+    """Geometric mean of the token similarity and the key similarity: (b, n_alpha, n_beta)."""
     if keys is None or not key_share:
         return similarity(tokens, num_prefix_tokens)
     of_keys = similarity(keys, num_prefix_tokens)
@@ -124,20 +123,20 @@ def _precision(x: Tensor) -> torch.dtype:
 def bipartite_soft_matching(
     scores: Tensor, r: int, *, num_prefix_tokens: int, bidirectional: bool = True
 ) -> Reduction:
-    """Let the ``r`` most attracted tokens join the token they are attracted to most.
+    """Merge the ``r`` tokens with the most attraction into the tokens that attract them most.
 
-    Forward, ``r // 2`` alpha tokens join their best beta token. Backward, the remaining beta
-    tokens join their best alpha token among those still there, together with all that they have
-    received (MCTF, section 3.2). One-directional matching, as in ToMe (arXiv 2210.09461), fuses
-    all ``r`` forward.
+    In the forward step, ``r // 2`` alpha tokens join their best beta token. In the backward step,
+    ``r - r // 2`` beta tokens, with the alpha tokens that joined them, join their best remaining
+    alpha token (MCTF, section 3.2). One-directional matching, as in ToMe (arXiv 2210.09461), fuses
+    all ``r`` tokens in the forward step.
 
-    The new order is: prefix tokens, the alpha tokens left by position (without prefix tokens: by
-    descending score), the beta tokens left by descending score of the backward step (by position
-    if there is none). It is part of the method, for the next layer splits by position.
+    The new order is: prefix tokens; remaining alpha tokens by position (without prefix tokens: by
+    descending score); remaining beta tokens by descending score of the backward step (without it:
+    by position). The order is part of the method, because the next layer splits by position.
 
     Args:
-        scores: (b, n_alpha, n_beta), from :func:`attraction`. They are overwritten.
-        r: how many tokens to fuse, at most half of the ``n_alpha + n_beta`` patch tokens.
+        scores: (b, n_alpha, n_beta), from :func:`attraction`; they are overwritten.
+        r: number of tokens to fuse, at most half of the ``n_alpha + n_beta`` patch tokens.
 
     Returns:
         The reduction, without weights.
@@ -170,7 +169,7 @@ def bipartite_soft_matching(
     merged, partners = merged.flatten(), partners.flatten()
 
     new = torch.zeros_like(rows).scatter_(0, kept, rows[: kept.shape[0]])
-    for _ in range(1 + bidirectional):  # an alpha's partner may have joined another alpha
+    for _ in range(1 + bidirectional):  # an alpha's partner may join another alpha
         destination = new.index_select(0, partners)
         new.scatter_(0, merged, destination)
     return Reduction(batch, new, kept, merged, destination)

@@ -1,4 +1,4 @@
-"""The page that goes with a model on the Hub: what it is, how to load it, what was measured."""
+"""Model cards for the Hub: what a model is, how to load it, and what was measured."""
 
 import json
 import os
@@ -27,7 +27,7 @@ TEMPLATE = Path(__file__).with_name("model_card.md")
 
 @dataclass(frozen=True)
 class Method:
-    """A method of token reduction and where it comes from."""
+    """A method of token reduction and its publication."""
 
     name: str
     arxiv: str
@@ -107,17 +107,17 @@ METHODS = {
 
 @dataclass
 class Measurement:
-    """A model with one setting of fusion.
+    """Measurements of a model with one fusion setting.
 
     Attributes:
-        name: of the setting.
-        r: tokens fused per layer, as the configuration takes it; 0 for the plain model, ``None``
-            where ``keep_rate`` says it.
-        gmacs: 1e9 multiply-accumulates of one image.
+        name: name of the setting.
+        r: tokens fused per layer, as in the configuration; 0 for the plain model, ``None`` if
+            ``keep_rate`` is set instead.
+        gmacs: multiply-accumulates of one image, in units of 1e9.
         images_per_second: median speed.
-        ratio: that speed over the plain model's, in the same run.
+        ratio: speed relative to the plain model in the same run.
         accuracy: mean of the evaluation's metric; ``None`` if it was not measured.
-        keep_rate: part of the patch tokens that layers keep, as the configuration takes it.
+        keep_rate: fraction of the patch tokens that layers keep, as in the configuration.
     """
 
     name: str
@@ -131,18 +131,18 @@ class Measurement:
 
 @dataclass
 class Evaluation:
-    """What was measured of a model, and on what.
+    """Measurements of a model, and the data and the machine used.
 
     Attributes:
-        plain: the same weights without fusion, in the model of transformers if it has it.
-        own: the model as it is configured.
-        others: the model with other r.
+        plain: the same weights without fusion, in the transformers model if there is one.
+        own: the model with its own configuration.
+        others: the model with other amounts of fusion.
         dataset: id on the Hub or name of the dataset; ``None`` if accuracy was not measured.
-        split: of the dataset.
-        num_images: that accuracy was measured on.
-        batch_size: images per call when speed was measured.
-        machine: name of the processor, its threads in use and the versions of libraries.
-        metric: name of the :class:`.Quality` that accuracy is.
+        split: split of the dataset.
+        num_images: number of images for accuracy.
+        batch_size: images per call for speed.
+        machine: name of the processor, number of threads and versions of libraries.
+        metric: name of the :class:`.Quality` in the field ``accuracy``.
     """
 
     plain: Measurement
@@ -164,7 +164,7 @@ class Evaluation:
 
 
 def check_base_model(base_model: str) -> None:
-    """Raise ValueError unless it may be the id of a model on the Hub."""
+    """Raise ValueError unless ``base_model`` is a valid id for the Hub."""
     try:
         validate_repo_id(base_model)
     except ValueError as error:
@@ -172,14 +172,14 @@ def check_base_model(base_model: str) -> None:
 
 
 def code(value: object, most: int = 200) -> str:
-    """Any value as code in a cell of a Markdown table, on one line and with no way out of it."""
+    """Any value as inline code for a cell of a Markdown table: on one line and escaped."""
     text = "".join(letter if letter.isprintable() else " " for letter in str(value)[:most])
     text = " ".join(text.translate({ord("`"): "'", ord("|"): "/"}).split())
     return f"`{text or ' '}{'…' if len(str(value)) > most else ''}`"
 
 
 def word(value: object) -> str:
-    """A name in a text of Markdown, as code unless it holds letters, digits and ``./-`` alone."""
+    """A name for Markdown text, as code unless it has only letters, digits and ``_./-``."""
     text = str(value)
     return text if re.fullmatch(r"[\w./-]{1,200}", text) else code(text)
 
@@ -202,16 +202,16 @@ def make_card(
     Args:
         repo_id: ``organisation/name`` of the model on the Hub.
         license: identifier of the weights' license, such as ``apache-2.0``.
-        evaluation: what was measured of it.
-        base_model: id of the model on the Hub that it was made from.
-        datasets: ids of the datasets on the Hub that it was trained on.
-        training: settings of its training by name.
-        tuning: how its setting of fusion was found, as ``mctf tune`` records it.
-        picture: file beside the card that shows fused tokens.
-        model: that the card is of; unset, the configuration's classifier.
+        evaluation: measurements of the model.
+        base_model: Hub id of the model that this one was made from.
+        datasets: Hub ids of the datasets that the model was trained on.
+        training: training settings by name.
+        tuning: record of the search for the fusion setting, as ``mctf tune`` writes it.
+        picture: file in the folder of the card that shows fused tokens.
+        model: model that the card describes; unset, the configuration's classifier.
 
     Raises:
-        ValueError: for a base_model that cannot be an id.
+        ValueError: for a ``base_model`` that is not a valid id.
     """
     if base_model is not None:
         check_base_model(base_model)
@@ -254,7 +254,7 @@ def make_card(
 
 
 def _ranking(tuning: dict[str, Any]) -> dict[str, Any] | None:
-    """What the card says of a search, with all its figures as texts; ``None`` if there was none."""
+    """Search results for the card, with numbers as text; ``None`` if there was no search."""
     rows = tuning.get("ranking")
     if not isinstance(rows, list):
         return None
@@ -283,13 +283,13 @@ def _ranking(tuning: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _is_number(value: object) -> bool:
-    """Whether a value is a number that can be written, which one of JSON need not be."""
+    """Whether a value from JSON is a finite number of printable size."""
     known = isinstance(value, (int, float)) and not isinstance(value, bool)
     return known and -1e100 < value < 1e100  # type: ignore[operator]
 
 
 def _tokens_by_layer(config: EncoderConfigMixin) -> list[int]:
-    """Tokens that enter the first layer, and that leave each layer."""
+    """Number of tokens that enter the first layer, and that leave each layer."""
     tokens = [config.num_tokens()]
     for fused in config.tokens_fused(tokens[0]):
         tokens.append(tokens[-1] - fused)
@@ -297,7 +297,7 @@ def _tokens_by_layer(config: EncoderConfigMixin) -> list[int]:
 
 
 def _results(evaluation: Evaluation, output: str) -> list[EvalResult]:
-    """The own setting's figures, as the Hub's ``model-index`` wants them."""
+    """Measurements of the model's own setting, in the format of the Hub's ``model-index``."""
     task = _TASKS[output]
     own, judged = evaluation.own, QUALITIES[evaluation.metric]
     measured = [
@@ -323,7 +323,7 @@ def _results(evaluation: Evaluation, output: str) -> list[EvalResult]:
 
 
 def public_name(name: str | None) -> str | None:
-    """A model's or dataset's name for strangers: its Hub id, or the last part of a local path."""
+    """Public name of a model or dataset: its Hub id, or the last part of a local path."""
     if name is None or (re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not os.path.exists(name)):
         return name
     return Path(name).resolve().name

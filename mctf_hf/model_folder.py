@@ -1,4 +1,4 @@
-"""What a model's folder holds, and whether anybody could load it."""
+"""Contents of a model's folder, and checks that others can load it."""
 
 import ast
 import hashlib
@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_relative_imports
 
-# Older releases hide the top-level name where torchvision is missing, though this needs none.
+# Older releases hide the top-level name without torchvision, which this class does not need.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .checks import check_processor
@@ -22,16 +22,16 @@ from .loading import load_reported
 from .reducers import REDUCERS
 from .registry import BACKBONES
 
-# How the weights were trained, what was measured of them, what was drawn, and the page of it all.
+# Records of training and measurements, the picture and the model card.
 TRAINING, EVALUATION = "training.json", "evaluation.json"
 PICTURE, CARD = "fused_tokens.png", "README.md"
-# How the setting of fusion was found.
+# Record, table and picture of the search for the fusion setting.
 TUNING, TUNING_TABLE, TUNING_PICTURE = "tuning.json", "tuning.csv", "tuning.png"
 TUNED = (TUNING, TUNING_TABLE, TUNING_PICTURE)
 PROCESSOR = "preprocessor_config.json"
-RECORD = ".mctf_hf.json"  # digests of the code that was saved, by name
+RECORD = ".mctf_hf.json"  # digests of the saved code files, by name
 _LFS = b"version https://git-lfs"
-# What nobody means to publish: keys, certificates and passwords; states of a training, whose
+# Files that must not be published: keys, certificates and passwords; training states, because their
 # pickles run code. In lower case.
 _PRIVATE = (
     *("*.pem", "*.key", "*.crt", "*.cer", "*.der", "*.p12", "*.pfx", "*.jks", "*.kdbx", "*.ppk"),
@@ -43,12 +43,11 @@ _PRIVATE = (
 
 
 def load_image_processor(name: str) -> Any:
-    """The image processor of a folder or Hub id, which needs no torchvision and runs no code of it.
+    """Load the image processor of a folder or Hub id, without torchvision and without its own code.
 
     Raises:
-        OSError: if there is none.
-        ValueError: if it cannot be had without running code of its own, or if one of its settings
-            is not allowed.
+        OSError: if there is no image processor.
+        ValueError: if it needs code of its own, or one of its settings is not allowed.
     """
     check_exists(name)
     try:
@@ -61,7 +60,7 @@ def load_image_processor(name: str) -> Any:
 
 
 def recorded_code(folder: Path) -> set[str]:
-    """Code that an earlier save has written to a folder, as far as it is what was written."""
+    """Names of the code files that an earlier save wrote to a folder and nobody has changed."""
     try:
         record = read_object(folder / RECORD)
     except (OSError, ValueError):
@@ -77,9 +76,9 @@ def digest(file: Path) -> str:
 
 
 def stale_files(present: Collection[str], new: Collection[str]) -> list[str]:
-    """Files of earlier weights that new ones do not replace: shards, and what was said of them.
+    """Files of earlier weights that new ones do not replace: shards, and records about the weights.
 
-    A card and a picture count only beside the measurements that they were made with.
+    The card and the picture count only if a file of measurements is present.
     """
     told = {TRAINING, EVALUATION, *TUNED} | ({CARD, PICTURE} if EVALUATION in present else set())
     return sorted(
@@ -88,13 +87,13 @@ def stale_files(present: Collection[str], new: Collection[str]) -> list[str]:
 
 
 def check_folder(folder: str | os.PathLike, *, alone: bool = False) -> Path:
-    """The folder, if a model may be saved there.
+    """Return the folder if a model may be saved there.
 
     Args:
-        alone: whether no file may stay there that is not the new model's, as before a push.
+        alone: whether to reject other files that would stay in the folder, as before a push.
 
     Raises:
-        FileExistsError: if it is a file, or holds files but no model, or others beside it.
+        FileExistsError: for a file, a folder with files but no model, or such other files.
     """
     folder = Path(folder)
     occupied = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
@@ -111,7 +110,7 @@ def check_folder(folder: str | os.PathLike, *, alone: bool = False) -> Path:
 
 
 def _foreign(folder: Path) -> list[str]:
-    """Files that neither are replaced by a model that is saved to a folder nor removed."""
+    """Visible files that saving a model to the folder neither replaces nor removes."""
     modules = {file.name for file in Path(__file__).parent.glob("*.py")}
     usual = {"config.json", PROCESSOR, TRAINING, EVALUATION, CARD, PICTURE, *TUNED}
     own = usual | modules | recorded_code(folder)
@@ -121,12 +120,12 @@ def _foreign(folder: Path) -> list[str]:
 
 
 def loadable_files(folder: str | os.PathLike) -> list[Path]:
-    """The files of a model's folder that go up, by name.
+    """The files of a model's folder that are uploaded, sorted by name.
 
-    Hidden files and folders do not, nor does what :func:`held_back` names.
+    Folders, hidden files and the files of :func:`held_back` are not uploaded.
 
     Raises:
-        ValueError: if nobody could load it: a file is missing, or is not what it should be, or is
+        ValueError: if others could not load the model: a file is missing, has wrong contents, or is
             a link out of the folder.
     """
     folder = Path(folder)
@@ -158,31 +157,31 @@ def loadable_files(folder: str | os.PathLike) -> list[Path]:
 
 
 def held_back(folder: str | os.PathLike) -> list[str]:
-    """Names of files in a folder that do not go up: keys, passwords, states of a training."""
+    """Names of files in a folder that are not uploaded: keys, passwords, training states."""
     names = sorted(file.name for file in Path(folder).glob("*") if not file.is_dir())
     names = [name for name in names if not name.endswith(".py")]
     return [name for name in names if any(fnmatch(name.lower(), kind) for kind in _PRIVATE)]
 
 
 def stays_within(file: Path) -> bool:
-    """Whether a file lies in its folder, and is no link to elsewhere."""
+    """Whether a file is not a link out of its folder."""
     return file.resolve().is_relative_to(file.parent.resolve())
 
 
 def _check_config(file: Path) -> None:
-    """Raise ValueError unless a configuration of this library can be read."""
+    """Raise ValueError for a configuration of this library that cannot be read."""
     settings = read_object(file)
     backbone = BACKBONES.get(str(settings.get("model_type")))
     if backbone is None or str(settings.get("reduction")) not in REDUCERS:
-        return  # it takes the code beside it
+        return  # it needs the code in the folder
     try:
         backbone.config.from_dict(settings)
-    except Exception as error:  # of any kind, for what a file says may be anything
+    except Exception as error:  # a file may contain anything
         raise ValueError(f"{file} makes no configuration: {error}") from error
 
 
 def check_fit(folder: Path) -> None:
-    """Raise ValueError unless the weights of a model of this library are all there and fit it."""
+    """Raise ValueError if weights of a model of this library are missing or of another shape."""
     settings = read_object(folder / "config.json")
     backbone = BACKBONES.get(str(settings.get("model_type")))
     if backbone is None or str(settings.get("reduction")) not in REDUCERS:
@@ -199,9 +198,9 @@ def check_fit(folder: Path) -> None:
 
 
 def _check_image_processor(file: Path) -> None:
-    """Raise ValueError unless an image processor of transformers can be read."""
+    """Raise ValueError for an image processor of transformers that cannot be loaded."""
     if "auto_map" in read_object(file):
-        return  # it takes the code beside it
+        return  # it needs the code in the folder
     try:
         load_image_processor(str(file.parent))
     except Exception as error:
@@ -209,10 +208,10 @@ def _check_image_processor(file: Path) -> None:
 
 
 def _weights(folder: Path) -> set[str]:
-    """Names of the files of a model's weights, of which those that are there are sound.
+    """Names of a model's weight files; those that exist are checked.
 
     Raises:
-        ValueError: for one that is not.
+        ValueError: for a weight file that is damaged or incomplete.
     """
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     holds: dict[str, set[str]] = {single.name: set()}
@@ -228,7 +227,7 @@ def _weights(folder: Path) -> set[str]:
 
 
 def _check_weights(file: Path, weights: Collection[str]) -> None:
-    """Raise ValueError unless a file of weights is whole and has those of some names."""
+    """Raise ValueError unless a weight file is complete and contains the named weights."""
     with file.open("rb") as content:
         if content.read(len(_LFS)) == _LFS:
             raise ValueError(
@@ -245,10 +244,10 @@ def _check_weights(file: Path, weights: Collection[str]) -> None:
 
 
 def _classes(file: Path) -> set[str]:
-    """The classes that the ``auto_map`` of a JSON file names, each as ``module.Class``.
+    """The classes in the ``auto_map`` of a JSON file, each as ``module.Class``.
 
     Raises:
-        ValueError: for one that is no class of a module in the folder.
+        ValueError: for an entry of another form.
     """
     auto_map = read_object(file).get("auto_map", {})
     values = list(auto_map.values()) if isinstance(auto_map, dict) else [auto_map]
@@ -263,10 +262,10 @@ def _classes(file: Path) -> set[str]:
 
 
 def _code(folder: Path, classes: Collection[str]) -> set[str]:
-    """Names of the modules that hold some classes, and of all that these import.
+    """File names of the modules that define the classes, and of all modules that these import.
 
     Raises:
-        ValueError: for a module that is no Python, or imports what transformers does not find.
+        ValueError: for a module that is not valid Python, or that transformers would not fetch.
     """
     new = {reference.split(".")[0] for reference in classes}
     found, fetched = set(), set(new)
@@ -288,7 +287,7 @@ def _code(folder: Path, classes: Collection[str]) -> set[str]:
 
 
 def _relative_imports(file: Path) -> tuple[set[str], set[str]]:
-    """The modules beside it that a module imports, and those of them that transformers sees."""
+    """All modules in the folder that a file imports, and those of them that transformers finds."""
     try:
         nodes = list(ast.walk(ast.parse(file.read_bytes())))
         seen = set(get_relative_imports(file))

@@ -1,4 +1,4 @@
-"""What the models of all families share: their outputs, and how they are saved and loaded."""
+"""Outputs, saving and loading of the models of all families."""
 
 import json
 import os
@@ -23,17 +23,17 @@ from .fused_encoder import is_hooked
 from .own_reducers import own_code
 from .reducers import REDUCERS
 
-# How many weights a model may have beside those of its checkpoint.
+# Number of weights that a model may have in addition to those of its checkpoint.
 NEW_WEIGHTS = 50_000_000
 
 
 def take_over_names(own: Sequence[str], plain: str) -> None:
-    """Let classes of this library load what a class of transformers does, under old names, too.
+    """Let classes of this library load checkpoints with the old weight names of ``plain``.
 
-    transformers renames the weights of old checkpoints by the names of classes.
+    transformers renames the weights of old checkpoints by a mapping for each class name.
 
     Raises:
-        ImportError: if transformers knows no old names of that class any more.
+        ImportError: if transformers no longer has a mapping for ``plain``.
     """
     mapping = get_checkpoint_conversion_mapping(plain)
     if mapping is None:
@@ -46,14 +46,13 @@ def take_over_names(own: Sequence[str], plain: str) -> None:
 
 
 def check_contents(model: nn.Module, files: Sequence[str | os.PathLike] | None) -> None:
-    """Check that a model is not far larger than what its checkpoint can hold.
+    """Check that a model does not have many more weights than its checkpoint can contain.
 
     Args:
-        files: of the checkpoint; ``None`` for weights that are at hand.
+        files: files of the checkpoint; ``None`` for weights in memory.
 
     Raises:
-        ValueError: for a model with more weights than two per byte of the files, plus those that a
-            new head may have.
+        ValueError: for more than two weights per byte of the files plus ``NEW_WEIGHTS``.
     """
     if files is None:
         return
@@ -66,24 +65,24 @@ def check_contents(model: nn.Module, files: Sequence[str | os.PathLike] | None) 
         )
 
 
-# What transformers hands to a model beside the arguments that it names.
+# Keyword arguments that transformers passes to a model besides the named arguments.
 _OPTIONS = {
     "num_items_in_batch",
     "output_attentions",
     "output_hidden_states",
     "return_dict",
-    "use_cache",  # of a Trainer, to any model
+    "use_cache",  # a Trainer passes it to any model
 }
 
 
 def num_read(model: Any, wanted: int | None) -> int | None:
-    """How many tokens are read of what an encoder hands out in a call; ``None`` for all.
+    """Number of prefix tokens that the last layer outputs in a call; ``None`` for all tokens.
 
     Args:
-        wanted: by whoever has called it, instead of its own number.
+        wanted: number that the caller asks for; ``None`` for the model's own number.
 
     Raises:
-        ValueError: for more than the model has, or none.
+        ValueError: for a number below 1 or above the model's number of prefix tokens.
     """
     most = model.config.num_prefix_tokens
     if wanted is not None and not 1 <= wanted <= most:
@@ -92,12 +91,12 @@ def num_read(model: Any, wanted: int | None) -> int | None:
             f"{most} prefix tokens"
         )
     wanted = model.num_read_tokens if wanted is None else wanted
-    # Whoever has hooked on to what runs behind the layers looks at all.
+    # Hooks on the model or its direct parts get all tokens.
     return None if any(map(is_hooked, (model, *model.children()))) else wanted
 
 
 def check_reads_class_token(model: Any) -> None:
-    """Raise ValueError if a model that reads all tokens is to skip those that are not read."""
+    """Raise ValueError if ``skip_unread`` is set for a model that reads all tokens."""
     if model.config.skip_unread:
         raise ValueError(
             f"skip_unread={model.config.skip_unread!r} is not allowed in {type(model).__name__}, "
@@ -106,7 +105,7 @@ def check_reads_class_token(model: Any) -> None:
 
 
 def check_options(model: Any, options: Mapping[str, Any]) -> None:
-    """Raise TypeError for options of a call that no model of this library has."""
+    """Raise TypeError for keyword arguments that no model of this library accepts."""
     unknown = sorted(options.keys() - _OPTIONS)
     if unknown:
         raise TypeError(f"{type(model).__name__} takes no arguments {unknown}")
@@ -117,10 +116,10 @@ class MCTFModelOutput(BaseModelOutputWithPooling):
     """Output of a backbone; the last three fields are filled by ``output_fusion=True``.
 
     Attributes:
-        token_sizes: (b, m), how many of the embedded tokens each final token stands for.
-        assignment: (b, n) int64, index of the final token that each embedded token became part of,
-            -1 where it was dropped.
-        assignments: of each layer (b, n), the assignment to the tokens that leave it.
+        token_sizes: (b, m), number of embedded tokens in each final token.
+        assignment: (b, n) int64, index of the final token that each embedded token is part of, -1
+            for dropped tokens.
+        assignments: one (b, n) assignment per layer, to the output tokens of that layer.
     """
 
     token_sizes: Tensor | None = None
@@ -132,17 +131,17 @@ class MCTFModelOutput(BaseModelOutputWithPooling):
 class MCTFImageClassifierOutput(ImageClassifierOutput):
     """Output of a classifier; the last six fields are filled by ``output_fusion=True``.
 
-    Those of the head are filled by ``output_features=True``, too.
+    ``output_features=True`` also fills ``features`` and the logits of single heads.
 
     Attributes:
-        token_sizes: (b, m), how many of the embedded tokens each final token stands for.
-        assignment: (b, n) int64, index of the final token that each embedded token became part of,
-            -1 where it was dropped.
-        features: (b, d), what the head reads: the class token after the final LayerNorm, or the
-            mean of the patch tokens in a model without class token.
-        label_logits: (b, labels), of the heads that learn the labels, in a model with another one.
-        distillation_logits: (b, labels), of the head that learns from another classifier.
-        assignments: of each layer (b, n), the assignment to the tokens that leave it.
+        token_sizes: (b, m), number of embedded tokens in each final token.
+        assignment: (b, n) int64, index of the final token that each embedded token is part of, -1
+            for dropped tokens.
+        features: (b, d or 2 d), input of the head, from ``last_hidden_state``: the class token, the
+            mean of the patch tokens, or both.
+        label_logits: (b, labels), logits for the labels, in a model with a distillation head.
+        distillation_logits: (b, labels), logits of the head that learns from another classifier.
+        assignments: one (b, n) assignment per layer, to the output tokens of that layer.
     """
 
     token_sizes: Tensor | None = None
@@ -154,32 +153,32 @@ class MCTFImageClassifierOutput(ImageClassifierOutput):
 
 
 class MCTFPreTrainedMixin:
-    """How all models of this library are saved and loaded; goes before one of transformers.
+    """Saving and loading of all models of this library; mixed in before a transformers class.
 
     Attributes:
-        renamed: what else their weights are called in checkpoints, as patterns.
+        renamed: patterns of weight names in other checkpoints, and their replacements.
     """
 
     renamed: ClassVar[dict[str, str]] = {}
-    # Proportional attention adds a number to the scores, which these kernels cannot.
+    # Proportional attention adds a bias to the scores, which these kernels do not support.
     _supports_flash_attn = False
     _supports_flex_attn = False
     config: Any
 
     @property
     def num_read_tokens(self) -> int | None:
-        """How many tokens are read behind the last layer: prefix tokens, or ``None`` for all."""
+        """Number of prefix tokens that are read after the last layer; ``None`` for all tokens."""
         return 1 if self.config.skip_unread else None
 
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any
     ) -> Any:
-        """Load as every transformers model does; weights that are downloaded are checked.
+        """Load as every transformers model does; downloaded weights are checked.
 
         Raises:
-            OSError: for weights that arrived damaged, besides what transformers raises.
-            ValueError: for an index of weights that names files outside of its folder.
+            OSError: for weights damaged in the download, and the errors of transformers.
+            ValueError: for a weight index that names files outside of its folder.
         """
         if pretrained_model_name_or_path is None:
             return super().from_pretrained(None, *args, **kwargs)  # type: ignore[misc]
@@ -202,17 +201,18 @@ class MCTFPreTrainedMixin:
     def save_pretrained(
         self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any
     ) -> None:
-        """Save as every transformers model does, along with the code that a stranger needs.
+        """Save as every transformers model does, with the code that loads it without this library.
 
-        A link in the place of one of these files is replaced, not followed. ``auto_map`` names all
-        classes of the family, so that what one of them saved loads as any of them with
-        ``trust_remote_code=True``. A reducer that somebody registered goes along.
+        A link in the place of a saved file is replaced, not followed. ``auto_map`` contains all
+        classes of the family, so each of them can load the checkpoint with
+        ``trust_remote_code=True``. The module of a custom reducer is saved too.
 
         Raises:
-            ValueError: for a reducer of one's own that cannot, see :func:`.own_reducers.own_code`.
+            ValueError: for a custom reducer that cannot be saved, see
+                :func:`.own_reducers.own_code`, or that is saved with ``push_to_hub=True``.
         """
         classes = dict(self.config.auto_classes)
-        # Not the configuration's word for it, which may come from another copy of this library.
+        # The class of the configuration may come from another copy of this library.
         source = Path(str(sys.modules[type(self).__module__].__file__))
         modules = {Path(str(file)).stem for file in (source, *get_relative_import_files(source))}
         files, auto_map = own_code(REDUCERS.get(self.config.reduction), classes, modules)
@@ -222,7 +222,7 @@ class MCTFPreTrainedMixin:
                 "is not of this library: save the model, then use its push_to_hub()"
             )
         self.config.auto_map = classes
-        # Not by the names that the weights were loaded by, which may be those of another class.
+        # Not with the names in the loaded checkpoint, which may be those of another class.
         kwargs.setdefault("save_original_format", False)
         if is_main_process:
             drop_links(save_directory, {*(f"{module}.py" for module in modules), *files})
@@ -241,9 +241,9 @@ class MCTFPreTrainedMixin:
 
 
 def _name_all(file: Path, modules: Collection[str]) -> None:
-    """Let a module name all that it needs, of which releases before 5 copy but what it names.
+    """Make a module name all modules that it needs, because releases before 5 copy only these.
 
-    They can then run it, and it tells which release it needs.
+    Such a release can then run the module, which reports the release that it needs.
     """
     lacking = sorted(set(modules) - set(get_relative_imports(file))) if file.exists() else []
     if lacking:

@@ -1,6 +1,6 @@
-"""CLIP's vision encoder (arXiv 2103.00020) that fuses tokens, with and without projection."""
+"""CLIP's vision encoder (arXiv 2103.00020) with token fusion, with and without projection."""
 
-from .dependencies import OLDEST as OLDEST  # before what older releases lack
+from .dependencies import OLDEST as OLDEST  # first, to report releases that are too old
 
 # isort: split
 
@@ -25,7 +25,7 @@ from .modeling_mctf_encoder import MCTFEncoderClassifierMixin, MCTFEncoderMixin
 
 take_over_names(("MCTFCLIPVisionModel",), "CLIPVisionModel")
 
-# What a whole CLIP has besides.
+# Weights of a whole CLIP that are not in its vision encoder.
 _OF_TEXT = [r"^text_model\.", r"^text_projection\.", r"^logit_scale$"]
 
 
@@ -51,15 +51,15 @@ class MCTFCLIPVisionConfig(EncoderConfigMixin, CLIPVisionConfig):
 
     @property
     def num_prefix_tokens(self) -> int:
-        """The class token, which comes before the patches."""
+        """One: the class token, before the patches."""
         return 1
 
 
 class MCTFCLIPVisionModel(MCTFEncoderMixin, CLIPVisionModel):
     """CLIP's vision encoder with token fusion.
 
-    See :class:`~.modeling_mctf_encoder.MCTFEncoderMixin`. As in transformers, the last norm is that
-    of the pooled output alone.
+    See :class:`~.modeling_mctf_encoder.MCTFEncoderMixin`. As in transformers, the final norm is
+    applied only to the pooled output.
     """
 
     config: MCTFCLIPVisionConfig
@@ -89,10 +89,10 @@ class MCTFCLIPVisionModelOutput(CLIPVisionModelOutput):
     """Output with image embeddings; the last three fields are filled by ``output_fusion=True``.
 
     Attributes:
-        token_sizes: (b, m), how many of the embedded tokens each final token stands for.
-        assignment: (b, n) int64, index of the final token that each embedded token became part of,
-            -1 where it was dropped.
-        assignments: of each layer (b, n), the assignment to the tokens that leave it.
+        token_sizes: (b, m), number of embedded tokens in each final token.
+        assignment: (b, n) int64, index of the final token that each embedded token is part of, -1
+            for dropped tokens.
+        assignments: one (b, n) assignment per layer, to the output tokens of that layer.
     """
 
     token_sizes: Tensor | None = None
@@ -101,7 +101,7 @@ class MCTFCLIPVisionModelOutput(CLIPVisionModelOutput):
 
 
 class MCTFCLIPVisionModelWithProjection(MCTFPreTrainedMixin, CLIPVisionModelWithProjection):
-    """CLIP's vision encoder with token fusion, and its projection to the space of texts."""
+    """CLIP's vision encoder with token fusion, and its projection to the text space."""
 
     config: MCTFCLIPVisionConfig
     config_class = MCTFCLIPVisionConfig
@@ -109,7 +109,7 @@ class MCTFCLIPVisionModelWithProjection(MCTFPreTrainedMixin, CLIPVisionModelWith
 
     def __init__(self, config: MCTFCLIPVisionConfig):
         config.validate()
-        # Not the model's of transformers, which would build its own encoder.
+        # Not the __init__ of the transformers model, which would build another encoder.
         CLIPPreTrainedModel.__init__(self, config)
         self.vision_model = MCTFCLIPVisionModel(config)
         self.visual_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)

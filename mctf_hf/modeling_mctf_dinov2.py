@@ -1,6 +1,6 @@
-"""DINOv2 (arXiv 2304.07193), with and without registers (arXiv 2309.16588), that fuses tokens."""
+"""DINOv2 (arXiv 2304.07193) with token fusion, with and without registers (arXiv 2309.16588)."""
 
-from .dependencies import OLDEST as OLDEST  # before what older releases lack
+from .dependencies import OLDEST as OLDEST  # first, to report releases that are too old
 
 # isort: split
 
@@ -25,7 +25,7 @@ from .configuration_mctf import AnySizeConfigMixin, EncoderConfigMixin
 from .modeling_mctf import take_over_names
 from .modeling_mctf_encoder import MCTFEncoderClassifierMixin, MCTFEncoderMixin
 
-# Releases before 5.18 write attention as old checkpoints do, and have nothing to rename.
+# Releases before 5.18 name attention weights as old checkpoints do, so there is no mapping.
 if not hasattr(modeling_dinov2, "Dinov2SelfAttention"):
     take_over_names(("MCTFDinov2Model", "MCTFDinov2ForImageClassification"), "Dinov2Model")
     take_over_names(
@@ -53,7 +53,7 @@ class MCTFDinov2Config(AnySizeConfigMixin, EncoderConfigMixin, Dinov2Config):
 
     @property
     def num_prefix_tokens(self) -> int:
-        """The class token, which comes before the patches."""
+        """One: the class token, before the patches."""
         return 1
 
 
@@ -80,7 +80,7 @@ class MCTFDinov2WithRegistersConfig(
 
     @property
     def num_prefix_tokens(self) -> int:
-        """The class token and the registers, which come before the patches."""
+        """Number of class and register tokens, which come before the patches."""
         return 1 + self.num_register_tokens
 
 
@@ -94,7 +94,7 @@ class MCTFDinov2Model(MCTFEncoderMixin, Dinov2Model):
 
 
 class MCTFDinov2ForImageClassification(MCTFEncoderClassifierMixin, Dinov2ForImageClassification):
-    """DINOv2 with token fusion and a linear head on class token and mean of the patches."""
+    """DINOv2 with token fusion and a linear head on class token and mean of the patch tokens."""
 
     config: MCTFDinov2Config
     config_class = MCTFDinov2Config
@@ -115,7 +115,7 @@ class MCTFDinov2WithRegistersModel(MCTFEncoderMixin, Dinov2WithRegistersModel):
 class MCTFDinov2WithRegistersForImageClassification(
     MCTFEncoderClassifierMixin, Dinov2WithRegistersForImageClassification
 ):
-    """DINOv2 with registers, token fusion and a head; see the class without registers."""
+    """DINOv2 with registers and a head; see :class:`MCTFDinov2ForImageClassification`."""
 
     config: MCTFDinov2WithRegistersConfig
     config_class = MCTFDinov2WithRegistersConfig

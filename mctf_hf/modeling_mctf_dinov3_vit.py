@@ -1,6 +1,6 @@
-"""DINOv3's Vision Transformer (arXiv 2508.10104), which fuses tokens as it goes."""
+"""DINOv3's Vision Transformer (arXiv 2508.10104) with token fusion."""
 
-from .dependencies import OLDEST as OLDEST  # before what older releases lack
+from .dependencies import OLDEST as OLDEST  # first, to report releases that are too old
 
 # isort: split
 
@@ -34,7 +34,7 @@ take_over_names(("MCTFDINOv3ViTModel",), "dinov3_vit")
 
 
 class FusedRotaryEmbedding:
-    """Rotary positions that come with their coordinates; before the class of transformers."""
+    """Rotary embedding that also returns coordinates; mixed in before a transformers class."""
 
     if TYPE_CHECKING:
         config: Any
@@ -42,7 +42,7 @@ class FusedRotaryEmbedding:
         inv_freq: Tensor
 
     def forward(self, pixel_values: Tensor) -> Rotary:
-        """Positions of the patches of images, (b, channels, height, width)."""
+        """Rotary positions of the patches of images (b, channels, height, width)."""
         height, width = pixel_values.shape[-2:]
         patch_height, patch_width = as_pair(self.config.patch_size)
         coordinates = get_patches_center_coordinates(
@@ -88,7 +88,7 @@ class MCTFDINOv3ViTConfig(
 
     @property
     def num_prefix_tokens(self) -> int:
-        """The class token and the registers, which come before the patches."""
+        """Number of class and register tokens, which come before the patches."""
         return 1 + self.num_register_tokens
 
 
@@ -115,7 +115,7 @@ class MCTFDINOv3ViTModel(MCTFEncoderMixin, DINOv3ViTModel):
 
 
 class MCTFDINOv3ViTForImageClassification(MCTFEncoderClassifierMixin, DINOv3ViTPreTrainedModel):
-    """DINOv3 with token fusion and a linear head on class token and mean of the patches."""
+    """DINOv3 with token fusion and a linear head on class token and mean of the patch tokens."""
 
     config: MCTFDINOv3ViTConfig
     config_class = MCTFDINOv3ViTConfig

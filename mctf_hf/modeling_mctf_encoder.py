@@ -1,6 +1,6 @@
-"""What the encoders share that are those of transformers with other layers.
+"""Base classes for the encoders that are transformers encoders with fused layers.
 
-A family's own file names its layers, how it embeds images, and what is read from its tokens.
+The module of each family defines its layer names, its embedding of images and its pooled output.
 Shapes: ``b`` images, ``n`` tokens before and ``m`` tokens after all fusion, ``d`` channels.
 """
 
@@ -26,12 +26,12 @@ from .schedule import KeepRate, TokensFused
 
 
 class MCTFEncoderMixin(MCTFPreTrainedMixin):
-    """An encoder whose layers fuse tokens; before a model class of transformers.
+    """An encoder whose layers fuse tokens; mixed in before a transformers model class.
 
     Attributes:
-        names: of the parts of a layer.
-        layers_path: where the list of layers is.
-        layer_arguments: positional ones that a layer of transformers wants after hidden states.
+        names: names of the parts of a layer.
+        layers_path: path of the submodule that is the list of layers.
+        layer_arguments: positional arguments of a transformers layer after the hidden states.
     """
 
     names: ClassVar[LayerNames]
@@ -40,7 +40,7 @@ class MCTFEncoderMixin(MCTFPreTrainedMixin):
     _auto_class = "AutoModel"
 
     def __init__(self, config: Any):
-        config.validate()  # from_pretrained sets what it was given one by one, unaware of the rest
+        config.validate()  # from_pretrained sets fields one by one and does not check them together
         super().__init__(config)  # type: ignore[call-arg]
         fuse_layers(self.fused_layers, self.names, config)
 
@@ -50,23 +50,23 @@ class MCTFEncoderMixin(MCTFPreTrainedMixin):
         return self.get_submodule(self.layers_path)  # type: ignore[attr-defined]
 
     def embed(self, pixel_values: Tensor, **options: Any) -> dict[str, Any]:
-        """What images are to the layers, as arguments of a call instead of ``pixel_values``.
+        """Embed images; the result replaces ``pixel_values`` in the arguments of a call.
 
-        Several passes over the same images can share them.
+        Several passes over the same images can share the result.
 
         Args:
             pixel_values: (b, channels, height, width).
-            options: of the embeddings.
+            options: keyword arguments of the embeddings.
         """
         embedded = self.embeddings(pixel_values.to(self.dtype), **options)  # type: ignore[attr-defined]
         return {"inputs_embeds": embedded}
 
     def final_norm(self, hidden_states: Tensor) -> Tensor:
-        """The last norm: (b, m, d) -> (b, m, d)."""
+        """Apply the final norm: (b, m, d) -> (b, m, d)."""
         return self.layernorm(hidden_states)  # type: ignore[attr-defined]
 
     def pool(self, hidden_states: Tensor) -> Tensor | None:
-        """What stands for an image, (b, d), of its tokens after the last norm, (b, n, d)."""
+        """The pooled output, from tokens after the final norm: (b, n, d) -> (b, d)."""
         return hidden_states[:, 0]
 
     @merge_with_config_defaults
@@ -88,27 +88,26 @@ class MCTFEncoderMixin(MCTFPreTrainedMixin):
 
         Args:
             pixel_values: (b, channels, height, width).
-            r: tokens to fuse per layer in this call, in any form that the configuration takes.
-            output_fusion: fill ``token_sizes``, ``assignment`` and ``assignments``.
-            inputs_embeds, rotary: what :meth:`embed` gives, instead of ``pixel_values``.
-            keep_rate: part of the patch tokens to keep in this call, instead of ``r``, with a
-                method that goes by it.
-            bool_masked_pos: (b, patches), patches to replace by the mask token, where the family
-                has one.
-            interpolate_pos_encoding: allow images of another size than the configuration's, in
-                families that refuse them otherwise; the others always do.
-            num_read_tokens: hand out the first so many tokens alone, which are prefix tokens, and
-                compute no others in the last layer; see ``skip_unread`` of the configuration.
+            r: tokens to fuse per layer in this call, in any form that the configuration accepts.
+            output_fusion: whether to fill ``token_sizes``, ``assignment`` and ``assignments``.
+            inputs_embeds, rotary: results of :meth:`embed`, instead of ``pixel_values``.
+            keep_rate: fraction of the patch tokens to keep in this call, instead of ``r``, for a
+                method with keep rates.
+            bool_masked_pos: (b, patches), patches to replace by the mask token, if there is one.
+            interpolate_pos_encoding: whether to accept images of another size than the
+                configuration's, in families that do not always accept them.
+            num_read_tokens: number of prefix tokens to output; the last layer computes no other
+                tokens. See ``skip_unread`` of the configuration.
 
         Returns:
-            Hidden states after the last norm, at all n places or, with ``restore=False``, of the m
-            tokens that are left; and what the family reads from them.
+            The hidden states after the final norm, at all n positions or, with ``restore=False``,
+            of the m remaining tokens; and the pooled output.
 
         Raises:
             ValueError: for images of another size, an ``r`` or ``keep_rate`` that is not allowed,
                 an ``attention_mask``, or unless exactly one of ``pixel_values`` and
                 ``inputs_embeds`` is given.
-            TypeError: for an argument that is none of these and none of all models'.
+            TypeError: for an unknown argument.
         """
         if kwargs.pop("attention_mask", None) is not None:
             raise ValueError(f"attention_mask is not allowed in {type(self).__name__}")
@@ -125,7 +124,7 @@ class MCTFEncoderMixin(MCTFPreTrainedMixin):
             embedded = self.embed(pixel_values, **given)
             inputs_embeds, rotary = embedded["inputs_embeds"], embedded.get("rotary")
         assert inputs_embeds is not None
-        for shown in ("output_attentions", "output_hidden_states"):  # asked for here or always
+        for shown in ("output_attentions", "output_hidden_states"):  # in this call or always
             kwargs.setdefault(shown, getattr(config, shown, False))
         reducer = build_reducer(config)
         drops = reducer is not None and reducer.drops_tokens
@@ -154,14 +153,13 @@ class MCTFEncoderMixin(MCTFPreTrainedMixin):
 
 
 class MCTFEncoderClassifierMixin(MCTFPreTrainedMixin):
-    """A linear head on what is read from an encoder's tokens; before a class of transformers.
+    """An encoder with a linear head on its tokens; mixed in before a transformers class.
 
     Attributes:
-        backbone_class: the encoder.
-        pretrained_class: what all models of the family in transformers derive from.
+        backbone_class: class of the encoder.
+        pretrained_class: transformers base class of all models of the family.
         reads_class_token: whether the head reads the class token.
-        reads_patches: whether it sees the mean of the patches, after that. Each token counts as
-            often as it has patches.
+        reads_patches: whether the head reads the mean of the patch tokens, weighted by size.
     """
 
     backbone_class: ClassVar[type[Any]]
@@ -173,7 +171,7 @@ class MCTFEncoderClassifierMixin(MCTFPreTrainedMixin):
 
     def __init__(self, config: Any):
         config.validate()
-        # Not the model's of transformers, which would build its own backbone.
+        # Not the __init__ of the transformers model, which would build another backbone.
         self.pretrained_class.__init__(self, config)
         if self.reads_patches:
             check_reads_class_token(self)
@@ -190,7 +188,7 @@ class MCTFEncoderClassifierMixin(MCTFPreTrainedMixin):
         return self.base_model.embed(pixel_values, **options)  # type: ignore[attr-defined]
 
     def _read(self, hidden_states: Tensor, token_sizes: Tensor | None) -> Tensor:
-        """What the head reads of tokens, (b, m, d), or of all places, (b, n, d), without sizes."""
+        """Input of the head, from tokens (b, m, d) and sizes, or from restored tokens (b, n, d)."""
         first = self.config.num_prefix_tokens
         patches = hidden_states[:, first:]
         if token_sizes is None:
@@ -210,11 +208,11 @@ class MCTFEncoderClassifierMixin(MCTFPreTrainedMixin):
         output_features: bool = False,
         **kwargs: Any,
     ) -> MCTFImageClassifierOutput:
-        """Classify images; arguments as of :meth:`MCTFEncoderMixin.forward`.
+        """Classify images; for other arguments, see :meth:`MCTFEncoderMixin.forward`.
 
         Args:
             labels: (b,), for the cross-entropy loss (mean squared error if there is one label).
-            output_features: fill ``features``, which is what the head reads.
+            output_features: whether to fill ``features``, the input of the head.
         """
         outputs = self.base_model(  # type: ignore[attr-defined]
             pixel_values,

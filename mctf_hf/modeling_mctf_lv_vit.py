@@ -1,10 +1,10 @@
-"""LV-ViT that fuses tokens (All Tokens Matter, arXiv 2104.10858).
+"""LV-ViT with token fusion (All Tokens Matter, arXiv 2104.10858).
 
-A stem of convolutions before the patches, residual branches divided by a constant, and a head on
-all tokens beside that on the class token; everything else is :mod:`modeling_mctf_vit`.
+It has a stem of convolutions before the patches, divides residual branches by a constant, and has a
+second head on all patch tokens. Everything else is as in :mod:`modeling_mctf_vit`.
 """
 
-from .dependencies import OLDEST as OLDEST  # before what older releases lack
+from .dependencies import OLDEST as OLDEST  # first, to report releases that are too old
 
 # isort: split
 
@@ -33,10 +33,10 @@ class MCTFLVViTConfig(MCTFViTConfig):
     All fields of :class:`MCTFViTConfig`, with the defaults of LV-ViT-S, and:
 
     Args:
-        skip_lambda: what is added to a residual stream is divided by this.
+        skip_lambda: divisor of the residual branches.
         stem_channels: channels of the convolutions before the patches.
-        auxiliary_weight: of the auxiliary head's largest logit of each class over all tokens, which
-            is added to the class token's; 0 leaves it out.
+        auxiliary_weight: weight of the auxiliary head, whose largest logit of each class over all
+            patch tokens is added to the class token's logit; 0 removes the head.
     """
 
     model_type = "mctf_lv_vit"
@@ -58,13 +58,13 @@ class MCTFLVViTConfig(MCTFViTConfig):
     auxiliary_weight: float | int = field(default=0.5, metadata=number("auxiliary_weight", 0))
 
     def validate_even(self) -> None:
-        """Check that patches can be halved, as the stem does."""
+        """Check that the patch size is even, because the stem halves the resolution."""
         if any(side % 2 for side in as_pair(self.patch_size)):
             raise ValueError(f"patch_size={self.patch_size!r} is not allowed: an LV-ViT's is even")
 
 
 class LVViTPatchEmbeddings(nn.Module):
-    """Three convolutions at half of the image's resolution, and one that makes the patches."""
+    """Three convolutions at half of the image's resolution, and one that creates the patches."""
 
     def __init__(self, config: MCTFLVViTConfig):
         super().__init__()

@@ -1,6 +1,6 @@
-"""SigLIP's vision encoder (arXiv 2303.15343, SigLIP 2: arXiv 2502.14786) that fuses tokens."""
+"""SigLIP's vision encoder (arXiv 2303.15343, SigLIP 2: arXiv 2502.14786) with token fusion."""
 
-from .dependencies import OLDEST as OLDEST  # before what older releases lack
+from .dependencies import OLDEST as OLDEST  # first, to report releases that are too old
 
 # isort: split
 
@@ -18,7 +18,7 @@ from .modeling_mctf_encoder import MCTFEncoderClassifierMixin, MCTFEncoderMixin
 
 take_over_names(("MCTFSiglipVisionModel",), "SiglipVisionModel")
 
-# What a whole SigLIP has besides.
+# Weights of a whole SigLIP that are not in its vision encoder.
 _OF_TEXT = [r"^text_model\.", r"^logit_scale$", r"^logit_bias$"]
 
 
@@ -44,12 +44,12 @@ class MCTFSiglipVisionConfig(EncoderConfigMixin, SiglipVisionConfig):
 
     @property
     def num_prefix_tokens(self) -> int:
-        """None: all tokens are patches."""
+        """Zero: all tokens are patch tokens."""
         return 0
 
 
 class MCTFSiglipVisionModel(MCTFEncoderMixin, SiglipVisionModel):
-    """SigLIP's vision encoder with token fusion; the head attends to each token's every patch.
+    """SigLIP's vision encoder with token fusion; its pooling head reads the restored tokens.
 
     See :class:`~.modeling_mctf_encoder.MCTFEncoderMixin`.
     """

@@ -1,10 +1,10 @@
-"""T2T-ViT that fuses tokens (Tokens-to-Token ViT, arXiv 2101.11986).
+"""T2T-ViT with token fusion (Tokens-to-Token ViT, arXiv 2101.11986).
 
-The front end turns overlapping windows of the image into tokens, in three steps with a small
-transformer between them; everything else is :mod:`modeling_mctf_vit`.
+The front end converts overlapping windows of the image to tokens, in three steps with a small
+transformer between them. Everything else is as in :mod:`modeling_mctf_vit`.
 """
 
-from .dependencies import OLDEST as OLDEST  # before what older releases lack
+from .dependencies import OLDEST as OLDEST  # first, to report releases that are too old
 
 # isort: split
 
@@ -26,12 +26,12 @@ from .modeling_mctf_vit import (
     MCTFViTModel,
 )
 
-# What keeps performers from dividing by nothing: 1e-8 as in float32, but rounded up, for onnxscript
-# leaves out what is added if it is no more than 1e-8.
+# Prevents division by zero in performers: 1e-8 rounded up to the next float32, because onnxscript
+# removes additions of at most 1e-8.
 EPSILON = 1.0000001e-8
 # Windows of the three steps: side, stride, padding.
 WINDOWS = ((7, 4, 2), (3, 2, 1), (3, 2, 1))
-PATCH = 16  # pixels of a token's side after these
+PATCH = 16  # pixels per side of a token after these steps
 
 
 @strict
@@ -41,11 +41,11 @@ class MCTFT2TViTConfig(MCTFViTConfig):
     All fields of :class:`MCTFViTConfig`, with the defaults of T2T-ViT_t-14, and:
 
     Args:
-        tokens_type: how the two token transformers of the front end attend: ``"transformer"``
+        tokens_type: attention of the two token transformers in the front end: ``"transformer"``
             (softmax, one head) or ``"performer"`` (positive random features, arXiv 2009.14794).
         token_dim: channels of the front end.
-        attention_scale: the layers' scores are divided by the root of the channels of a head
-            (``"head_dim"``) or of all (``"hidden_size"``), as the published weights want it.
+        attention_scale: channels whose square root divides the layers' scores: those of a head
+            (``"head_dim"``) or all (``"hidden_size"``, as in the published weights).
     """
 
     model_type = "mctf_t2t_vit"
@@ -73,7 +73,7 @@ class MCTFT2TViTConfig(MCTFViTConfig):
     )
 
     def validate_stride(self) -> None:
-        """Check that patches have the size that the front end makes."""
+        """Check that the patch size is that of the front end."""
         if as_pair(self.patch_size) != (16, 16):
             raise ValueError(f"patch_size={self.patch_size!r} is not allowed: a T2T-ViT's is 16")
 
@@ -81,7 +81,7 @@ class MCTFT2TViTConfig(MCTFViTConfig):
 def windows(x: Tensor, side: int, stride: int, padding: int) -> Tensor:
     """Overlapping windows of a map: (b, h, w, c) -> (b, h', w', c * side * side).
 
-    What ``torch.nn.Unfold`` takes, in the same order, for maps whose channels come last.
+    The result is that of ``torch.nn.Unfold``, in the same order, for maps with channels last.
     """
     x = F.pad(x, (0, 0, padding, padding, padding, padding))
     return x.unfold(1, side, stride).unfold(2, side, stride).flatten(3)
@@ -90,7 +90,7 @@ def windows(x: Tensor, side: int, stride: int, padding: int) -> Tensor:
 class TokenTransformer(nn.Module):
     """A layer whose attention maps tokens of ``dim`` channels to ``width`` channels.
 
-    Its residual connection is around the values, for the input has other channels.
+    Its residual connection starts at the values, because the input has other channels.
     """
 
     def __init__(self, dim: int, width: int):
@@ -112,17 +112,17 @@ class TokenTransformer(nn.Module):
         return x + self.mlp(self.layernorm_after(x))
 
     def _attend(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
-        """What attention gives, and the values: (b, n, 3 * width) -> two of (b, n, width)."""
+        """The attention output and the values: (b, n, 3 * width) -> two of (b, n, width)."""
         query, key, value = (part[:, None] for part in qkv.chunk(3, dim=-1))
         output = F.scaled_dot_product_attention(query, key, value, scale=self.scaling)
         return output[:, 0], value[:, 0]
 
 
 class TokenPerformer(TokenTransformer):
-    """The same with attention in linear time (Performer, arXiv 2009.14794).
+    """A token transformer with attention in linear time (Performer, arXiv 2009.14794).
 
-    ``softmax(q kᵀ)`` is approximated by positive random features of queries and keys; queries and
-    keys are not scaled, and the projection's outputs are keys, queries, values.
+    ``softmax(q kᵀ)`` is approximated by positive random features of queries and keys. Queries and
+    keys are not scaled. The projection outputs keys, queries and values, in this order.
     """
 
     def __init__(self, dim: int, width: int):
@@ -149,7 +149,7 @@ _TOKENS_TYPES = {"transformer": TokenTransformer, "performer": TokenPerformer}
 
 
 class T2TPatchEmbeddings(nn.Module):
-    """Tokens to token: windows, a small transformer, windows of what it returns, and so on."""
+    """Tokens-to-token: windows and a token transformer, twice; then windows and a projection."""
 
     def __init__(self, config: MCTFT2TViTConfig):
         super().__init__()
@@ -165,7 +165,7 @@ class T2TPatchEmbeddings(nn.Module):
         """(b, channels, height, width) -> (b, height / 16 * width / 16, d).
 
         Raises:
-            ValueError: for a height or width that is no multiple of 16.
+            ValueError: for a height or width that is not a multiple of 16.
         """
         height, width = pixel_values.shape[2:]
         if height % PATCH or width % PATCH:
@@ -189,7 +189,7 @@ def sinusoidal_positions(num_positions: int, width: int) -> Tensor:
 
 
 class T2TViTEmbeddings(MCTFViTEmbeddings):
-    """T2T-ViT's tokens, whose positions are not learnt."""
+    """T2T-ViT's embeddings, whose position embeddings are fixed."""
 
     def __init__(self, config: MCTFT2TViTConfig, use_mask_token: bool = False):
         super().__init__(config, use_mask_token, T2TPatchEmbeddings(config))
@@ -226,7 +226,7 @@ class MCTFT2TViTForImageClassification(MCTFViTForImageClassification):
 
 @torch.no_grad()
 def _init_fixed(module: Any) -> None:
-    """What is set once and never trained: positions and random features."""
+    """Initialise the parameters that are never trained: positions and random features."""
     if isinstance(module, T2TViTEmbeddings):
         positions = sinusoidal_positions(*module.position_embeddings.shape[1:])
         init.copy_(module.position_embeddings, positions)

@@ -1,11 +1,11 @@
-"""Vision Transformers (ViT, DeiT) that fuse tokens as they go.
+"""Vision Transformers (ViT, DeiT) with token fusion.
 
-The classes subclass those of ``transformers.models.vit``; weights and their names are the same.
-What is new is in the layers (:mod:`.fused_layer`, :mod:`.fused_encoder`). Shapes: ``b`` images,
-``n`` tokens before and ``m`` tokens after all fusion, ``d`` channels.
+The classes subclass those of ``transformers.models.vit`` and have the same weights and names. The
+layers fuse tokens (:mod:`.fused_layer`, :mod:`.fused_encoder`). Shapes: ``b`` images, ``n`` tokens
+before and ``m`` tokens after all fusion, ``d`` channels.
 """
 
-from .dependencies import OLDEST as OLDEST  # before what older releases lack
+from .dependencies import OLDEST as OLDEST  # first, to report releases that are too old
 
 # isort: split
 
@@ -45,14 +45,14 @@ from .modeling_mctf import (
 )
 from .schedule import KeepRate, TokensFused
 
-# The widest map that a front end makes patches of at once, in bytes, on a CPU.
+# Largest feature map that a front end computes at once on a CPU, in bytes.
 FRONT_END_BYTES = 8 * 2**20
 
-# The name of the backbone within the classifier is not enough for a backbone's checkpoint in 5.10.
+# In 5.10, the classifier needs a mapping of its own to load a backbone's checkpoint.
 take_over_names(("MCTFViTModel", "MCTFViTForImageClassification"), "ViTModel")
 
 
-# What transformers' DeiT calls what ViT has, too.
+# Weight names of transformers' DeiT, and those of ViT.
 _DEIT_NAMES = {r"^deit\.": "vit.", r"^cls_classifier\.": "classifier."}
 
 
@@ -74,17 +74,17 @@ class MCTFViTConfig(EncoderConfigMixin, ViTConfig):
     :class:`~.configuration_mctf.FusionConfigMixin`, and:
 
     Args:
-        restore: as there; here tokens are handed out as they are left, unless it is set.
-        class_token: the first token, which the head reads. Without it the head reads the mean of
-            the patch tokens, weighted by their sizes.
-        distillation_token: a second prefix token with a position of its own (DeiT, arXiv
-            2012.12877, section 5).
-        distillation_head: a second head, on that token; the two heads' logits are averaged.
-        num_register_tokens: prefix tokens without position that nothing is read from (Vision
-            Transformers Need Registers, arXiv 2309.16588).
+        restore: as in the mixin, but off by default: the model outputs the remaining tokens.
+        class_token: whether there is a class token, which the head reads. Without it the head reads
+            the mean of the patch tokens, weighted by their sizes.
+        distillation_token: whether there is a second prefix token, with its own position embedding
+            (DeiT, arXiv 2012.12877, section 5).
+        distillation_head: whether a second head reads that token; the logits are averaged.
+        num_register_tokens: number of prefix tokens without position embedding, which no head reads
+            (Vision Transformers Need Registers, arXiv 2309.16588).
         drop_path_rate: probability of skipping a residual branch in training, rising linearly
             from 0 in the first layer to this in the last (stochastic depth, arXiv 1603.09382).
-        multi_scale: embed patches that are so many times as high and wide, too, and add each to the
+        multi_scale: sizes of coarse patches, in patches. Each one's embedding is added to the
             patches that it covers (arXiv 2306.04897). It changes nothing before it is trained.
     """
 
@@ -122,11 +122,11 @@ class MCTFViTConfig(EncoderConfigMixin, ViTConfig):
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Class, distillation and register tokens, which come before the patches."""
+        """Number of class, distillation and register tokens, which come before the patches."""
         return self.class_token + self.distillation_token + self.num_register_tokens
 
     def validate_distillation(self) -> None:
-        """Check that a second head has its token, which comes second."""
+        """Check that a distillation head has its token, and that token a class token."""
         if self.distillation_token and not self.class_token:
             raise ValueError(
                 f"distillation_token={self.distillation_token!r} is not allowed without "
@@ -149,9 +149,9 @@ class MCTFViTConfig(EncoderConfigMixin, ViTConfig):
 
 
 def drop_path(x: Tensor, rate: float) -> Tensor:
-    """Zero whole images' branches with probability ``rate``, scaling up the rest: (b, …) -> (b, …).
+    """Set each image's branch to 0 with probability ``rate``, and scale up the others.
 
-    Stochastic depth, arXiv 1603.09382.
+    (b, …) -> (b, …). Stochastic depth, arXiv 1603.09382.
     """
     if not rate:
         return x
@@ -160,7 +160,7 @@ def drop_path(x: Tensor, rate: float) -> Tensor:
 
 
 class MCTFViTLayer(FusedLayer, ViTLayer):
-    """ViT's layer with stochastic depth, and a divisor of what is added."""
+    """ViT's layer with stochastic depth and a divisor of the residual branches."""
 
     names: ClassVar[LayerNames] = VIT
     runs_as_host: ClassVar[bool] = False
@@ -188,13 +188,13 @@ class ZeroLinear(nn.Linear):
 
 
 class CoarsePatchEmbeddings(nn.Module):
-    """Larger patches of the same image, each shared by the patches that it covers.
+    """Embeddings of larger patches, each shared by the patches that it covers.
 
-    Multi-scale features of token mergence (arXiv 2306.04897). What they add starts at zero.
+    Multi-scale features of token mergence (arXiv 2306.04897). Their contribution starts at zero.
 
     Args:
-        scale: a larger patch is as high and as wide as so many patches. Those at the right and
-            lower edge reach beyond the image where they do not divide it, into zeros.
+        scale: height and width of a larger patch, in patches. Larger patches that reach beyond the
+            right or lower edge of the image are padded with zeros.
     """
 
     def __init__(self, config: MCTFViTConfig, scale: int):
@@ -219,10 +219,10 @@ class CoarsePatchEmbeddings(nn.Module):
 
 
 class MCTFViTEmbeddings(ViTEmbeddings):
-    """Images as tokens: class, distillation and register tokens where wanted, then the patches.
+    """Embeddings of images: optional class, distillation and register tokens, then the patches.
 
-    Registers have no position. Backbones differ in ``patch_embeddings`` alone, which tells as
-    ``numbers_per_pixel`` how wide its widest map is, if it makes any larger than the patches.
+    Registers have no position embedding. Only ``patch_embeddings`` differs between backbones. Its
+    ``numbers_per_pixel`` is the size of its largest feature map, if larger than the patches.
     """
 
     def __init__(
@@ -254,7 +254,7 @@ class MCTFViTEmbeddings(ViTEmbeddings):
             self.register_tokens = nn.Parameter(torch.zeros(1, config.num_register_tokens, width))
 
     def init_weights(self, std: float) -> None:
-        """Draw positions and tokens anew, as every Vision Transformer does."""
+        """Initialise position embeddings and prefix tokens randomly, and the mask token with 0."""
         tokens = (self.cls_token, self.distillation_token, self.register_tokens)
         for drawn in (self.position_embeddings, *tokens):
             if drawn is not None:
@@ -271,7 +271,7 @@ class MCTFViTEmbeddings(ViTEmbeddings):
         """Embed images: (b, channels, height, width) -> (b, n, d).
 
         Raises:
-            ValueError: for images of another size unless ``interpolate_pos_encoding``.
+            ValueError: for images of another size without ``interpolate_pos_encoding``.
         """
         tokens = self._patches(pixel_values)
         for coarse in self.coarse_patch_embeddings:
@@ -297,7 +297,7 @@ class MCTFViTEmbeddings(ViTEmbeddings):
         return self.dropout(tokens)
 
     def _patches(self, pixel_values: Tensor) -> Tensor:
-        """Patches by the front end, in slices of the batch where its maps outgrow a cache."""
+        """Embed patches, in slices of the batch if the front end's maps would exceed the cache."""
         wide = getattr(self.patch_embeddings, "numbers_per_pixel", 0)
         if not wide or self.training or not goes_in_slices(pixel_values):
             return self.patch_embeddings(pixel_values)
@@ -310,7 +310,7 @@ class MCTFViTEmbeddings(ViTEmbeddings):
         """Position embeddings of class, distillation and patch tokens: (1, positions, d).
 
         Args:
-            embeddings: of an image of ``height`` x ``width`` pixels; they play no part.
+            embeddings: not used; the method of transformers has this argument.
         """
         if (height, width) == as_pair(self.image_size):
             return self.position_embeddings
@@ -327,10 +327,10 @@ class MCTFViTEmbeddings(ViTEmbeddings):
 
 
 class MCTFViTModel(MCTFPreTrainedMixin, ViTModel):
-    """ViT encoder with token fusion: hidden states out, the final LayerNorm applied.
+    """ViT encoder with token fusion, which outputs hidden states after the final LayerNorm.
 
     ``model(pixel_values, r=…)`` overrides the configuration's ``r`` for one call, and
-    ``output_fusion=True`` tells what has become of each token.
+    ``output_fusion=True`` adds the sizes and the assignments of tokens to the output.
     """
 
     config: MCTFViTConfig
@@ -342,8 +342,8 @@ class MCTFViTModel(MCTFPreTrainedMixin, ViTModel):
     def __init__(
         self, config: MCTFViTConfig, add_pooling_layer: bool = True, use_mask_token: bool = False
     ):
-        config.validate()  # from_pretrained sets what it was given one by one, unaware of the rest
-        # Not ViTModel's: it would build and initialise plain layers only for them to be replaced.
+        config.validate()  # from_pretrained sets fields one by one and does not check them together
+        # Not the __init__ of ViTModel, which would build plain layers only to replace them.
         ViTPreTrainedModel.__init__(self, config)
         self.embeddings = self._make_embeddings(config, use_mask_token)
         self.layers = nn.ModuleList(
@@ -360,9 +360,9 @@ class MCTFViTModel(MCTFPreTrainedMixin, ViTModel):
         return self.layers  # type: ignore[return-value]
 
     def embed(self, pixel_values: Tensor, **options: Any) -> dict[str, Any]:
-        """What images are to the layers, as arguments of a call instead of ``pixel_values``.
+        """Embed images; the result replaces ``pixel_values`` in the arguments of a call.
 
-        Several passes over the same images can share them.
+        Several passes over the same images can share the result.
         """
         return {"inputs_embeds": self.embeddings(pixel_values.to(self.dtype), **options)}
 
@@ -393,22 +393,22 @@ class MCTFViTModel(MCTFPreTrainedMixin, ViTModel):
         Args:
             pixel_values: (b, channels, height, width).
             bool_masked_pos: (b, patches), patches to replace by the mask token.
-            interpolate_pos_encoding: allow images of another size than the configuration's.
+            interpolate_pos_encoding: whether to accept images of another size than configured.
             attention_mask: (b, n), only without fusion.
-            r: tokens to fuse per layer in this call, in any form that the configuration takes.
-            output_fusion: fill ``token_sizes``, ``assignment`` and ``assignments``.
-            inputs_embeds: (b, n, d), what ``model.embeddings`` makes of images, instead of
-                ``pixel_values``; for several passes over the same images.
-            keep_rate: part of the patch tokens to keep in this call, instead of ``r``, with a
-                method that goes by it.
-            num_read_tokens: hand out the first so many tokens alone, which are prefix tokens, and
-                compute no others in the last layer; see ``skip_unread`` of the configuration.
+            r: tokens to fuse per layer in this call, in any form that the configuration accepts.
+            output_fusion: whether to fill ``token_sizes``, ``assignment`` and ``assignments``.
+            inputs_embeds: (b, n, d), output of ``model.embeddings``, instead of ``pixel_values``;
+                for several passes over the same images.
+            keep_rate: fraction of the patch tokens to keep in this call, instead of ``r``, for a
+                method with keep rates.
+            num_read_tokens: number of prefix tokens to output; the last layer computes no other
+                tokens. See ``skip_unread`` of the configuration.
 
         Raises:
             ValueError: for images of another size, an ``r`` or ``keep_rate`` that is not allowed,
                 an ``attention_mask`` where tokens are fused, or unless exactly one of
                 ``pixel_values`` and ``inputs_embeds`` is given.
-            TypeError: for an argument that is none of these and none of all models'.
+            TypeError: for an unknown argument.
         """
         check_options(self, kwargs)
         if (pixel_values is None) == (inputs_embeds is None):
@@ -420,10 +420,10 @@ class MCTFViTModel(MCTFPreTrainedMixin, ViTModel):
                 bool_masked_pos=bool_masked_pos,
                 interpolate_pos_encoding=interpolate_pos_encoding,
             )["inputs_embeds"]
-        for shown in ("output_attentions", "output_hidden_states"):  # asked for here or always
+        for shown in ("output_attentions", "output_hidden_states"):  # in this call or always
             kwargs.setdefault(shown, getattr(self.config, shown, False))
         mask: Any = None
-        if attention_mask is not None:  # of none, an export would make one that masks nothing
+        if attention_mask is not None:  # with None, an export would get an empty mask
             mask = create_bidirectional_mask(
                 config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask
             )
@@ -466,15 +466,14 @@ def _init_weights(model: Any, module: nn.Module, otherwise: Callable[[nn.Module]
 def summary(
     config: MCTFViTConfig, hidden_states: Tensor, token_sizes: Tensor | None = None
 ) -> Tensor:
-    """What stands for the whole image: (b, m, d), (b, m) -> (b, d).
+    """Representation of the whole image: (b, m, d), (b, m) -> (b, d).
 
-    The class token; without one, the mean of the patch tokens, each counting as many times as it
-    has patches.
+    This is the class token or, without one, the mean of the patch tokens, weighted by size.
     """
     if config.class_token:
         return hidden_states[:, 0]
     first = config.num_prefix_tokens
-    if token_sizes is None:  # of each place a row
+    if token_sizes is None:  # one row per position
         return hidden_states[:, first:].mean(1)
     weights = token_sizes[:, first:, None].to(hidden_states.dtype)
     return (hidden_states[:, first:] * weights).sum(1) / weights.sum(1)
@@ -490,9 +489,9 @@ class HeadLogits(NamedTuple):
     """Logits (b, labels) of a classifier's heads.
 
     Attributes:
-        logits: of all heads together.
-        label_logits: of those that learn the labels, where another one learns from a classifier.
-        distillation_logits: of that one; ``None`` where there is none.
+        logits: logits of all heads together.
+        label_logits: logits of the heads that learn the labels.
+        distillation_logits: logits of the distillation head; ``None`` without one.
     """
 
     logits: Tensor
@@ -501,7 +500,7 @@ class HeadLogits(NamedTuple):
 
 
 class MCTFViTForImageClassification(MCTFPreTrainedMixin, ViTForImageClassification):
-    """ViT with token fusion and a linear head on the class token, or the mean of the patches."""
+    """ViT with token fusion and a linear head on the class token or the mean of the patches."""
 
     config: MCTFViTConfig
     config_class = MCTFViTConfig
@@ -531,7 +530,7 @@ class MCTFViTForImageClassification(MCTFPreTrainedMixin, ViTForImageClassificati
         self.distillation_classifier = make_head(config) if config.distillation_head else None
 
     def _classify(self, hidden_states: Tensor, features: Tensor) -> HeadLogits:
-        """What the heads make of the backbone's tokens, (b, m, d), and their summary, (b, d)."""
+        """Logits of the heads, from the backbone's tokens (b, m, d) and their summary (b, d)."""
         by_label = self.classifier(features)
         if self.distillation_classifier is None:
             return HeadLogits(by_label, by_label)
@@ -558,11 +557,11 @@ class MCTFViTForImageClassification(MCTFPreTrainedMixin, ViTForImageClassificati
         output_features: bool = False,
         **kwargs: Any,
     ) -> MCTFImageClassifierOutput:
-        """Classify images; arguments as of :meth:`MCTFViTModel.forward`.
+        """Classify images; for other arguments, see :meth:`MCTFViTModel.forward`.
 
         Args:
             labels: (b,), for the cross-entropy loss (mean squared error if there is one label).
-            output_features: fill ``features``, ``label_logits`` and ``distillation_logits``.
+            output_features: whether to fill ``features`` and the logits of single heads.
         """
         output_features = output_features or output_fusion
         outputs = self.vit(

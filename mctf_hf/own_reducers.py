@@ -1,7 +1,7 @@
-"""A method of reduction that somebody registered travels with the weights that use it.
+"""Saving the module of a custom reducer with the weights that use it.
 
-Strangers load a model's classes from the modules that its ``auto_map`` names. For a model with a
-reducer of its own this is a module that imports the reducer's first, which registers it.
+Without this library, a model's classes are loaded from the modules in its ``auto_map``. For a model
+with a custom reducer this is a module that first imports the reducer's module, which registers it.
 """
 
 import ast
@@ -20,7 +20,7 @@ from .reducers import REDUCERS, Reducer
 
 _LIBRARY = "mctf_hf"
 _HERE = Path(__file__).parent
-# What a stranger's process does with the module, in a package without this library.
+# Program that loads the module in a process without this library.
 _LOAD = f"""
 import importlib, sys, types
 for name in ({_LIBRARY!r}, "lightning_modules", "cli", "mctf_cli"):
@@ -31,26 +31,26 @@ importlib.import_module(f"model.{{module}}")
 if reduction not in importlib.import_module("model.reducers").REDUCERS:
     sys.exit(f"it registers no {{reduction!r}}")
 """
-_SECONDS = 300.0  # for a stranger's process, which imports torch
+_SECONDS = 300.0  # time limit of that process, which imports torch
 
 
 def own_code(
     reducer: type[Reducer] | None, classes: Mapping[str, str], modules: Collection[str]
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Files that a model needs beside this library's, and the ``auto_map`` with which it loads.
+    """Files that a model needs besides this library's modules, and the ``auto_map`` that loads it.
 
-    The reducer's module is loaded in a process of its own, as a stranger would.
+    As a test, a separate process without this library loads the reducer's module.
 
     Args:
-        reducer: of the model.
+        reducer: reducer class of the model.
         classes: the model's ``auto_map`` with the modules of this library.
-        modules: names of the modules of this library that go with the weights.
+        modules: names of the modules of this library that are saved with the weights.
 
     Returns:
-        Contents by file name, none for a reducer of this library; the ``auto_map``.
+        File contents by name, empty for a reducer of this library; and the ``auto_map``.
 
     Raises:
-        ValueError: for a reducer whose module does not work as a file beside this library's.
+        ValueError: for a reducer whose module does not work as a file beside these modules.
     """
     if reducer is None or reducer.__module__ == Reducer.__module__:
         return {}, dict(classes)
@@ -88,7 +88,7 @@ def _module_name(name: str) -> str:
 def _hindrance(
     reducer: type[Reducer], source: Path, text: str, module: str, modules: Collection[str]
 ) -> str | None:
-    """Why a module cannot go with the weights; ``None`` if it can."""
+    """Reason why a module cannot be saved with the weights; ``None`` if it can."""
     if "." in reducer.__qualname__:
         return "the class is to stand at the module's top level"
     travelled = source.parent == _HERE
@@ -108,13 +108,13 @@ def _hindrance(
 
 
 def _imports(text: str) -> Iterator[tuple[str, str, str]]:
-    """Each import as it is written, its package (empty for relative ones) and module within."""
+    """Each import: its source text, its package (empty for relative imports) and its module."""
     for node in ast.walk(ast.parse(text)):
         line = ast.unparse(node) if isinstance(node, (ast.Import, ast.ImportFrom)) else ""
         if isinstance(node, ast.Import):
             for name in node.names:
                 package, _, module = name.name.partition(".")
-                # import mctf_hf.fusion binds mctf_hf, which a stranger lacks
+                # import mctf_hf.fusion binds mctf_hf, which others may not have
                 bound = package == _LIBRARY and name.asname is None
                 yield line, package, "" if bound else module
         elif isinstance(node, ast.ImportFrom) and node.level:
@@ -127,7 +127,7 @@ def _imports(text: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _is_neighbour(package: str, source: Path) -> bool:
-    """Whether a package is a file of the user's, and nothing that is installed."""
+    """Whether a package is a file of the user and not an installed package."""
     if not package or package == _LIBRARY or package in sys.stdlib_module_names:
         return False
     found = importlib.util.find_spec(package)
@@ -139,7 +139,7 @@ def _is_neighbour(package: str, source: Path) -> bool:
 
 
 def _beside_the_library(text: str) -> str:
-    """A module whose imports from this library are of the modules beside it; all else stays."""
+    """Source text in which imports from this library are relative; the rest is unchanged."""
     lines = text.encode().splitlines(keepends=True)
     nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.stmt)]
     for node in sorted(nodes, key=lambda node: (node.lineno, node.col_offset), reverse=True):
@@ -152,7 +152,7 @@ def _beside_the_library(text: str) -> str:
 
 
 def _relative(node: ast.stmt) -> str | None:
-    """An import from this library as one of the modules beside it; ``None`` for anything else."""
+    """Relative form of an import from this library; ``None`` for any other statement."""
     if isinstance(node, ast.ImportFrom) and not node.level:
         package, _, module = str(node.module).partition(".")
         if package == _LIBRARY:
@@ -171,7 +171,7 @@ def _relative(node: ast.stmt) -> str | None:
 
 @functools.cache
 def _stranger(text: str, module: str, reduction: str) -> str | None:
-    """Why a process that lacks this library cannot load a module beside its copies, if so."""
+    """Reason why a process without this library cannot load the module; ``None`` if it can."""
     with tempfile.TemporaryDirectory(prefix="mctf-") as folder:
         place = Path(folder, "model")
         place.mkdir()

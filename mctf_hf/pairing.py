@@ -1,7 +1,7 @@
-"""Merging by energy: tokens that have many like them give way first.
+"""Merging by energy: tokens that are similar to many others are merged first.
 
 PiToMe (NeurIPS 2024, arXiv 2405.16148). Shapes: ``b`` images, ``n`` tokens of which the first
-``p`` are prefix tokens, which take no part, and ``k = n - p`` patch tokens.
+``p`` are prefix tokens, which are never merged, and ``k = n - p`` patch tokens.
 """
 
 import torch
@@ -12,9 +12,9 @@ from .fusion import Reduction
 
 
 def energy(cosines: Tensor, margin: float) -> Tensor:
-    """How many tokens are like each one: (b, k, k) -> (b, k) (equation 4).
+    """Energy of each token, high if many tokens are similar: (b, k, k) -> (b, k) (equation 4).
 
-    The mean of the cosines above a margin; those below count as little as ELU lets them.
+    It is the mean of ``ELU(cosine - margin)`` over all tokens.
     """
     return F.elu(cosines - margin).mean(2)
 
@@ -22,13 +22,13 @@ def energy(cosines: Tensor, margin: float) -> Tensor:
 def pair_highest(cosines: Tensor, order: Tensor, r: int, *, num_prefix_tokens: int) -> Reduction:
     """Merge the first ``2 r`` tokens of a ranking in pairs (algorithm 1).
 
-    Those on even ranks join the most similar one on an odd rank. All others come first, in their
-    order, and then those on odd ranks.
+    Tokens on even ranks join the most similar token on an odd rank. In the new order, the tokens
+    outside of the first ``2 r`` come first, by rank, and then those on odd ranks.
 
     Args:
         cosines: (b, k, k).
         order: (b, k), tokens by descending energy.
-        r: how many tokens to merge, at most k / 2.
+        r: number of tokens to merge, at most k / 2.
     """
     leaving, staying = order[:, : 2 * r : 2], order[:, 1 : 2 * r : 2]
     partner = _between(cosines, leaving, staying).argmax(2)
@@ -39,9 +39,10 @@ def pair_highest(cosines: Tensor, order: Tensor, r: int, *, num_prefix_tokens: i
 def merge_within_ranking(
     cosines: Tensor, order: Tensor, r: int, *, num_prefix_tokens: int
 ) -> Reduction:
-    """Merge ``r`` tokens on even ranks, those nearest to one on an odd rank.
+    """Merge the ``r`` tokens on even ranks that are most similar to a token on an odd rank.
 
-    What is left of the even ranks comes first, by descending cosine, and then the odd ranks.
+    In the new order, the other tokens on even ranks come first, by descending cosine, and then
+    those on odd ranks.
 
     Args:
         cosines, order, r: see :func:`pair_highest`.
@@ -55,7 +56,7 @@ def merge_within_ranking(
 
 
 def _between(cosines: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Cosines of some tokens to others: (b, i, j) of (b, k, k) at (b, i) and (b, j)."""
+    """Cosines at some rows and columns: (b, k, k) at (b, i) and (b, j) -> (b, i, j)."""
     picked = cosines.gather(1, rows[:, :, None].expand(-1, -1, cosines.shape[2]))
     return picked.gather(2, columns[:, None, :].expand(-1, rows.shape[1], -1))
 
@@ -68,12 +69,12 @@ def _join(
     num_patches: int,
     num_prefix_tokens: int,
 ) -> Reduction:
-    """Prefix tokens, tokens alone and tokens that others join, by positions among the patches.
+    """Reduction with prefix tokens first, then ``alone``, then ``staying``.
 
     Args:
-        alone, staying: (b, …), patches left, in their order.
-        leaving: (b, r), patches that join one of ``staying``.
-        partner: (b, r), which one.
+        alone, staying: (b, …), positions of the kept tokens among the patches.
+        leaving: (b, r), positions of the patches that join one of ``staying``.
+        partner: (b, r), index of that token in ``staying``.
     """
     prefix = torch.arange(num_prefix_tokens, device=alone.device).expand(alone.shape[0], -1)
     patches = torch.cat([alone, staying], 1) + num_prefix_tokens

@@ -1,11 +1,11 @@
-"""Well-known models by name, with random weights."""
+"""Configurations of well-known models, by name."""
 
 from dataclasses import fields
 from typing import Any
 
 from .registry import BACKBONES
 
-# Width, heads, layers, MLP's width over the channels.
+# Width, heads, layers, ratio of MLP width to width.
 # DeiT (arXiv 2012.12877, table 1).
 _DEIT = {"deit_t": (192, 3, 12, 4), "deit_s": (384, 6, 12, 4), "deit_b": (768, 12, 12, 4)}
 # T2T-ViT (arXiv 2101.11986, table 1 and the authors' code), with performers in the front end; the
@@ -30,7 +30,7 @@ _LV = {
 # and DINOv3 (arXiv 2508.10104): Vision Transformers of the usual sizes (arXiv 2010.11929, table 1).
 _S, _B, _L = (384, 6, 12, 4), (768, 12, 12, 4), (1024, 16, 24, 4)
 _DINOV2 = {"dinov2_s": _S, "dinov2_b": _B, "dinov2_l": _L}
-# Backbone, the sizes of its models, and what all of these have in common.
+# Backbone, sizes of its models, and settings that all of these share.
 _FAMILIES: tuple[tuple[str, dict[str, tuple[int, int, int, int]], dict[str, Any]], ...] = (
     ("mctf_vit", _DEIT, {"layer_norm_eps": 1e-6}),
     (
@@ -55,7 +55,7 @@ _FAMILIES: tuple[tuple[str, dict[str, tuple[int, int, int, int]], dict[str, Any]
         {"patch_size": 16, "num_register_tokens": 4},
     ),
 )
-# What a few have of their own.
+# Settings of single models.
 _OWN: dict[str, dict[str, Any]] = {
     "lv_vit_t": {"skip_lambda": 1.0},
     "lv_vit_l": {"skip_lambda": 3.0, "stem_channels": 128},
@@ -64,8 +64,8 @@ _OWN: dict[str, dict[str, Any]] = {
     "clip_l_14": {"patch_size": 14, "projection_dim": 768},
 }
 
-# Tokens left after dropping, and after merging, in each layer, by 1e9 multiply-accumulates: what
-# DiffRate (arXiv 2305.17997) found for DeiT and for the finetuned MAE (arXiv 2111.06377), from
+# Tokens left after dropping and after merging in each layer, by cost in 1e9 multiply-accumulates:
+# schedules of DiffRate (arXiv 2305.17997) for DeiT and the finetuned MAE (arXiv 2111.06377), from
 # compression_rate.json of the authors' code (github.com/OpenGVLab/DiffRate).
 _DIFFRATE: dict[str, dict[float, tuple[str, str]]] = {
     "deit_t": {
@@ -207,7 +207,7 @@ _DIFFRATE: dict[str, dict[float, tuple[str, str]]] = {
     },
 }
 
-# What DiffRate found for DeiT goes by names such as deit_s_diffrate_2.9.
+# Presets with a DiffRate schedule have names such as deit_s_diffrate_2.9.
 _SCHEDULED = {
     f"{model}_diffrate_{gmacs}": (model, gmacs)
     for model, schedules in _DIFFRATE.items()
@@ -220,8 +220,7 @@ PRESETS = (*(name for _, sizes, _ in _FAMILIES for name in sizes), *_SCHEDULED)
 def preset(name: str, **settings: Any) -> Any:
     """Configuration of a model for images of 224 x 224 pixels.
 
-    Those of DeiT, T2T-ViT and LV-ViT are for the 1,000 classes of ImageNet-1k; the others are
-    encoders.
+    DeiT, T2T-ViT and LV-ViT classify the 1,000 classes of ImageNet-1k; the others are encoders.
 
     Args:
         name: one of ``PRESETS``.
@@ -252,7 +251,7 @@ def preset(name: str, **settings: Any) -> Any:
 
 
 def preset_class(name: str) -> type[Any]:
-    """The class of a preset: a classifier, or an encoder, with its projection if it has one."""
+    """Model class of a preset: a classifier, or an encoder, with projection if there is one."""
     entry = BACKBONES[_find(name)[0]]
     if entry.classifies:
         return entry.classifier
@@ -268,16 +267,17 @@ def _find(name: str) -> tuple[str, tuple[int, int, int, int], dict[str, Any]]:
 
 
 def diffrate_schedule(model: str, gmacs: float) -> dict[str, Any]:
-    """A schedule that DiffRate's authors published, as settings of fusion.
+    """A schedule that DiffRate's authors published, as fusion settings.
 
-    DiffRate (arXiv 2305.17997): for images of 224 x 224 pixels in patches of 16, 14 for ``mae_h``.
+    DiffRate (arXiv 2305.17997), for images of 224 x 224 pixels; patches have 16 x 16 pixels, those
+    of ``mae_h`` 14 x 14.
 
     Args:
         model: ``deit_t``, ``deit_s``, ``deit_b``, ``mae_b``, ``mae_l`` or ``mae_h``.
-        gmacs: what the model costs then, in 1e9 multiply-accumulates by the authors' count.
+        gmacs: cost of the model with the schedule, in 1e9 multiply-accumulates (authors' count).
 
     Raises:
-        ValueError: for a model or a cost that nothing was published for.
+        ValueError: for a model or a cost without a published schedule.
     """
     if model not in _DIFFRATE or gmacs not in _DIFFRATE[model]:
         known = "; ".join(

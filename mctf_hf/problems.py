@@ -1,4 +1,4 @@
-"""What the logits of a head mean, by the ``problem_type`` of its configuration."""
+"""Meaning of a head's logits, by the ``problem_type`` of its configuration."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,19 +16,19 @@ SINGLE, MULTI, REGRESSION = (
 
 
 def problem_type(config: Any) -> str:
-    """What a configuration asks for; where it does not say, what transformers' losses take it for.
+    """The problem type of a configuration; if unset, the one that transformers' losses assume.
 
-    That is regression with one output, and one label per image with more. Labels that are not
-    integers, which losses see as well, are for ``problem_type`` itself to tell.
+    They assume regression for one output, and one label per image for more. They also consider
+    whether labels are integers, which only :func:`settle_problem_type` can do.
     """
     return config.problem_type or (REGRESSION if config.num_labels == 1 else SINGLE)
 
 
 def settle_problem_type(config: Any, labels: Tensor) -> str:
-    """The configuration's problem type; if unset, it is set here from the labels.
+    """The problem type of a configuration; if unset, it is set here from the labels.
 
-    As in transformers' losses: labels that are not integers are several per image, of a head with
-    more than one output.
+    As in transformers' losses, labels that are not integers mean several labels per image, if the
+    head has more than one output.
     """
     if config.problem_type is None:
         several = config.num_labels > 1 and labels.dtype not in (torch.long, torch.int)
@@ -37,10 +37,10 @@ def settle_problem_type(config: Any, labels: Tensor) -> str:
 
 
 def scores(logits: Tensor, config: Any) -> Tensor:
-    """What the logits say, (b, num_labels) -> the same shape in float32.
+    """Scores from logits, (b, num_labels) -> the same shape in float32.
 
-    Probabilities that sum to 1 for one label per image, a probability of each for several labels
-    (as transformers' ``pipeline`` has them), and the values themselves for regression.
+    With one label per image, probabilities that sum to 1; with several, one probability per label
+    (as in transformers' ``pipeline``); in regression, the values themselves.
     """
     logits, problem = logits.float(), problem_type(config)
     if problem == REGRESSION:
@@ -49,9 +49,9 @@ def scores(logits: Tensor, config: Any) -> Tensor:
 
 
 def ranked(logits: Tensor, config: Any, top_k: int = 1) -> list[list[tuple[str, float]]]:
-    """Names and scores of the labels of images, of their logits (b, num_labels).
+    """Names and scores of each image's labels, from logits (b, num_labels).
 
-    The ``top_k`` highest scores, highest first; for regression all values, in their order.
+    The ``top_k`` highest scores, highest first; in regression all values, in label order.
     """
     found, names = scores(logits, config), names_of(config)
     if problem_type(config) == REGRESSION:
@@ -64,14 +64,14 @@ def ranked(logits: Tensor, config: Any, top_k: int = 1) -> list[list[tuple[str, 
 
 
 class Quality(NamedTuple):
-    """What tells how good a head's outputs are.
+    """A metric of a head's outputs.
 
     Attributes:
-        name: in files.
-        title: in tables.
-        long_title: in texts.
-        of: one number for each image: logits (b, c), labels -> (b,), float64.
-        of_error: whether less is better, in units of the labels; else it is a fraction of images.
+        name: name in files.
+        title: name in tables.
+        long_title: name in texts.
+        of: function that returns one number per image: logits (b, c), labels -> (b,), float64.
+        of_error: whether it is an error in units of the labels; else it is a fraction of images.
     """
 
     name: str
@@ -81,7 +81,7 @@ class Quality(NamedTuple):
     of_error: bool = False
 
     def text(self, value: float, digits: int = 2) -> str:
-        """In words: per cent, or an error as it is."""
+        """A value as text: in per cent, or unchanged for an error."""
         return f"{value:.4g}" if self.of_error else f"{100 * value:.{digits}f}%"
 
 
@@ -97,7 +97,7 @@ def _error(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits.double() - labels.view_as(logits)).abs().mean(1)
 
 
-# Of several labels per image all are to be right, at a probability of one half.
+# With several labels per image, all have to be right, at a probability threshold of one half.
 _BY_PROBLEM = {
     SINGLE: Quality("accuracy", "top-1", "Top-1 accuracy", _right),
     MULTI: Quality(
@@ -109,5 +109,5 @@ QUALITIES = {judged.name: judged for judged in _BY_PROBLEM.values()}
 
 
 def quality(config: Any) -> Quality:
-    """That of a configuration's problem."""
+    """The metric for the problem type of a configuration."""
     return _BY_PROBLEM[problem_type(config)]

@@ -1,9 +1,9 @@
-"""From what a layer knows of its tokens to a reduction.
+"""Methods of token reduction: from the tokens of a layer to a reduction.
 
-A reducer is a small immutable value made from a model's configuration. It says by which setting it
-goes, at which point of a layer it acts, and what it needs to see there; called with that, it
-returns a :class:`~.fusion.Reduction`. It holds no state, so one layer may run in many threads at
-once. A new method is one subclass of :class:`Reducer` under :func:`register`.
+A reducer is a small immutable object made from a model's configuration. It declares which setting
+controls it, at which point of a layer it acts, and which data it needs there. Called with these
+data, it returns a :class:`~.fusion.Reduction`. It has no state, so one layer can run in several
+threads. To add a method, decorate a subclass of :class:`Reducer` with :func:`register`.
 """
 
 from abc import ABC, abstractmethod
@@ -23,7 +23,7 @@ from .selection import drop_and_merge, keep_most_important, merge_into_most_impo
 
 
 class Stage(Enum):
-    """The point of a layer at which its tokens are reduced, and what its attention does then."""
+    """The point of a layer at which its tokens are reduced, and how its attention is then used."""
 
     REUSE = "before attention, whose map is fused along with the tokens"
     RECOMPUTE = "before attention, which is then computed among the tokens left"
@@ -32,22 +32,22 @@ class Stage(Enum):
 
     @property
     def ahead(self) -> bool:
-        """Whether the layer's own attention sees the tokens that are left."""
+        """Whether tokens are reduced before the layer's own attention."""
         return self in (Stage.REUSE, Stage.RECOMPUTE)
 
 
 class Observation(NamedTuple):
-    """What a layer shows its reducer; of the last four, those that the reducer needs.
+    """Data that a layer passes to its reducer; of the last four, only those it needs.
 
     Attributes:
         tokens: (b, n, d), before any normalisation.
-        sizes: (b, n), how many patches each token stands for; ``None`` if all stand for one.
-        num_prefix_tokens: how many tokens at the front are to take no part.
+        sizes: (b, n), number of patches per token; ``None`` if all are 1.
+        num_prefix_tokens: number of tokens at the front that are not reduced.
         keys: (b, n, d / h), mean over heads.
-        attention: (b, h, n, n), the whole map, every row summing to 1.
+        attention: (b, h, n, n), the whole map; every row sums to 1.
         attention_received: (b, n), attention that each token receives, mean over heads and queries.
-        class_attention: (b, n), what of it comes from the class token, mean over heads; the
-            attention received in a model without class token.
+        class_attention: (b, n), attention that each token receives from the class token, mean over
+            heads; ``attention_received`` in a model without class token.
     """
 
     tokens: Tensor
@@ -66,13 +66,13 @@ class Reducer(ABC):
     """A method of token reduction.
 
     Attributes:
-        stage: when it acts.
-        needs: names of the fields of :class:`Observation` to be filled, besides the first three.
-        amount: the setting that says how many tokens a layer loses, ``"r"`` or ``"keep_rate"``.
-        settings: of the configuration that this method has for itself.
-        biases_attention: whether sizes enter attention where ``proportional_attention`` is set.
-        pools_linearly: whether its reductions have weights, rather than ``maximum``.
-        drops_tokens: whether some tokens become part of no other, so that none can be restored.
+        stage: point of the layer at which it acts.
+        needs: names of the fields of :class:`Observation` it needs, besides the first three.
+        amount: setting that controls how many tokens a layer loses, ``"r"`` or ``"keep_rate"``.
+        settings: names of the configuration's fields that only this method uses.
+        biases_attention: whether sizes change attention if ``proportional_attention`` is set.
+        pools_linearly: whether its reductions have weights, not ``maximum``.
+        drops_tokens: whether some tokens are dropped, so that tokens cannot be restored.
     """
 
     stage: Stage
@@ -85,39 +85,39 @@ class Reducer(ABC):
 
     @classmethod
     def from_config(cls, config: Any) -> "Reducer":
-        """The reducer that a configuration of this library asks for."""
+        """The reducer with the settings of a configuration of this library."""
         return cls()
 
     def for_layer(self, layer: int, num_layers: int) -> "Reducer":
-        """The reducer as it is in one layer, by its zero-based index, of so many."""
+        """The reducer for one of ``num_layers`` layers; ``layer`` is zero-based."""
         return self
 
     @classmethod
     def default_layers(cls, num_layers: int) -> Sequence[int]:
-        """Zero-based layers that reduce where ``fusion_layers`` names none."""
+        """Zero-based indices of the layers that reduce tokens if ``fusion_layers`` is unset."""
         return range(1, num_layers)
 
     @classmethod
     def most(cls, num_patches: int) -> int:
-        """How many of a layer's patch tokens it can take away at most."""
+        """Largest number of patch tokens that one layer can remove."""
         return num_patches // 2 if cls.amount == "r" else num_patches - 1
 
     @classmethod
     def tokens_added(cls, config: Any) -> int:
-        """How many tokens are left besides those that ``keep_rate`` keeps."""
+        """Number of tokens that are left in addition to those that ``keep_rate`` keeps."""
         return 0
 
     @abstractmethod
     def __call__(self, seen: Observation, r: int) -> Reduction:
-        """Choose what becomes of the tokens.
+        """Choose the tokens to reduce.
 
         Args:
-            seen: the layer's tokens and what this reducer needs.
-            r: how many tokens fewer there are to be, in every image.
+            seen: the layer's tokens and the data that this reducer needs.
+            r: number of tokens to remove from every image.
         """
 
     def multiply_accumulates(self, num_patches: int, r: int, width: int, heads: int) -> int:
-        """Cost of the matrix products in choosing, for one image."""
+        """Cost of the matrix products that choose the tokens, for one image."""
         return 0
 
 
@@ -126,11 +126,11 @@ _Class = TypeVar("_Class", bound=type[Reducer])
 
 
 def register(name: str) -> Callable[[_Class], _Class]:
-    """Make a subclass of :class:`Reducer` known as a value of the setting ``reduction``.
+    """Register a subclass of :class:`Reducer` as a value of the setting ``reduction``.
 
     Raises:
-        ValueError: for a name that another class has, a class that does not say when it acts, or
-            needs that no layer can fill.
+        ValueError: for a name that another class has, a class without ``stage``, or an unknown
+            name in ``needs`` or ``amount``.
     """
 
     def add(reducer: _Class) -> _Class:
@@ -161,7 +161,7 @@ def register(name: str) -> Callable[[_Class], _Class]:
 
 
 def build_reducer(config: Any) -> Reducer | None:
-    """The reducer that a configuration asks for; ``None`` for ``reduction="none"``."""
+    """The reducer of a configuration; ``None`` for ``reduction="none"``."""
     return None if config.reduction == "none" else REDUCERS[config.reduction].from_config(config)
 
 
@@ -180,13 +180,13 @@ def _positive(seen: Tensor | None) -> Tensor:
 class MCTFReducer(Reducer):
     """Multi-criteria Token Fusion (CVPR 2024, arXiv 2403.10030, section 3).
 
-    ``stage`` is the choice of attention that informs the fusion. The paper's are the layer's own,
-    one step ahead, reused for the fused tokens (``approximate``) or only to rank them
-    (``precise``), and the attention of the layer already done (``past``). With ``present`` tokens
-    are fused between attention and MLP, by the attention that was just applied.
+    ``stage`` follows from ``one_step_ahead``, the choice of attention that guides the fusion. The
+    paper has the layer's own, one step ahead, reused for the fused tokens (``approximate``) or only
+    to rank them (``precise``), and the attention of the finished layer (``past``). ``present``
+    fuses tokens between attention and MLP, by the attention just applied.
 
-    ``key_share`` and ``class_share`` are not the paper's: weights of the keys in the similarity
-    and of the class token in the informativeness, in geometric means.
+    ``key_share`` and ``class_share`` are not from the paper. They are the weights, in geometric
+    means, of the keys in the similarity and of the class token in the informativeness.
     """
 
     settings: ClassVar = (
@@ -260,7 +260,7 @@ class MCTFReducer(Reducer):
         return reduction
 
     def _informativeness(self, seen: Observation) -> Tensor:
-        """(b, n), positive, for it is a divisor."""
+        """Informativeness (b, n), positive because it is a divisor."""
         share = self.class_share
         if not share:
             return _positive(seen.attention_received)
@@ -270,7 +270,7 @@ class MCTFReducer(Reducer):
         return _positive(seen.attention_received).pow(1 - share) * from_class.pow(share)
 
     def _pooling_weights(self, informativeness: Tensor, sizes: Tensor | None) -> Tensor:
-        """How much each token counts in its pool, before normalisation: (b, n)."""
+        """Weight of each token in its pool, before normalisation: (b, n)."""
         if self.pooling == "attention_size":
             return informativeness if sizes is None else informativeness * sizes
         if self.pooling == "size" and sizes is not None:
@@ -289,8 +289,8 @@ class MCTFReducer(Reducer):
 class ToMeReducer(Reducer):
     """Token Merging (ToMe, ICLR 2023, arXiv 2210.09461, section 3).
 
-    After attention, the tokens whose keys are most similar are merged, one-directionally, into the
-    mean weighted by their sizes.
+    After attention, the tokens with the most similar keys are merged in one direction. The result
+    is their mean, weighted by size.
     """
 
     stage: ClassVar = Stage.AFTER_ATTENTION
@@ -321,13 +321,13 @@ class ToMeReducer(Reducer):
 class PiToMeReducer(Reducer):
     """PiToMe (NeurIPS 2024, arXiv 2405.16148, section 3).
 
-    After attention, tokens are ranked by energy, which is high for those that have many like them.
-    Deep layers merge the 2r tokens of highest energy in pairs and leave the others alone; in the
-    first half of the layers, as in the authors' code, any token may merge. Means are weighted by
-    size, and sizes do not enter attention.
+    After attention, tokens are ranked by energy, which is high for tokens with many similar ones.
+    The second half of the layers merges the 2r tokens of highest energy in pairs. In the first
+    half, as in the authors' code, any token may merge. Means are weighted by size, and sizes do not
+    change attention.
 
     Attributes:
-        margin: the cosine above which tokens are alike; from layer to layer it falls to 0.
+        margin: cosine above which tokens count as similar; over the layers it falls towards 0.
         within_ranking: whether any token may merge.
     """
 
@@ -370,12 +370,12 @@ class PiToMeReducer(Reducer):
 class DiffRateReducer(Reducer):
     """DiffRate (ICCV 2023, arXiv 2305.17997, section 3).
 
-    After attention, the patches that the class token attends to least are dropped; of those left,
-    the next ones are merged, each into the most similar of those that stay. What is left comes by
-    descending attention. The plain mean is taken; the size of a merged token counts by its cosine.
+    After attention, the patch tokens with the least attention from the class token are dropped. The
+    next ones are merged, each into the most similar token that stays, in a plain mean; the size of
+    a merged token counts times its cosine. The new order is by descending attention.
 
     Attributes:
-        dropped: by layer, how many of the r tokens are dropped: a count, or a fraction of r.
+        dropped: per layer, how many of the r tokens are dropped: a count, or a fraction of r.
     """
 
     stage: ClassVar = Stage.AFTER_ATTENTION
@@ -423,12 +423,12 @@ class DiffRateReducer(Reducer):
 
 
 def _bipartite(num_patches: int) -> int:
-    """Pairs of alpha and beta tokens."""
+    """Number of pairs of alpha and beta tokens."""
     return num_patches // 2 * (num_patches - num_patches // 2)
 
 
 class _KeepRateReducer(Reducer):
-    """What the methods share that keep the patches which the class token attends to most."""
+    """Base class of methods that keep the patches with the most attention from the class token."""
 
     stage: ClassVar = Stage.AFTER_ATTENTION
     needs: ClassVar = ("class_attention",)
@@ -436,7 +436,7 @@ class _KeepRateReducer(Reducer):
 
     @classmethod
     def default_layers(cls, num_layers: int) -> Sequence[int]:
-        """Those that begin the last three quarters: the 4th, 7th and 10th of 12."""
+        """The first layers of the last three quarters: the 4th, 7th and 10th of 12."""
         return sorted({num_layers * quarter // 4 for quarter in (1, 2, 3)})
 
 
@@ -446,8 +446,8 @@ class EViTReducer(_KeepRateReducer):
     """Token reorganization (EViT, ICLR 2022, arXiv 2202.07800, section 3).
 
     After attention, the tokens that receive most attention from the class token are kept, in
-    descending order; the others are summed, weighted by that attention, into one more token, or
-    dropped. Sizes do not enter attention. No gradient flows through the weights.
+    descending order. The others are summed, weighted by that attention, into one additional token,
+    or dropped. Sizes do not change attention. No gradient flows through the weights.
     """
 
     settings: ClassVar = ("fuse_token",)
@@ -481,9 +481,9 @@ class EViTReducer(_KeepRateReducer):
 class TokenMergenceReducer(_KeepRateReducer):
     """Token mergence (arXiv 2306.04897).
 
-    After attention, the tokens that receive most attention from the class token are crucial; each
-    other one is merged into the crucial token that it is most similar to, all weighted by that
-    attention. Nothing is discarded, and crucial tokens keep their order.
+    After attention, the tokens that receive most attention from the class token are crucial. Each
+    other token is merged into the most similar crucial token, in a mean weighted by that attention.
+    No token is dropped, and crucial tokens keep their order.
     """
 
     def __call__(self, seen: Observation, r: int) -> Reduction:

@@ -1,4 +1,4 @@
-"""The backbones of this library: one entry each, which all that is not a model reads.
+"""The backbones of this library, with one entry each.
 
 Loading, conversion, costs, presets, saving and the command line find a backbone's classes here.
 """
@@ -64,17 +64,17 @@ from .modeling_mctf_vit import MCTFViTConfig, MCTFViTForImageClassification, MCT
 
 @dataclass(frozen=True)
 class Backbone:
-    """What a backbone is to the rest of the library.
+    """Classes and costs of a backbone.
 
     Attributes:
-        config: its configuration.
-        model: the encoder alone.
-        classifier: the encoder with a head for image classification.
-        further: other classes of its own; the first embeds images where a plain model does.
-        plain: classes of transformers that load the same checkpoints, by those of this library.
-        norms_all_tokens: whether the last norm is of all tokens that are left.
-        read_per_token: multiply-accumulates of the heads per token that is left, where a
-            configuration does not restore tokens.
+        config: class of the configuration.
+        model: class of the encoder.
+        classifier: class of the encoder with a head for image classification.
+        further: other model classes; the first one outputs image embeddings.
+        plain: transformers classes that load the same checkpoints, by class of this library.
+        norms_all_tokens: whether the final norm is applied to all remaining tokens.
+        read_per_token: function from a configuration that does not restore tokens to the
+            multiply-accumulates of the heads per remaining token.
     """
 
     config: type[Any]
@@ -87,7 +87,7 @@ class Backbone:
 
     @property
     def classifies(self) -> bool:
-        """Whether its models are classifiers first of all, and encoders second."""
+        """Whether its models are mainly classifiers, and not encoders."""
         return issubclass(self.config, MCTFViTConfig)
 
 
@@ -160,7 +160,7 @@ BACKBONES: dict[str, Backbone] = {
     )
 }
 
-# Names of all settings of fusion, of whatever backbone.
+# Names of the fusion settings of all backbones.
 FUSION_SETTINGS: tuple[str, ...] = tuple(
     dict.fromkeys(
         [field.name for field in fields(FusionConfigMixin)]
@@ -168,13 +168,13 @@ FUSION_SETTINGS: tuple[str, ...] = tuple(
     )
 )
 
-NO_FUSION: dict[str, Any] = {"r": 0}  # the amount that fuses nothing, whatever the method
+NO_FUSION: dict[str, Any] = {"r": 0}  # fuses nothing with any method
 
 
 def only_if_asked(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings for a plain model, which fuse nothing where none of them is one of fusion.
+    """Settings for a plain model, without fusion unless one of them is a fusion setting.
 
-    What is handed out, and whether what nobody reads is computed, asks for none.
+    ``restore`` and ``skip_unread`` do not count as such here.
     """
     fusing = {field.name for field in fields(FusionConfigMixin)} - {"restore", "skip_unread"}
     asked = settings.keys() & fusing
@@ -182,10 +182,10 @@ def only_if_asked(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def settings_for(name: str | os.PathLike, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings to load a folder or Hub id with, of this library's models or plain ones.
+    """Settings for loading a folder or Hub id, with a checkpoint of this library or a plain one.
 
-    A plain checkpoint is the plain model unless a setting of fusion is given; one of this library
-    fuses as its configuration says.
+    A plain checkpoint loads without fusion unless one of the settings is a fusion setting. A
+    checkpoint of this library fuses as its configuration says.
 
     Raises:
         OSError: if there is no such model.
@@ -196,7 +196,7 @@ def settings_for(name: str | os.PathLike, settings: Mapping[str, Any]) -> dict[s
 
 
 def backbone_of(name: str | os.PathLike) -> Backbone:
-    """The backbone that loads a folder or Hub id: for all that is of none, the ViT.
+    """The backbone that loads a folder or Hub id; the ViT for unknown model types.
 
     Raises:
         OSError: if there is no such model.
@@ -206,11 +206,11 @@ def backbone_of(name: str | os.PathLike) -> Backbone:
 
 
 def stored_config(name: str | os.PathLike) -> dict[str, Any]:
-    """What the config.json of a folder or Hub id holds.
+    """Contents of the config.json of a folder or Hub id.
 
     Raises:
         OSError: if there is no such model.
-        ValueError: if it holds no settings by name.
+        ValueError: if the file does not contain settings by name.
     """
     if Path(name, "config.json").exists():
         read_object(Path(name, "config.json"))
@@ -223,12 +223,12 @@ def stored_config(name: str | os.PathLike) -> dict[str, Any]:
 
 
 def backbone_of_type(model_type: str) -> Backbone | None:
-    """The backbone that loads models of a type, of this library's or of transformers'."""
+    """The backbone that loads a model type of this library or of transformers, if any."""
     return next((entry for entry in BACKBONES.values() if model_type in types_of(entry)), None)
 
 
 def types_of(entry: Backbone) -> tuple[str, ...]:
-    """The types of models that a backbone loads: this library's own, and those of transformers."""
+    """The model types that a backbone loads: this library's own, and those of transformers."""
     config = entry.config
     return (config.model_type, *config.plain_types, *config.plain_parts)
 
@@ -236,7 +236,8 @@ def types_of(entry: Backbone) -> tuple[str, ...]:
 def class_of(name: str | os.PathLike) -> type[Any]:
     """The class of this library that loads a folder or Hub id, by the class that it was saved as.
 
-    A checkpoint without a head is an encoder's; that of a whole CLIP, an encoder with projection.
+    Without a head, this is the classifier for backbones that are mainly classifiers, else the
+    encoder; for a whole CLIP, the encoder with projection.
 
     Raises:
         OSError: if there is no such model.
@@ -252,12 +253,12 @@ def class_of(name: str | os.PathLike) -> type[Any]:
 
 
 def plain_class(own: type[Any]) -> type[Any] | None:
-    """The class of transformers that a class of this library has the weights of."""
+    """The transformers class with the same weights as a class of this library, if any."""
     return next((entry.plain[own] for entry in BACKBONES.values() if own in entry.plain), None)
 
 
 def plain_config(own: type[Any], config: Any) -> Any:
-    """The configuration of a class's plain model, from that of one of this library."""
+    """The configuration of the plain model of a class, from a configuration of this library."""
     plain = plain_class(own)
     assert plain is not None
     known = {one.name for one in fields(plain.config_class)}
@@ -266,7 +267,7 @@ def plain_config(own: type[Any], config: Any) -> Any:
 
 
 def output_of(model: Any) -> str:
-    """What a model is used for: the name of the first field of its output."""
+    """The name of the main field of a model's output."""
     entry = BACKBONES[model.config.model_type]
     if isinstance(model, entry.classifier):
         return "logits"
@@ -274,5 +275,5 @@ def output_of(model: Any) -> str:
 
 
 def build(config: EncoderConfigMixin) -> Any:
-    """A classifier of a configuration, with random weights."""
+    """A classifier with a configuration and random weights."""
     return BACKBONES[config.model_type].classifier(config)

@@ -1,6 +1,6 @@
-"""How many tokens each layer fuses: ``r`` and ``keep_rate`` turned into counts.
+"""Number of tokens that each layer fuses, computed from ``r`` or ``keep_rate``.
 
-Everything is static: the counts follow from the settings and the number of tokens alone.
+The counts are static: they depend only on the settings and the number of tokens.
 """
 
 import math
@@ -14,13 +14,13 @@ from torch.fx.experimental.symbolic_shapes import guard_scalar
 if TYPE_CHECKING:
     from .reducers import Reducer
 
-# A count or fraction of tokens, one of these by layer, or (r, inflection).
+# A count or fraction of tokens, a list with one of these per layer, or (r, inflection).
 TokensFused = int | float | list[int | float] | tuple[int | float, int | float]
 KeepRate = int | float | list[int | float]
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a number, neither infinite nor larger than any that is computed with."""
+    """Whether a value is a number with an absolute value below 2**63."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**63
 
 
@@ -63,7 +63,7 @@ def check_keep_rate(value: KeepRate) -> None:
 
 
 class ScheduleMixin:
-    """From ``r``, ``keep_rate``, ``inflection`` and ``fusion_layers`` to one count per layer."""
+    """Turns ``r``, ``keep_rate``, ``inflection`` and ``fusion_layers`` into one count per layer."""
 
     if TYPE_CHECKING:
         r: Any
@@ -82,17 +82,17 @@ class ScheduleMixin:
     def tokens_fused(
         self, num_tokens: int, r: TokensFused | None = None, keep_rate: KeepRate | None = None
     ) -> tuple[int, ...]:
-        """How many tokens fewer leave each layer, by the settings and the input's length alone.
+        """Number of tokens that each layer removes.
 
         Args:
-            num_tokens: tokens that enter the first layer, prefix tokens included.
-            r: counts, of whatever method, instead of what the configuration says.
-            keep_rate: rates, of a method that keeps tokens by rate, likewise.
+            num_tokens: number of tokens that enter the first layer, including prefix tokens.
+            r: amount for any method, instead of the configuration's ``r`` or ``keep_rate``.
+            keep_rate: rates instead of the configuration's, for a method with keep rates.
 
         Returns:
-            One count per layer. A fraction takes that part of the patch tokens, rounded down; a
-            rate keeps that part, rounded up. No layer loses more than its method allows (half of
-            the patch tokens where tokens are matched) or leaves fewer than ``min_tokens``.
+            One count per layer. A fraction removes that part of the patch tokens, rounded down; a
+            rate keeps that part, rounded up. No layer removes more than its method allows (half of
+            the patch tokens if tokens are matched) or leaves fewer than ``min_tokens``.
 
         Raises:
             ValueError: if ``r`` or ``keep_rate`` is not allowed, both are given, or one has no
@@ -107,11 +107,11 @@ class ScheduleMixin:
         keep_rate: KeepRate | None = None,
         scheduled: Sequence[tuple[int, int]] | None = None,
     ) -> str | None:
-        """What the layers cannot fuse of what they are asked to, in words; ``None`` if they can.
+        """Message if the layers cannot fuse as many tokens as they are asked to; else ``None``.
 
         Args:
             num_tokens, r, keep_rate: see :meth:`tokens_fused`.
-            scheduled: what :meth:`scheduled` makes of these, where it is known.
+            scheduled: result of :meth:`scheduled` for these arguments, if known.
         """
         scheduled = scheduled or self.scheduled(num_tokens, r, keep_rate)
         asked, fused = (sum(counts) for counts in zip(*scheduled, strict=True))
@@ -129,9 +129,9 @@ class ScheduleMixin:
     def scheduled(
         self, num_tokens: int, r: TokensFused | None, keep_rate: KeepRate | None
     ) -> list[tuple[int, int]]:
-        """How many tokens each layer is asked to fuse, and how many it fuses.
+        """Number of tokens that each layer is asked to fuse, and number that it fuses.
 
-        Arguments and errors as of :meth:`tokens_fused`.
+        For arguments and errors, see :meth:`tokens_fused`.
         """
         reducer = self.reducer_class
         if torch.compiler.is_compiling():
@@ -163,7 +163,7 @@ class ScheduleMixin:
         return counts
 
     def _wanted_by_layer(self, r: TokensFused) -> Sequence[int | float]:
-        """What each layer is to fuse."""
+        """Count or fraction of tokens that each layer is asked to fuse."""
         check_tokens_fused(r)
         r, inflection = r if isinstance(r, tuple) else (r, self.inflection)
         if inflection and not isinstance(r, list):
@@ -178,7 +178,7 @@ class ScheduleMixin:
         return self._by_layer("r", r, 0)
 
     def kept_by_layer(self, keep_rate: KeepRate | None = None) -> Sequence[int | float]:
-        """What part of its patch tokens each layer is to keep, by the configuration unless given.
+        """Fraction of the patch tokens that each layer keeps; unset, that of the configuration.
 
         Raises:
             ValueError: for rates that are not allowed.
@@ -190,7 +190,7 @@ class ScheduleMixin:
     def _in_fusing_layers(
         self, amounts: Sequence[int | float], nothing: int
     ) -> Sequence[int | float]:
-        """These in the layers that fuse, and ``nothing`` in the others."""
+        """The amounts in the layers that fuse, and ``nothing`` in the others."""
         layers = range(self.num_hidden_layers)
         fusing = self.fusion_layers
         if fusing is None and self.reducer_class is not None:
@@ -200,7 +200,7 @@ class ScheduleMixin:
     def _by_layer(
         self, name: str, amount: int | float | list[int | float], nothing: int
     ) -> Sequence[int | float]:
-        """One amount per layer; ``nothing`` is the one that leaves the tokens as they are."""
+        """One amount per layer; ``nothing`` is the amount that changes no tokens."""
         layers = range(self.num_hidden_layers)
         if not isinstance(amount, list):
             return self._in_fusing_layers([amount] * len(layers), nothing)
@@ -221,15 +221,15 @@ class ScheduleMixin:
 
 
 def count_or_fraction(amount: int | float, whole: int) -> int:
-    """A count as it is, or a fraction in (0, 1) of the whole, rounded down."""
+    """A count unchanged, or a fraction in (0, 1) times ``whole``, rounded down."""
     return int(whole * amount) if 0 < amount < 1 else int(amount)
 
 
 def _constant(amount: Any) -> Any:
-    """The same numbers, each a constant of the program that is compiled and a guard of it.
+    """The same numbers, each as a constant of the compiled program, with a guard.
 
-    Where a number differs at a second call, the compiler would else take it for a variable, and
-    numbers of tokens with it.
+    Otherwise, if a number changes in a second call, the compiler would make it a variable, and the
+    numbers of tokens too.
     """
     if isinstance(amount, (list, tuple)):
         return type(amount)([_constant(number) for number in amount])

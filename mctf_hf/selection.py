@@ -1,6 +1,6 @@
 """Reductions that keep the most important tokens.
 
-Importance is a number for each token, such as the attention from the class token. Shapes: ``b``
+Importance is one number per token, such as the attention from the class token. Shapes: ``b``
 images, ``n`` tokens of which the first ``p`` are prefix tokens, ``d`` channels.
 """
 
@@ -14,15 +14,15 @@ from .matching import full_precision, unit_vectors
 def keep_most_important(
     importance: Tensor, r: int, *, num_prefix_tokens: int, fuse_token: bool
 ) -> Reduction:
-    """Keep prefix tokens and the most important of the others, in descending order.
+    """Keep prefix tokens and the most important of the other tokens, in descending order.
 
     Token reorganization of EViT (arXiv 2202.07800, section 3.2).
 
     Args:
         importance: (b, n).
-        r: how many tokens fewer there are to be.
-        fuse_token: sum the others, each times its importance, into one more token, which comes
-            last; or drop them. The sum is not divided by the importances.
+        r: number of tokens by which the total decreases.
+        fuse_token: whether to sum the other tokens, each times its importance, into one additional
+            last token; else they are dropped. The sum is not divided by the importances.
     """
     kept, others = _by_importance(importance, r + fuse_token, num_prefix_tokens)
     weights = torch.ones_like(kept, dtype=importance.dtype)
@@ -43,13 +43,13 @@ def merge_into_most_important(
 ) -> Reduction:
     """Merge each of the ``r`` least important tokens into the most similar of the others.
 
-    Token mergence (arXiv 2306.04897): similar is of high cosine, merged tokens are means weighted
-    by importance, and those that are left come in their old order. Prefix tokens take no part.
+    Token mergence (arXiv 2306.04897). Similarity is the cosine; merged tokens are means weighted by
+    importance. The remaining tokens keep their order. Prefix tokens take no part.
 
     Args:
         tokens: (b, n, d).
         importance: (b, n), not negative.
-        r: how many tokens are merged, fewer than the n - p patch tokens.
+        r: number of tokens to merge, less than the n - p patch tokens.
     """
     kept, others = _by_importance(importance, r, num_prefix_tokens)
     kept = kept.sort(1).values
@@ -69,14 +69,14 @@ def drop_and_merge(
 ) -> Reduction:
     """Drop the least important tokens, and merge the next ones into those that stay.
 
-    DiffRate (arXiv 2305.17997, section 3): each is merged into the one of highest cosine, by the
-    plain mean; its size counts by that cosine. What is left comes by descending importance.
+    DiffRate (arXiv 2305.17997, section 3). Each merged token joins the token of highest cosine, in
+    a plain mean; its size counts times that cosine. The new order is by descending importance.
 
     Args:
         tokens: (b, n, d).
         importance: (b, n).
-        r: how many tokens fewer there are to be, fewer than the n - p patch tokens.
-        dropped: how many of them are dropped.
+        r: number of tokens to remove, less than the n - p patch tokens.
+        dropped: number of these that are dropped.
     """
     kept, others = _by_importance(importance, r, num_prefix_tokens)
     merged = others[:, : r - dropped]

@@ -1,4 +1,4 @@
-"""How other code names the weights of the models that this library has, too."""
+"""Names that other code gives to the weights of models that this library also has."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -19,18 +19,18 @@ _PART = "(?P<part>weight|bias)"
 
 @dataclass(frozen=True)
 class Source:
-    """How other code names its weights.
+    """The weight names of other code, and what follows from them for the model.
 
     Attributes:
-        names: (their name, ours); ``{layer}`` is a number, ``{part}`` weight or bias. A name of
-            theirs in several rows is one tensor that becomes several, cut along its first axis.
-        refused: (pattern of their names, what such a name tells of the model), for models that are
-            known not to be ours.
-        infer: from the shapes of weights by our names, fields of the configuration that concern
-            the front end and the heads; ``patch_size`` and ``num_channels`` among them.
-        telling: our names of weights that ``infer`` looks at, and how many axes they have.
-        layer_norm_eps: what their LayerNorms add to the variance, which no weight tells.
-        config_class: of the model.
+        names: (their name, our name); ``{layer}`` is a number, ``{part}`` weight or bias. A name of
+            theirs in several rows is one tensor that is split along its first axis.
+        refused: (pattern of their names, feature that such a name shows), for models that this
+            library does not support.
+        infer: function from the shapes of weights, by our names, to the configuration's fields for
+            the front end and the heads, including ``patch_size`` and ``num_channels``.
+        telling: our names of the weights that ``infer`` reads, and their numbers of axes.
+        layer_norm_eps: epsilon of their LayerNorms, which cannot be inferred from weights.
+        config_class: class of the model's configuration.
     """
 
     names: tuple[tuple[str, str], ...]
@@ -41,7 +41,7 @@ class Source:
     config_class: type[MCTFViTConfig]
 
 
-# What timm names so, and all who write their models by its pattern.
+# Names of timm, and of code that follows timm's pattern.
 _LAYERS = (
     ("cls_token", f"{EMBEDDINGS}.cls_token"),
     ("pos_embed", f"{EMBEDDINGS}.position_embeddings"),
@@ -207,7 +207,7 @@ _LV_VIT = Source(
     config_class=MCTFLVViTConfig,
 )
 
-# By name; what a T2T-ViT's front end attends by is told by its weights.
+# Sources by name; for a T2T-ViT, the weights show the attention of its front end.
 SOURCES: dict[str, Source] = {
     "timm": _TIMM,
     "mctf": _TIMM,
@@ -218,7 +218,7 @@ SOURCES: dict[str, Source] = {
 
 
 def detect_source(names: Iterable[str]) -> str:
-    """Whose names these are, if they are any of ours; ``"timm"`` otherwise."""
+    """The source that uses these names; ``"timm"`` if none of the others does."""
     names = list(names)
     for source, (pattern, _) in (
         ("t2t_vit", _IS_T2T),
@@ -239,7 +239,7 @@ def table_of(source: str, names: Iterable[str]) -> Source:
 
 
 def translate(name: str, rows: tuple[tuple[str, str], ...]) -> list[str]:
-    """The names in the right column of the rows whose left column a name matches."""
+    """The names in the right column, for the rows whose left column matches a name."""
     found = []
     for left, right in rows:
         pattern = left.replace(".", r"\.").format(layer=r"(?P<layer>\d+)", part=_PART)
@@ -258,7 +258,7 @@ def theirs(name: str, table: Source) -> str:
 
 
 def refuse(names: Iterable[str], table: Source) -> None:
-    """Raise ValueError if names tell of an architecture that is known not to be ours."""
+    """Raise ValueError if names show an architecture that this library does not support."""
     telling = []
     for pattern, meaning in table.refused:
         found = [name for name in names if re.fullmatch(pattern, name)]

@@ -1,4 +1,4 @@
-"""How little the teacher of token-reduction consistency reduces (MCTF, arXiv 2403.10030, 3.4)."""
+"""Amount that the teacher of token-reduction consistency reduces (MCTF, arXiv 2403.10030, 3.4)."""
 
 from typing import Any
 
@@ -15,15 +15,15 @@ def teacher_r(seed: int, step: int, r_max: int) -> int:
 
 
 def teacher_amount(config: MCTFViTConfig, limit: int, seed: int, step: int) -> dict[str, Any]:
-    """How little the teacher reduces in a step, the same in every process.
+    """Amount that the teacher reduces in a step, the same in every process.
 
     Args:
         limit: see :func:`teacher_limit`.
 
     Returns:
-        Arguments of the model, by layer: ``r``, uniform in {0, …, limit - 1}, but nowhere more than
-        the student's; or ``keep_rate``: rate + (1 - rate) * share of the student's rate, with one
-        share for all layers, uniform in (0, 1].
+        Arguments of the model, with one value per layer: ``r``, uniform in {0, …, limit - 1}, but
+        never more than the student's; or ``keep_rate``, which is rate + (1 - rate) * share, from
+        the student's rate and one share for all layers, uniform in (0, 1].
     """
     if not _by_rate(config):
         drawn = teacher_r(seed, step, limit)
@@ -38,9 +38,9 @@ def _by_rate(config: MCTFViTConfig) -> bool:
 
 
 def teacher_limit(config: MCTFViTConfig, r_max: int | None) -> int:
-    """The teacher's r stays below this: ``r_max``, or half of the most that a layer fuses.
+    """Exclusive limit of the teacher's r: ``r_max``, or half of the most that a layer fuses.
 
-    For a method that goes by ``keep_rate`` it is 1 with a teacher, and 0 without.
+    For a method with ``keep_rate``, it is 1 with a teacher and 0 without.
 
     Raises:
         ValueError: if the teacher could fuse more than the student.
@@ -64,7 +64,7 @@ def teacher_limit(config: MCTFViTConfig, r_max: int | None) -> int:
 
 
 def check_compiled(config: MCTFViTConfig, setting: str, otherwise: str) -> None:
-    """Raise ValueError, with a way out, where the teacher needs a new program in each step."""
+    """Raise ValueError, with advice, if the teacher needs a new compiled program in each step."""
     if _by_rate(config):
         raise ValueError(
             f"{setting} is not allowed with reduction={config.reduction!r}, whose teacher keeps "
@@ -73,10 +73,10 @@ def check_compiled(config: MCTFViTConfig, setting: str, otherwise: str) -> None:
 
 
 def r_max_of(config: MCTFViTConfig, limit: int) -> int | None:
-    """The ``r_max`` that gives :func:`teacher_limit` this limit."""
+    """The ``r_max`` for which :func:`teacher_limit` returns this limit."""
     return None if limit and _by_rate(config) else limit
 
 
 def mix_seed(*numbers: int) -> int:
-    """One seed out of several numbers."""
+    """One seed from several numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

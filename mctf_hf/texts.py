@@ -1,4 +1,4 @@
-"""Texts beside images: the other half of a CLIP or a SigLIP, which names what it sees.
+"""Text encoders of CLIP and SigLIP, which score texts for images.
 
 Shapes: ``b`` images, ``t`` texts, ``d`` channels.
 """
@@ -13,19 +13,18 @@ from transformers import AutoModel, AutoTokenizer
 
 from .registry import stored_config
 
-# Of transformers, by their model type: whether one text alone is to fit an image, as in CLIP, or
-# each by itself.
+# By model type of transformers: whether the probabilities of an image's texts sum to 1, as in CLIP.
 EXCLUSIVE = {"clip": True, "siglip": False}
 
 
 class TextEncoder(nn.Module):
-    """The text half of an image and text model, and what its scores are made with.
+    """The text encoder of an image and text model, with scale and bias of the scores.
 
     Args:
         name: folder, or id on the Hub, of a whole CLIP or SigLIP.
 
     Raises:
-        ValueError: for a model that has no texts.
+        ValueError: for a model without a text encoder, or a tokenizer that cannot be made.
         OSError: if there is no such model, or no tokenizer.
     """
 
@@ -46,12 +45,12 @@ class TextEncoder(nn.Module):
         self.length = model.config.text_config.max_position_embeddings
         self.scale = float(model.logit_scale.detach().exp())
         self.bias = float(model.logit_bias.detach()) if hasattr(model, "logit_bias") else 0.0
-        model.vision_model = None  # which the fused one stands in for
+        model.vision_model = None  # the fused model replaces it
         self.model = model
 
     @torch.inference_mode()
     def forward(self, texts: Sequence[str]) -> Tensor:
-        """Embed texts, (t, d) float32, each of the length 1; what is too long is cut."""
+        """Embed texts: (t, d) float32, each of length 1; texts that are too long are truncated."""
         inputs = self.tokenizer(
             list(texts),
             padding=True if EXCLUSIVE[self.kind] else "max_length",
@@ -66,14 +65,14 @@ class TextEncoder(nn.Module):
 
 
 class Texts(nn.Module):
-    """Labels that are texts, and how near an image is to each.
+    """Texts as labels of images, with scores for each image.
 
     Args:
-        texts: (t), all different.
-        encoder: of the model that images are embedded with.
+        texts: t different texts.
+        encoder: text encoder of the model that embeds the images.
 
     Raises:
-        ValueError: for no texts, or one that is given twice.
+        ValueError: for no texts, or a repeated text.
     """
 
     embedded: Tensor
@@ -90,9 +89,9 @@ class Texts(nn.Module):
         self.register_buffer("embedded", encoder(texts), persistent=False)
 
     def scores(self, images: Tensor) -> Tensor:
-        """Probabilities (b, t) of texts, of the images' embeddings (b, d) float32.
+        """Probabilities (b, t) of the texts, from embeddings of images (b, d) float32.
 
-        A CLIP's sum to 1; a SigLIP's are each by themselves.
+        With CLIP, an image's probabilities sum to 1; with SigLIP, they are independent.
         """
         texts = self.embedded.float().to(images.device)
         logits = F.normalize(images) @ texts.T * self.scale + self.bias

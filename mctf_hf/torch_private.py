@@ -1,4 +1,4 @@
-"""What this library takes of torch that is private there."""
+"""Private parts of torch that this library uses."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -26,13 +26,13 @@ load_package = torch._inductor.aoti_load_package
 
 
 def many_programs() -> AbstractContextManager:
-    """Let what is compiled in a block have as many programs as torch allows at all."""
+    """Within a block, allow a compiled function as many programs as torch allows in total."""
     config = torch._dynamo.config
     return config.patch(recompile_limit=config.accumulated_recompile_limit)
 
 
 def compile_for_many(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """``torch.compile`` of a function that has a program for each of many amounts."""
+    """``torch.compile`` for a function that needs one program for each of many amounts."""
     compiled = torch.compile(function, **options)
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -43,7 +43,7 @@ def compile_for_many(function: Callable[..., Any], **options: Any) -> Callable[.
 
 
 def allocations(records: profile) -> list[int]:
-    """Bytes that were taken (above 0) and given back (below) on the CPU, in order."""
+    """Bytes allocated (positive) and freed (negative) on the CPU, in order of time."""
     profiler: Any = records.profiler
     events = sorted(profiler.kineto_results.events(), key=lambda event: event.start_ns())
     return [event.nbytes() for event in events if event.name() == "[memory]"]

@@ -1,4 +1,4 @@
-"""Token-reduction consistency for those who train with transformers' ``Trainer``."""
+"""Token-reduction consistency for training with transformers' ``Trainer``."""
 
 import json
 import math
@@ -25,24 +25,23 @@ from .torch_private import many_programs
 
 
 class ConsistencyTrainer(Trainer):
-    """A ``Trainer`` whose training steps run the model twice, fusing much and fusing little.
+    """A ``Trainer`` that runs the model twice per training step, with much and with little fusion.
 
-    MCTF (arXiv 2403.10030), section 3.4. Evaluation, saving, ``accelerate launch`` and all else is
-    the ``Trainer``'s; datasets yield ``pixel_values`` and ``labels``, which the loss takes for what
-    the configuration's ``problem_type`` says, or transformers' losses take them for.
+    MCTF (arXiv 2403.10030), section 3.4. Everything else, such as evaluation, saving and
+    ``accelerate launch``, works as in ``Trainer``. Datasets yield ``pixel_values`` and ``labels``,
+    of the configuration's ``problem_type``; if unset, it is found as in transformers' losses.
 
     Args:
-        args, kwargs: those of ``Trainer``; the model is one for image classification of this
-            library.
-        loss: joins the two passes. Unset: the usual weights, and the label smoothing of
-            ``TrainingArguments``.
-        r_max: the teacher's r is drawn from {0, …, r_max - 1} in each step, the same in every
-            process. Unset: half of the most that a layer of the model fuses. Leave it so for a
-            method that goes by ``keep_rate``, whose teacher keeps more than the student.
+        args, kwargs: arguments of ``Trainer``; the model is an image classifier of this library.
+        loss: loss that combines the two passes. Unset: the default weights, and the label smoothing
+            of ``TrainingArguments``.
+        r_max: exclusive limit of the teacher's r, which is drawn from {0, …, r_max - 1} in each
+            step, the same in every process. Unset: half of the most that a layer of the model
+            fuses. Leave it unset for a method with ``keep_rate``.
 
     Raises:
-        ValueError: if the teacher could fuse more than the student, the model fuses nothing, there
-            is a ``compute_loss_func``, or a setting that is not allowed, or has no effect, with the
+        ValueError: if the teacher could fuse more than the student, the model fuses nothing,
+            ``compute_loss_func`` is set, or a setting is not allowed or has no effect with the
             model's ``problem_type`` or method.
     """
 
@@ -71,15 +70,15 @@ class ConsistencyTrainer(Trainer):
                 "model and an r_max that are above 0 (a keep_rate below 1 and no r_max), or use "
                 "transformers' Trainer"
             )
-        # Its loss is a mean over the images of one batch, whatever is accumulated.
+        # The loss is a mean over the images of one batch, also with gradient accumulation.
         self.model_accepts_loss_kwargs = False
         if self.args.torch_compile:
             check_compiled(config, "torch_compile=True", "use transformers' Trainer")
-            # Shapes that are variables take many times as long to compile.
+            # Dynamic shapes take many times as long to compile.
             self.accelerator.state.dynamo_plugin.dynamic = False
 
     def _check(self, config: Any, problem: str) -> None:
-        """Raise ValueError for settings that are not those of such a head."""
+        """Raise ValueError for settings that a head of this problem type cannot use."""
         self.consistency.check(problem, config.num_labels)
         if self.args.label_smoothing_factor and problem != SINGLE:
             raise ValueError(
@@ -98,7 +97,7 @@ class ConsistencyTrainer(Trainer):
         """The consistency objective in training, the ``Trainer``'s own loss in evaluation.
 
         Raises:
-            FloatingPointError: for a loss in training that is not finite.
+            FloatingPointError: for a training loss that is not finite.
         """
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -135,11 +134,11 @@ class ConsistencyTrainer(Trainer):
             return super().prediction_step(*args, **kwargs)
 
     def _compiling(self) -> AbstractContextManager:
-        """For programs of student and each r of the teacher, for whole batches and the last."""
+        """Allow one program for each r of student and teacher, and for whole and last batches."""
         return many_programs() if self.args.torch_compile else nullcontext()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save as every ``Trainer`` does, along with a record of the training.
+        """Save as every ``Trainer`` does, with a record of the training.
 
         Raises:
             ValueError: for weights that are not finite.

@@ -1,10 +1,10 @@
-"""The search for the setting of fusion that loses least within a budget.
+"""The search for the fusion setting with the least loss within a budget.
 
-No training and no labels are needed: a good setting is one whose outputs are near those of the
-model without fusion. Candidates (:mod:`.candidates`) are proposed by Optuna (arXiv 1907.10902): by
-a tree-structured Parzen estimator for methods and settings; then by a hill climb from the best of
-them, which moves tokens from layer to layer. They are judged on a few hundred images, poor ones by
-the first of these (Wilcoxon's signed-rank test), and ranked on images that the search has not seen.
+It needs no training and no labels: a good setting has outputs near those of the model without
+fusion. Optuna (arXiv 1907.10902) runs trials of candidates (:mod:`.candidates`) in two parts:
+first, a tree-structured Parzen estimator proposes methods and settings; then a hill climb from the
+best candidate moves tokens between layers. Candidates are judged on a few hundred images, poor ones
+on fewer (Wilcoxon's signed-rank test). The best are ranked on images that the search has not seen.
 """
 
 import contextlib
@@ -41,34 +41,34 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, float], None]
 
-# Part of the trials that go to methods and settings; the rest go to the layers.
+# Fraction of the trials for methods and settings; the rest are for the layers.
 _EXPLORING = 0.4
-# Numbers lie in [0, 1]; so far a step goes in the second part.
+# Size of a step in the second part; all numbers are in [0, 1].
 STEP = 0.1
-# Part of these steps that turn a dial; the others move tokens between layers.
+# Fraction of these steps that turn a dial; the others move tokens between layers.
 TURNS = 0.3
 LAYER = "layer "
-# Images whose mean loss is one figure to the pruner, of which it needs a few.
+# Images per mean loss that the pruner gets; it needs several of these means.
 GROUP = 4
-# Candidates of the search that are ranked on other images.
+# Number of candidates that are ranked on other images.
 FINALISTS = 8
 
 
 class Search:
-    """A search for the setting that loses least within a budget; it can be interrupted.
+    """A search for the setting with the least loss within a budget; it can be resumed.
 
     Args:
-        judging: with the images of the search.
-        methods: names in :data:`.candidates.METHODS`; what cannot meet the budget is left out.
+        judging: judge with the images of the search.
+        methods: names in :data:`.candidates.METHODS`; methods that miss the budget are left out.
         budget: multiply-accumulates of one image.
-        trials: how many candidates to try.
-        storage: file of the study, which a later search by the same arguments goes on with; unset,
-            the search is forgotten.
-        seed: of the proposals.
-        start: what to try first, such as the best of another search.
+        trials: number of candidates to try.
+        storage: file of the study, with which a later search with the same arguments continues;
+            unset, nothing is stored.
+        seed: random seed of the proposals.
+        start: candidate to try first, such as the best of another search.
 
     Raises:
-        ValueError: for a budget that none of the methods can meet, or a study of something else.
+        ValueError: for a budget that none of the methods can meet, or a study of another search.
         ModuleNotFoundError: without Optuna.
     """
 
@@ -97,7 +97,7 @@ class Search:
         if storage is not None:
             from optuna.storages import journal
 
-            lock = journal.JournalFileOpenLock(str(storage))  # needs no links, as the other does
+            lock = journal.JournalFileOpenLock(str(storage))  # unlike the other, needs no links
             backend = optuna.storages.JournalStorage(
                 journal.JournalFileBackend(str(storage), lock_obj=lock)
             )
@@ -114,7 +114,7 @@ class Search:
         self._recognise(storage)
 
     def _recognise(self, storage: Path | None) -> None:
-        """Raise ValueError for a study of another model, other images or another search."""
+        """Raise ValueError if the study is of another model, other images or another search."""
         judging = self.judging
         own = {
             "model": type(judging.model).__name__,
@@ -135,10 +135,10 @@ class Search:
             self.exploring.set_user_attr(name, value)
 
     def run(self, progress: Progress = lambda done, best: None) -> None:
-        """Go on until all candidates were tried.
+        """Start or resume the search, until all candidates are tried.
 
         Args:
-            progress: called after each trial with how many there are, and the least loss so far.
+            progress: called after each trial with the number of trials and the least loss so far.
         """
         trials, start = self.trials, self.start
         guesses = len(self.guesses) + (start is not None)
@@ -158,13 +158,13 @@ class Search:
             for number in self._left(self.refining, trials - exploring):
                 best = self._numbers(self._judged()[0])
                 guess = {name: value for name, value in best.items() if isinstance(value, float)}
-                if number:  # the first one is what the pruner compares the others with
+                if number:  # the pruner compares the other trials with the first
                     guess = _moved(guess, random.Random(f"{self.seed} {number}"))
                 self._try(self.refining, guess, functools.partial(self._refine, best))
                 progress(exploring + number + 1, self._least())
 
     def _left(self, study: "optuna.Study", trials: int) -> Iterator[int]:
-        """Numbers of the trials to do, that of an interrupted one first."""
+        """Numbers of the trials still to do; an interrupted trial comes first."""
         while True:
             known = study.get_trials(deepcopy=False)
             number = len(known) - sum(not trial.state.is_finished() for trial in known)
@@ -173,7 +173,7 @@ class Search:
             yield number
 
     def _guess(self, number: int) -> dict[str, Any] | None:
-        """Where the search of methods begins, as its numbers."""
+        """Numbers of a guess with which the search of methods begins; ``None`` after the last."""
         if number >= len(self.guesses):
             return None
         method, settings = self.guesses[number].method, self.guesses[number].settings
@@ -186,7 +186,7 @@ class Search:
         return guess
 
     def _explore(self, trial: "optuna.Trial") -> Candidate:
-        """Any method, with its settings; its layers by two numbers."""
+        """Propose any method, with its settings; two numbers describe its layers."""
         method = trial.suggest_categorical("method", self.methods)
         settings = {}
         for dial in METHODS[method].dials:
@@ -210,20 +210,20 @@ class Search:
         return Candidate(method, settings, tuple(weights))
 
     def _numbers(self, trial: Any) -> dict[str, Any]:
-        """A candidate as numbers, which the second part moves, and choices, which it keeps."""
+        """A candidate as numbers, which the second part changes, and choices, which it keeps."""
         candidate = self._candidate(trial)
         numbers: dict[str, Any] = {"method": candidate.method}
         for dial in METHODS[candidate.method].dials:
             numbers[dial.name] = dial.turned(candidate.settings[dial.name])
         weights = list(candidate.weights or ())
         if self.judging.described.num_read is not None:
-            weights.pop()  # nobody reads what the last layer would fuse
+            weights.pop()  # the tokens that the last layer would fuse are not read
         for layer, weight in enumerate(weights):
             numbers[f"{LAYER}{layer}"] = min(1.0, weight / MOST_WEIGHT)
         return numbers
 
     def _refine(self, best: dict[str, Any], trial: "optuna.Trial") -> Candidate:
-        """The best method, with other numbers and another count in each layer."""
+        """Propose the best method, with other numbers and another count in each layer."""
         turned: dict[str, Any] = {
             name: trial.suggest_float(name, 0, 1) if isinstance(value, float) else value
             for name, value in best.items()
@@ -240,7 +240,7 @@ class Search:
         guess: dict[str, Any] | None,
         propose: Callable[["optuna.Trial"], Candidate],
     ) -> None:
-        """Judge one candidate: the one that an interrupted search was at, a guess, or a new one."""
+        """Judge one candidate: that of an interrupted trial, a guess, or a new one."""
         import optuna
 
         begun = [one for one in study.get_trials(deepcopy=False) if not one.state.is_finished()]
@@ -254,7 +254,7 @@ class Search:
         trial.set_user_attr("candidate", asdict(candidate))
         try:
             setting = self._meet(candidate)
-        except ValueError:  # these layers alone cannot lose as much
+        except ValueError:  # these layers cannot lose enough tokens
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
             return
         losses: list[Tensor] = []
@@ -267,7 +267,7 @@ class Search:
                 break
         loss = torch.cat(losses)
         trial.set_user_attr("images", len(loss))
-        # A candidate given up counts as what it has shown, as the pruner's documentation advises.
+        # A pruned candidate reports its loss so far, as the pruner's documentation advises.
         study.tell(trial, float(loss.mean()))
 
     def _meet(self, candidate: Candidate) -> FittedCandidate:
@@ -277,7 +277,7 @@ class Search:
         return [trial for trial in study.get_trials(deepcopy=False) if trial.value is not None]
 
     def _judged(self) -> list[Any]:
-        """Trials whose candidates were judged on all images, the best first."""
+        """Trials whose candidates were judged on all images, best first."""
         every = [*self._finished(self.exploring), *self._finished(self.refining)]
         whole = [one for one in every if one.user_attrs["images"] == len(self.judging)]
         return sorted(whole, key=lambda trial: trial.value)
@@ -291,7 +291,7 @@ class Search:
         return Candidate(found["method"], found["settings"], tuple(found["weights"]))
 
     def finalists(self, count: int = FINALISTS) -> list[FittedCandidate]:
-        """The best candidates that were judged on all images, the best first, each once."""
+        """The best different candidates that were judged on all images, best first."""
         found: dict[str, FittedCandidate] = {}
         for trial in self._judged():
             setting = self._meet(self._candidate(trial))
@@ -303,7 +303,7 @@ class Search:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what Optuna says of each trial, and of what is experimental in it."""
+    """Silence Optuna's messages about trials and its warnings about experimental features."""
     import optuna
 
     verbosity = optuna.logging.get_verbosity()
@@ -311,14 +311,14 @@ def _quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            warnings.filterwarnings("ignore", "The reported value is ignored")  # of an interrupted
+            warnings.filterwarnings("ignore", "The reported value is ignored")  # of resumed trials
             yield
     finally:
         optuna.logging.set_verbosity(verbosity)
 
 
 def _estimator(startup: int, seed: int) -> "optuna.samplers.BaseSampler":
-    """Proposes methods and settings; the same, whether or not the search was interrupted."""
+    """Sampler of methods and settings; with a seed per trial, interruptions change nothing."""
     import optuna
 
     return optuna.samplers.TPESampler(
@@ -327,7 +327,7 @@ def _estimator(startup: int, seed: int) -> "optuna.samplers.BaseSampler":
 
 
 def _moved(numbers: dict[str, float], draw: random.Random) -> dict[str, float]:
-    """A step of a hill climb: some of a layer's part goes to another layer, or a dial is turned."""
+    """A step of the hill climb: move part of a layer's weight to another layer, or turn a dial."""
     moved = dict(numbers)
     layers = [name for name in numbers if name.startswith(LAYER)]
     dials = [name for name in numbers if not name.startswith(LAYER)]
@@ -347,13 +347,12 @@ def _moved(numbers: dict[str, float], draw: random.Random) -> dict[str, float]:
 
 @dataclass
 class Tuned:
-    """What a search has found.
+    """Result of a search.
 
     Attributes:
-        best: on images that the search has not seen.
-        ranking: verdicts on these images, the least loss first, those of untuned methods among
-            them.
-        unfused: the model without fusion.
+        best: best verdict on images that the search has not seen.
+        ranking: verdicts on these images, least loss first, including untuned methods.
+        unfused: verdict on the model without fusion.
     """
 
     best: Verdict
@@ -373,14 +372,14 @@ def tune(
     start: Candidate | None = None,
     progress: Progress = lambda done, best: None,
 ) -> Tuned:
-    """Find the setting that loses least at a budget.
+    """Find the setting with the least loss within a budget.
 
     Args:
-        searching: with images to search on.
-        ranking: with other images, on which the best candidates are ranked.
-        fraction: the budget, as a part of what the model costs without fusion.
+        searching: judge with the images of the search.
+        ranking: judge with other images, on which the best candidates are ranked.
+        fraction: budget, as a fraction of the model's cost without fusion.
         methods, storage, seed, start: see :class:`Search`.
-        trials: candidates to try.
+        trials: number of candidates to try.
         progress: see :meth:`Search.run`.
 
     Raises:
@@ -397,7 +396,7 @@ def tune(
     ]
     verdicts += [judge(ranking, method, setting) for method, setting in search.untuned.items()]
     if start is not None:
-        with contextlib.suppress(ValueError):  # it cannot reduce as much
+        with contextlib.suppress(ValueError):  # it cannot meet the budget
             setting = meet(ranking.model, start, budget, ranking.described)
             verdicts.append(judge(ranking, "start", setting))
     verdicts.sort(key=lambda verdict: float(verdict.loss.double().mean()))

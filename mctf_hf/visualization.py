@@ -19,7 +19,7 @@ from .images import ImageReader, to_image
 DISPLAY_SIZE = 448
 GAP = 8
 
-# Far apart from each other, and from the muted colours that means of patches tend to be.
+# Colours that differ from each other, and from the muted mean colours of patches.
 _STRONG = np.array(
     [
         (230, 25, 75),
@@ -39,14 +39,14 @@ BORDER_COLOURS = np.concatenate([_STRONG, (_STRONG[:7] + 255) // 2]).astype(np.u
 
 @dataclass(eq=False)
 class FusedTokens:
-    """What a model sees of an image, and how it has fused the tokens.
+    """The image that a model gets, and how the model fused its tokens.
 
     Attributes:
-        view: the image after the image processor, height x width pixels, in RGB.
-        groups: (rows, columns) int64, index of the token that each patch has become part of, -1
-            where it was dropped.
-        num_tokens: tokens that entered the first layer, prefix tokens included.
-        tokens_left: tokens that are left, prefix tokens included.
+        view: image after the image processor, height x width pixels, in RGB.
+        groups: (rows, columns) int64, index of the token that each patch is part of, -1 for dropped
+            patches.
+        num_tokens: number of tokens that entered the first layer, including prefix tokens.
+        tokens_left: number of remaining tokens, including prefix tokens.
     """
 
     view: Image.Image
@@ -65,20 +65,20 @@ def fused_tokens(
     images: Iterable[Image.Image],
     layer: int | None = None,
 ) -> list[FusedTokens]:
-    """Run a model on images and tell which of their patches it has fused.
+    """Run a model on images and return which of their patches it fused.
 
-    Images that the processor leaves in another size than the configuration's are run with
-    interpolated position embeddings; what lies beyond the last whole patch is not seen.
+    If the processor's output has another size than the configuration's, position embeddings are
+    interpolated. Pixels beyond the last whole patch are ignored.
 
     Args:
-        model: of this library, in evaluation mode.
-        image_processor: the model's own.
-        images: of any size and mode.
-        layer: zero-based layer after which to look; unset, the last.
+        model: model of this library, in evaluation mode.
+        image_processor: image processor of the model.
+        images: images of any size and mode.
+        layer: zero-based layer whose output tokens are shown; unset, the last.
 
     Raises:
-        ValueError: for a layer that the model lacks, or an image or an image processor that the
-            model can't take.
+        ValueError: for a layer that the model lacks, or an image or image processor that the model
+            cannot use.
     """
     layers = model.config.num_hidden_layers
     if layer is not None and layer not in range(layers):
@@ -96,10 +96,10 @@ def fused_tokens(
 
 @torch.inference_mode()
 def fused_by_layer(model: Any, image_processor: Any, pixel_values: Tensor) -> list[FusedTokens]:
-    """What a model has fused of one image after each of its layers; see :func:`fused_tokens`.
+    """The fused tokens of one image after each layer of a model; see :func:`fused_tokens`.
 
     Args:
-        pixel_values: (1, channels, height, width), made by the image processor.
+        pixel_values: (1, channels, height, width), output of the image processor.
     """
     config = model.config
     height, width = pixel_values.shape[-2:]
@@ -127,22 +127,22 @@ def fused_by_layer(model: Any, image_processor: Any, pixel_values: Tensor) -> li
 def draw_groups(image: Image.Image, groups: ArrayLike, scale: int | None = None) -> Image.Image:
     """Fill each group of patches with its mean colour and outline it.
 
-    A group of several patches has a border of one colour around each of its regions, so that those
-    which belong together can be told; ``BORDER_COLOURS`` go to the largest groups first, and start
-    again where there are more. A patch that is alone has a thin border, darker or lighter than
-    itself. All borders lie within their group. Patches that were dropped are black.
+    All regions of a group of several patches have a border of the same colour. The largest groups
+    get the first ``BORDER_COLOURS``, which repeat if there are more groups. A single patch has a
+    thin border, darker or lighter than the patch. Borders are inside their group. Dropped patches
+    are black.
 
     Args:
         image: height x width pixels, multiples of rows and columns.
-        groups: (rows, columns) integers, the same for the patches of one group, -1 for none.
-        scale: side of the square that a pixel becomes; unset, as large as the longer side of the
-            picture stays within ``DISPLAY_SIZE``, and at least 1.
+        groups: (rows, columns) integers, equal for the patches of one group, -1 for dropped ones.
+        scale: side of the square that a pixel becomes; unset, the largest for which the picture's
+            longer side is within ``DISPLAY_SIZE``, and at least 1.
 
     Returns:
         A picture of (height * scale) x (width * scale) pixels.
 
     Raises:
-        ValueError: for a scale below 1, or an image that the patches do not divide.
+        ValueError: for a scale below 1, or an image size that rows and columns do not divide.
     """
     scale = _scale(image, scale)
     found = np.asarray(groups)
@@ -168,7 +168,7 @@ def draw_groups(image: Image.Image, groups: ArrayLike, scale: int | None = None)
 
 
 def enlarge(image: Image.Image, scale: int | None = None) -> Image.Image:
-    """Make each pixel a square, of the same side as :func:`draw_groups` does.
+    """Make each pixel a square, with the same scale as :func:`draw_groups`.
 
     Raises:
         ValueError: for a scale below 1.
@@ -186,8 +186,8 @@ def contact_sheet(captions: Sequence[str], rows: Sequence[Sequence[Image.Image]]
         rows: pictures, one per column in each row.
 
     Returns:
-        A picture; cells are as wide as the widest of their column and as high as the highest of
-        their row, with ``GAP`` pixels between and around them.
+        A picture. Each column is as wide as its widest cell and each row as high as its highest,
+        with ``GAP`` pixels between and around the cells.
 
     Raises:
         ValueError: if there is nothing to show, or a row has more or fewer pictures than captions.
@@ -242,22 +242,22 @@ def _enlarged(labels: NDArray[np.int64], height: int, width: int) -> NDArray[np.
 
 
 def _border(labels: NDArray[np.int64], width: int) -> NDArray[np.bool_]:
-    """Whether another label, or the picture's edge, is nearer than ``width`` pixels, as labels."""
+    """Whether another label or the picture's edge is within ``width`` pixels, for each pixel."""
     height, length = labels.shape
     around = np.pad(labels, width, constant_values=-1)
-    steps = (0, width, 2 * width)  # no patch is narrower, so none lies between
+    steps = (0, width, 2 * width)  # no patch is narrower, so no label lies between
     shifted = (around[y : y + height, x : x + length] for y in steps for x in steps)
     return np.logical_or.reduce([neighbours != labels for neighbours in shifted])
 
 
 def _border_colours(sizes: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """Colour of each group's border, largest group first: (groups,) -> (groups, 3)."""
+    """Border colour of each group, largest group first: (groups,) -> (groups, 3)."""
     rank = np.empty_like(sizes)
     rank[np.argsort(-sizes, kind="stable")] = np.arange(len(sizes))
     return BORDER_COLOURS[rank % len(BORDER_COLOURS)]
 
 
 def _shades(colours: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """Light colours darker and dark ones lighter, by a third: (groups, 3) -> the same."""
+    """Make light colours darker and dark ones lighter, by a third: (groups, 3) -> (groups, 3)."""
     towards = np.where(colours.mean(axis=1, keepdims=True) < 128, 255, 0)
     return ((2 * colours + towards) / 3).round().astype(np.uint8)

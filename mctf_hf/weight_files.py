@@ -1,4 +1,4 @@
-"""Files of weights that other code has written, read without running anything in them."""
+"""Reading weight files of other code, without running any code in the files."""
 
 import argparse
 import contextlib
@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
-# Where training scripts keep their weights among other things, in the order of preference: the
+# Entries in which training scripts store weights, besides other data, in order of preference: the
 # official scripts evaluate "model".
 ENTRIES = ("model", "state_dict", "model_ema", "state_dict_ema")
-# Names that a wrapper of the model put before all others.
+# Prefixes that a wrapper of the model adds to all names.
 _WRAPPERS = ("module.", "_orig_mod.")
-# Whatever a damaged pickle makes its reader stumble over; found by damaging some at random.
+# Errors from reading a damaged pickle; found by damaging some at random.
 DAMAGED = (
     SafetensorError,
     pickle.UnpicklingError,
@@ -37,18 +37,18 @@ DAMAGED = (
     AssertionError,
     struct.error,
 )
-# The same where more than a pickle is read, so that other mistakes keep their own words.
+# The same for code that does more than read a pickle, so that other errors keep their messages.
 UNREADABLE = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file held.
+    """Contents of a weight file.
 
     Attributes:
-        weights: by their own names.
-        entry: the name that the weights had in the file; ``None`` if they were all of it.
-        left_out: names of what else was there.
+        weights: weights by their own names, without prefixes of wrappers.
+        entry: entry of the file with the weights; ``None`` if they are the whole file.
+        left_out: names of the other entries.
     """
 
     weights: dict[str, Tensor]
@@ -62,17 +62,17 @@ def load_checkpoint(file: str | os.PathLike, entry: str | None = None) -> dict[s
 
 
 def read_checkpoint(file: str | os.PathLike, entry: str | None = None) -> Checkpoint:
-    """Read a file of weights without running anything that it may hold.
+    """Read a weight file without running any code in it.
 
     Args:
-        file: its name ends in .safetensors, or in .pth, .pt or .bin for what ``torch.save`` wrote.
-        entry: where in the file the weights are. Unset: the whole file, if it holds nothing else,
-            or else the first of ``ENTRIES`` that is there.
+        file: .safetensors file, or a .pth, .pt or .bin file that ``torch.save`` wrote.
+        entry: entry of the file with the weights. Unset: the first of ``ENTRIES`` that exists, or
+            else the whole file.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: for a name that ends otherwise, and a file that is damaged, holds no weights or
-            fewer numbers than they say, or would call anything but what makes tensors and plain
+        ValueError: for another extension, or a file that is damaged, contains no weights or less
+            data than their shapes need, or would call functions that do not make tensors or plain
             values.
     """
     path = Path(file)
@@ -106,7 +106,7 @@ def read_checkpoint(file: str | os.PathLike, entry: str | None = None) -> Checkp
 
 
 def _check_archive(path: Path) -> None:
-    """Raise ValueError for a file whose parts are larger than it is, when they are unpacked."""
+    """Raise ValueError for an archive that is larger when unpacked."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(part.file_size for part in archive.infolist())
@@ -115,7 +115,7 @@ def _check_archive(path: Path) -> None:
 
 
 def _check_held(file: str | os.PathLike, weights: Mapping[str, Tensor]) -> None:
-    """Raise ValueError for weights of more numbers than the file has for them."""
+    """Raise ValueError for weights whose shapes need more data than the file contains."""
     for name, tensor in weights.items():
         dense = tensor.layout == torch.strided and tensor.device.type == "cpu"
         held = tensor.untyped_storage().nbytes() if dense else 0
@@ -127,8 +127,8 @@ def _check_held(file: str | os.PathLike, weights: Mapping[str, Tensor]) -> None:
 
 
 def _unpickle(path: Path) -> Any:
-    # The scripts of DeiT and MCTF keep their command line in their checkpoints. Its class may be
-    # let in: it does nothing but hold attributes, whatever a file makes of it.
+    # Checkpoints of the DeiT and MCTF scripts contain their command-line arguments. Their class is
+    # safe to load, because it only stores attributes.
     with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Detected pickle protocol")  # the error says enough
         return torch.load(path, weights_only=True, map_location="cpu")
@@ -136,7 +136,7 @@ def _unpickle(path: Path) -> Any:
 
 @contextlib.contextmanager
 def reading(file: str | os.PathLike, errors: tuple[type[Exception], ...]) -> Iterator[None]:
-    """Tell in a line, as ValueError, why a file of weights cannot be read."""
+    """Replace errors of the block by a ValueError that says why a weight file cannot be read."""
     try:
         yield
     except errors as error:
