@@ -1,7 +1,7 @@
-"""Finetuning with Lightning: the training logic, the data and what surrounds them.
+"""Finetuning with Lightning: training logic, data and callbacks.
 
-Its names are those of :mod:`.public`. Lightning is imported with the first of them, so that what
-only reads images does without.
+The public names come from :mod:`.public`. The first access to one of them imports Lightning, so
+code that only reads images does not need Lightning.
 """
 
 from importlib import import_module

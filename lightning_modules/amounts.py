@@ -1,4 +1,4 @@
-"""How accurate a model is when it reduces as configured, and more or less than that."""
+"""Accuracy of a model at several amounts of token reduction, and texts about these amounts."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -13,16 +13,16 @@ from mctf_hf.problems import quality
 
 BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5)
 
-Amount = dict[str, Any]  # r or keep_rate, as an argument of the model
+Amount = dict[str, Any]  # keyword argument of the model: r or keep_rate
 
 
 def amount_text(amount: Amount) -> str:
-    """An amount in words, such as ``r 16``."""
+    """Text for an amount, such as ``r 16``."""
     return ", ".join(f"{name} {value}" for name, value in amount.items())
 
 
 def fusion_text(config: MCTFViTConfig, described: Description) -> str:
-    """What a model fuses, and what that saves of its cost, in a line."""
+    """One line of text: the tokens that a model fuses, and the multiply-accumulates it saves."""
     tokens, plain = config.num_tokens(), described.unfused / 1e9
     cost = described.of(config) / 1e9
     fused = config.tokens_fused(tokens)
@@ -36,7 +36,7 @@ def fusion_text(config: MCTFViTConfig, described: Description) -> str:
 
 
 def sweep(config: MCTFViTConfig) -> list[Amount]:
-    """The own amount, and those that meet a few budgets of multiply-accumulates."""
+    """The configured amount, and amounts that meet several budgets of multiply-accumulates."""
     settings = [config.own_amount()]
     if config.reducer_class is None:
         return settings
@@ -49,7 +49,7 @@ def sweep(config: MCTFViTConfig) -> list[Amount]:
                 amount: Amount = {name: keep_rate_for_budget(config, budget)}
             else:
                 amount = {name: r_for_budget(config, budget)[0]}
-        except ValueError:  # these layers can't fuse as much
+        except ValueError:  # no amount meets this budget or a smaller one
             break
         if config.tokens_fused(tokens, **amount) not in known:
             known.add(config.tokens_fused(tokens, **amount))
@@ -63,7 +63,7 @@ def add_up(
     batches: Iterable[dict[str, Any]],
     settings: Iterable[Amount],
 ) -> tuple[torch.Tensor, int]:
-    """Sums of the images' :class:`.Quality` by setting, (settings,) float64, and their number."""
+    """Sum of :class:`.Quality` per setting, (settings,) float64, and number of labelled images."""
     amounts, judge = list(settings), quality(model.config).of
     sums = torch.zeros(len(amounts), dtype=torch.float64)
     total = 0
@@ -80,7 +80,7 @@ def add_up(
 
 
 def as_counts(config: MCTFViTConfig, images: torch.Tensor, amount: Amount) -> Amount:
-    """An ``r`` as what the layers fuse of images (b, c, height, width), at most what they can."""
+    """Replace ``r`` by the tokens that each layer fuses of images (b, c, height, width)."""
     if not amount.get("r"):
         return amount
     num_tokens = config.num_tokens((images.shape[-2], images.shape[-1]))

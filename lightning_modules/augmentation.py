@@ -12,16 +12,16 @@ Crop = Literal["none", "padded", "resized"]
 
 @dataclass(frozen=True)
 class FlipAndCrop:
-    """Augment one image by chance alone that its generator gives.
+    """Crops and flips one image at random. The random numbers come from the given generator.
 
     Args:
-        size: (height, width) of the result in pixels.
-        crop: ``"none"`` leaves the size to the image processor; ``"padded"`` resizes, pads by an
-            eighth with black on every side and cuts out a random window, as is usual for small
-            images; ``"resized"`` cuts out 8 to 100% of the area at an aspect ratio of 3/4 to 4/3
-            and resizes that (Inception crop, arXiv 1409.4842), as is usual for ImageNet.
-        flip: mirror half of the images.
-        resample: PIL's filter for resizing.
+        size: (height, width) of the cropped image in pixels.
+        crop: ``"none"`` does not crop or resize; ``"padded"`` resizes, pads every side with black
+            by an eighth and cuts out a random window, as is common for small images; ``"resized"``
+            cuts out 8 to 100% of the area at an aspect ratio of 3/4 to 4/3 and resizes this window
+            (Inception crop, arXiv 1409.4842), as is common for ImageNet.
+        flip: whether to mirror the image with probability 1/2.
+        resample: PIL filter for resizing.
     """
 
     size: tuple[int, int]
@@ -50,9 +50,9 @@ class FlipAndCrop:
 def _random_box(
     width: int, height: int, generator: np.random.Generator
 ) -> tuple[float, float, float, float]:
-    """A random window of an image: (left, top, right, bottom) in pixels.
+    """Random window of an image: (left, top, right, bottom) in pixels.
 
-    Ten tries at a window that fits; then the largest central one of an allowed aspect ratio.
+    If none of ten random windows fits, use the largest central one with an allowed aspect ratio.
     """
     low, high = math.log(3 / 4), math.log(4 / 3)
     for _ in range(10):

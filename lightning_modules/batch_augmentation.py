@@ -1,8 +1,8 @@
-"""What is done to whole batches of training images, on the model's device.
+"""Augmentation and normalisation of whole batches of training images on the model's device.
 
-Images come as bytes, (b, 3, height, width) uint8, from the workers that decoded, cropped and
-flipped them, with random integers of their own (``draws``): so the result depends on the images of
-a batch alone, not on which process makes it, nor on what was made before.
+Workers decode, crop and flip the images. They output bytes, (b, 3, height, width) uint8, and random
+integers for each image (``draws``). The result depends only on these, not on the process that
+computes it or on earlier batches.
 """
 
 from collections.abc import Sequence
@@ -21,9 +21,9 @@ from .rand_augment import GREY, RandAugment, on_device
 
 @dataclass(frozen=True)
 class Normalization:
-    """What an image processor does to pixel values: scale, then subtract a mean and divide.
+    """Normalisation of an image processor: scale pixels, subtract a mean, divide by a deviation.
 
-    Mean and deviation are those of each channel, or one of all.
+    Mean and deviation contain one number per channel, or one number for all channels.
     """
 
     scale: float = 1 / 255
@@ -32,7 +32,7 @@ class Normalization:
 
     @classmethod
     def of(cls, processor: Any) -> "Normalization":
-        """That of an image processor of transformers."""
+        """Normalisation of an image processor of transformers."""
         scale = processor.rescale_factor if processor.do_rescale else 1.0
         if not processor.do_normalize:
             return cls(scale)
@@ -43,7 +43,7 @@ class Normalization:
         return cls(scale, mean, std)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Normalise images in [0, 1], (b, 3, height, width)."""
+        """Normalise images (b, 3, height, width) with values in [0, 1]."""
         mean, std = (
             on_device(values, images.device, images.dtype)[:, None, None]
             for values in (self.mean, self.std)
@@ -53,13 +53,13 @@ class Normalization:
 
 @dataclass(frozen=True)
 class RandomErasing:
-    """Replace a rectangle by normal noise of mean 0 and deviation 1 for each pixel and channel.
+    """Replaces a rectangle by normal noise (mean 0, deviation 1) for each pixel and channel.
 
-    arXiv 1708.04896; the rectangle covers 2% to a third of the image at an aspect ratio of 0.3 to
-    1/0.3. Where none of ten tries fits into the image, the image stays as it is.
+    arXiv 1708.04896. The rectangle covers 2% to a third of the image at an aspect ratio of 0.3 to
+    1/0.3. If none of ten random rectangles fits into the image, the image is not changed.
 
     Args:
-        probability: that an image is changed.
+        probability: probability of changing an image.
     """
 
     probability: float
@@ -70,10 +70,10 @@ class RandomErasing:
     def boxes(
         self, draws: NDArray[np.float64], height: int, width: int
     ) -> list[tuple[int, int, int, int] | None]:
-        """Top, left, height and width of what is erased of each image, or None.
+        """Top, left, height and width of the erased rectangle of each image, or None.
 
         Args:
-            draws: (b, ``num_draws``), uniform in [0, 1).
+            draws: (b, ``num_draws``) random numbers, uniform in [0, 1).
         """
         apply, top, left, _ = draws.T[:4]
         area, aspect = draws[:, 4:].reshape(len(draws), 2, self.TRIES).swapaxes(0, 1)
@@ -91,7 +91,7 @@ class RandomErasing:
         return found
 
     def __call__(self, images: Tensor, draws: NDArray[np.float64]) -> Tensor:
-        """Erase in normalised images, (b, 3, height, width), which are changed in place."""
+        """Erase rectangles of normalised images (b, 3, height, width) in place."""
         generator = torch.Generator(images.device)
         for i, box in enumerate(self.boxes(draws, *images.shape[-2:])):
             if box is not None:
@@ -103,15 +103,15 @@ class RandomErasing:
 
 @dataclass(frozen=True)
 class Mixing:
-    """Mix each image, and its label, with its counterpart from the other end of the batch.
+    """Mixes each image and its label with those at the mirrored position of the batch.
 
-    Mixup (arXiv 1710.09412) blends the two, cutmix (arXiv 1905.04899) puts a rectangle of the other
-    into the image; where both are on, each batch gets one of them at random. The share of an image
-    in a batch is drawn from Beta(alpha, alpha).
+    Mixup (arXiv 1710.09412) blends two images. Cutmix (arXiv 1905.04899) copies a rectangle of the
+    other image. If both are on, each batch uses one of them at random. The share of the image
+    itself is drawn from Beta(alpha, alpha), once per batch.
 
     Args:
-        mixup: alpha of mixup; 0 is off.
-        cutmix: alpha of cutmix; 0 is off.
+        mixup: alpha of mixup; 0 turns it off.
+        cutmix: alpha of cutmix; 0 turns it off.
     """
 
     mixup: float = 0.0
@@ -126,12 +126,12 @@ class Mixing:
 
         Args:
             images: (b, 3, height, width).
-            labels: (b,) int64, or (b, num_labels) numbers.
-            draw: in [0, 1): all that chance decides.
-            num_labels: classes.
+            labels: (b,) int64, or (b, num_labels) floats.
+            draw: random number in [0, 1), the only source of randomness.
+            num_labels: number of classes.
 
         Returns:
-            Images, and labels as (b, num_labels) probabilities, or numbers mixed likewise.
+            Mixed images and labels (b, num_labels). Integer labels become probabilities.
         """
         generator = np.random.default_rng(int(draw * DRAWS))
         cut = generator.random() < 0.5 if self.mixup and self.cutmix else self.cutmix > 0
@@ -154,18 +154,18 @@ class Mixing:
 
 
 def _window(length: int, part: float, generator: np.random.Generator) -> tuple[int, int]:
-    """Begin and end of a window around a random place, cut off at the borders."""
+    """Start and end of a window around a random centre, clipped at the borders."""
     size, centre = int(length * part), int(generator.integers(length))
     return max(0, centre - size // 2), min(length, centre + size // 2)
 
 
 @dataclass(frozen=True)
 class BatchAugmentation:
-    """RandAugment, normalisation, random erasing and mixing, in this order.
+    """Applies RandAugment, normalisation, random erasing and mixing, in this order.
 
     Args:
-        normalization: that of the model's image processor.
-        num_labels: the model's classes.
+        normalization: normalisation of the model's image processor.
+        num_labels: number of the model's classes.
     """
 
     normalization: Normalization
@@ -176,7 +176,7 @@ class BatchAugmentation:
 
     @property
     def num_draws(self) -> int:
-        """Random integers below ``DRAWS`` that each image takes."""
+        """Number of random integers below ``DRAWS`` for each image."""
         parts = (self.mixing, self.random_erasing, self.rand_augment)
         return sum(part.num_draws for part in parts if part is not None)
 
@@ -184,15 +184,15 @@ class BatchAugmentation:
     def __call__(
         self, images: Tensor, labels: Tensor, draws: NDArray[np.int64] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Make a batch that a model takes.
+        """Augment and normalise a batch.
 
         Args:
             images: (b, 3, height, width) uint8.
-            labels: (b,) int64, or (b, num_labels) numbers.
-            draws: (b, ``num_draws``), or None if that is 0.
+            labels: (b,) int64, or (b, num_labels) floats.
+            draws: (b, ``num_draws``) random integers, or None if ``num_draws`` is 0.
 
         Returns:
-            Images as float32, and labels, as (b, num_labels) probabilities if they were mixed.
+            Images as float32, and labels; with mixing, as :class:`Mixing` returns them.
         """
         images = images.float() / 255
         chance = np.zeros((len(images), 0)) if draws is None else draws / DRAWS

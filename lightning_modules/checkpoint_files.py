@@ -1,8 +1,8 @@
-"""Checkpoint files that are whole or not there at all, and that tell when they are damaged.
+"""Checkpoint files that are written completely or not at all, and checked when they are read.
 
-A checkpoint is the zip archive that ``torch.save`` makes. Its archive comment holds the SHA-256 of
-all bytes before it, so file and digest are written, copied and moved as one, and any reader of
-such archives reads it.
+A checkpoint is the zip archive that ``torch.save`` writes. The archive comment contains the SHA-256
+of all bytes before it. File and digest are therefore always copied and moved together, and any zip
+reader can read the file.
 """
 
 import errno
@@ -28,7 +28,7 @@ LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 T = TypeVar("T")
 
 _BEGIN, _END = b"PK\x03\x04", b"PK\x05\x06"
-_END_SIZE = 22  # bytes of an archive's last record, of which 2 are the length of the comment
+_END_SIZE = 22  # bytes of an archive's last record; its last 2 are the length of the comment
 _MARK = b"sha256:"
 _SEAL_SIZE = len(_MARK) + 2 * hashlib.sha256().digest_size
 _SEAL_LENGTH = _SEAL_SIZE.to_bytes(2, "little")
@@ -36,7 +36,7 @@ _CHUNK = 1 << 20
 
 
 def write_seal(archive: io.BytesIO) -> None:
-    """Add its digest to a whole archive that has no comment yet."""
+    """Append the digest to a complete archive that has no comment yet."""
     archive.seek(-2, os.SEEK_END)
     archive.write(_SEAL_LENGTH)
     with archive.getbuffer() as written:
@@ -45,11 +45,11 @@ def write_seal(archive: io.BytesIO) -> None:
 
 
 def check_file(path: str | os.PathLike) -> None:
-    """Compare a checkpoint with its digest, or with the checksums of its archive if it has none.
+    """Compare a checkpoint with its digest, or, without a digest, with the archive's checksums.
 
     Raises:
-        ValueError: if it is damaged, or no checkpoint.
-        OSError: if there is none, or it can't be read.
+        ValueError: if the file is damaged or not a checkpoint.
+        OSError: if the file is missing or cannot be read.
     """
     if os.path.isdir(path):
         raise ValueError(
@@ -73,7 +73,7 @@ def _damaged(path: str | os.PathLike, reason: str) -> ValueError:
 
 
 def _has_seal(file: IO[bytes]) -> bool:
-    """Whatever does not end as an archive without a comment counts as sealed, damaged or not."""
+    """False if the file ends like an archive without comment; otherwise True, even if damaged."""
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - _END_SIZE))
     end = file.read()
@@ -103,17 +103,17 @@ def _check_archive(path: str | os.PathLike, file: IO[bytes]) -> None:
     try:
         with zipfile.ZipFile(file) as archive:
             wrong = archive.testzip()
-    except Exception as error:  # of many kinds, by where the damage is
+    except Exception as error:  # its type depends on where the damage is
         raise _damaged(path, str(error) or type(error).__name__) from error
     if wrong is not None:
         raise _damaged(path, f"the checksum of its part {wrong} is wrong")
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoint files, whole or not there at all, and checked when they are read.
+    """Writes Lightning's checkpoints completely or not at all, and checks them when it reads them.
 
     Args:
-        use_previous: where ``last.ckpt`` can't be read, take the ``previous.ckpt`` beside it.
+        use_previous: if ``last.ckpt`` cannot be read, read ``previous.ckpt`` of the same folder.
     """
 
     def __init__(self, use_previous: bool = False):
@@ -123,11 +123,11 @@ class SafeCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
-        """Write a file beside ``path``, see it to the disk, and move it there.
+        """Write a temporary file, flush it to the disk, and move it to ``path``.
 
         Raises:
-            OSError: if it can't be written, for one because the disk is full; what lay at
-                ``path`` is untouched.
+            OSError: if the file cannot be written, for example because the disk is full; an older
+                file at ``path`` is not changed.
         """
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -148,17 +148,17 @@ class SafeCheckpointIO(TorchCheckpointIO):
             ) from error
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Read a file that :meth:`save_checkpoint` has written.
+        """Read a file that :meth:`save_checkpoint` wrote.
 
         Raises:
-            ValueError: for a damaged file, and what is no checkpoint, unless ``use_previous``
-                helps.
-            FileNotFoundError: if there is none, likewise.
+            ValueError: if the file is damaged or not a checkpoint, and ``use_previous`` does not
+                replace it.
+            FileNotFoundError: if the file is missing, likewise.
         """
         return self._with_previous(path, lambda file: self._load(file, *args, **kwargs))
 
     def whole_one(self, path: str | Path) -> str | Path:
-        """The checkpoint to resume from: this one, or the one before it.
+        """Path of the checkpoint to resume from: ``path``, or ``previous.ckpt`` in its place.
 
         Raises:
             ValueError, FileNotFoundError: see :meth:`load_checkpoint`.

@@ -1,4 +1,4 @@
-"""Checkpoints that outlast kills, full disks and signals, and averaged weights in them."""
+"""Callbacks for averaged weights and for checkpoints that survive kills, full disks and signals."""
 
 import os
 import shutil
@@ -31,23 +31,23 @@ from lightning_modules.run_settings import check_resumable, training_settings_of
 from mctf_hf.checks import check_range
 from mctf_hf.files import replace
 
-SETTINGS = "settings"  # what a checkpoint tells of its run
+SETTINGS = "settings"  # key of a checkpoint for the settings of its run
 
 T = TypeVar("T")
 
 
 def in_shards(trainer: L.Trainer) -> bool:
-    """Whether each process holds a part of the weights only."""
+    """Whether each process holds only a part of the weights."""
     return isinstance(trainer.strategy, ModelParallelStrategy)
 
 
 def is_there(trainer: L.Trainer, path: str) -> bool:
-    """Whether the first process, which wrote it, finds a checkpoint; all processes are to ask."""
+    """Whether process 0 finds a checkpoint, or it has a URL; all processes must call this."""
     return trainer.strategy.broadcast("://" in path or os.path.exists(path))
 
 
 def by_the_first(trainer: L.Trainer, work: Callable[[], T]) -> T:
-    """What the first process gets from some work; all processes are to ask, an error is theirs."""
+    """Run ``work`` in process 0. All processes must call this and get its result or its error."""
     found: Any = None
     failed = None
     if trainer.is_global_zero:
@@ -62,10 +62,10 @@ def by_the_first(trainer: L.Trainer, work: Callable[[], T]) -> T:
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """ModelCheckpoint that still knows the best one when a resumed run logs to another folder.
+    """ModelCheckpoint that remembers the best checkpoint if a resumed run logs to another folder.
 
-    Where that file is gone, the best of what follows counts. A metric that is not there is told
-    before training, or after the first step if it is one of training.
+    If that file no longer exists, the best of the following checkpoints counts. If the metric of
+    ``monitor`` does not exist, ValueError is raised before training or after its first step.
     """
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -76,7 +76,7 @@ class BestCheckpoint(ModelCheckpoint):
 
     def on_train_start(self, trainer: L.Trainer, *args: Any) -> None:
         super().on_train_start(trainer, *args)
-        self._forget_what_is_gone(trainer)  # shards are restored late
+        self._forget_what_is_gone(trainer)  # sharded models are restored after on_fit_start
 
     def on_sanity_check_end(self, trainer: L.Trainer, *args: Any) -> None:
         if not str(self.monitor).startswith("train/"):
@@ -108,12 +108,12 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 class Stopped(SIGTERMException):
-    """A run was told to stop by a signal.
+    """Error that ends a run after a stop signal.
 
     Attributes:
-        signum: the signal.
-        step: optimizer steps that were done.
-        checkpoint: with the state of the run; ``None`` where none are kept.
+        signum: number of the signal.
+        step: number of completed optimizer steps.
+        checkpoint: file with the state of the run; ``None`` if no checkpoints are kept.
     """
 
     def __init__(self, signum: int, step: int, checkpoint: Path | None):
@@ -126,20 +126,19 @@ class Stopped(SIGTERMException):
 
 
 class LastCheckpoint(Checkpoint):
-    """Keep the latest state in ``last.ckpt``, and the one before it in ``previous.ckpt``.
+    """Saves the latest state in ``last.ckpt``, and keeps the state before it in ``previous.ckpt``.
 
-    It is saved every so many steps, after each epoch, and when a signal tells the run to stop:
-    SIGTERM, as batch systems send it before they take a machine away, or SIGINT, which is Ctrl-C
-    (a second one stops at once, without saving). Every state that is saved resumes to the
-    weights of a run that was never interrupted, so it is saved neither between batches whose
-    gradients are accumulated, nor before a validation that would then be left out. The folder is
-    locked while the run lasts: another one that is to write there is refused. Settings that are
-    not those of the run that a checkpoint is of are told when it is resumed, or refused.
+    Saves at fixed step intervals, after each epoch, and when a signal stops the run: SIGTERM, which
+    batch systems send before they take a machine away, or SIGINT (Ctrl-C; a second one stops the
+    run at once, without saving). A run resumed from any saved state ends with the same weights as
+    an uninterrupted run. So no state is saved between batches whose gradients are accumulated, or
+    before a validation that the resumed run would skip. A lock on the folder keeps other runs from
+    writing to it. If a run is resumed with other settings, a warning or an error lists them.
 
     Args:
         every_n_train_steps: optimizer steps between two saves.
-        folder: where to. Unset: beside the other checkpoints.
-        use_previous: where ``last.ckpt`` is damaged, resume from ``previous.ckpt``.
+        folder: folder of the two files. Unset: the folder of the other checkpoints.
+        use_previous: whether to resume from ``previous.ckpt`` if ``last.ckpt`` cannot be read.
     """
 
     def __init__(
@@ -153,7 +152,7 @@ class LastCheckpoint(Checkpoint):
         self._lock: FolderLock | None = None
         self._signal: int | None = None
         self._stop_after_step = False
-        self._handlers: dict[signal.Signals, Any] = {}  # before the trainer's and ours
+        self._handlers: dict[signal.Signals, Any] = {}  # set before those of the trainer and ours
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         files = SafeCheckpointIO(self.use_previous)
@@ -197,8 +196,8 @@ class LastCheckpoint(Checkpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._saved_step = trainer.global_step
         self._signal = signal.SIGTERM if trainer.received_sigterm else None
-        # In place of Lightning's handlers, which talk to other processes from within a signal, or
-        # give up the step.
+        # These replace Lightning's handlers, which communicate with other processes inside the
+        # handler, or abandon the step.
         if threading.current_thread() is threading.main_thread():
             for signum in self._handlers:
                 signal.signal(signum, self._remember)
@@ -211,18 +210,18 @@ class LastCheckpoint(Checkpoint):
         self._signal = signum
 
     def _stopping(self, trainer: L.Trainer) -> bool:
-        """Whether any process was told to stop; all of them ask at once."""
+        """Whether any process received a stop signal; all processes must call this together."""
         if trainer.world_size == 1:
             return self._signal is not None
         return trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, *args: Any) -> None:
-        if trainer.world_size > 1:  # here, where the loss is waited for as well
+        if trainer.world_size > 1:  # here, where the module waits for the loss anyway
             self._stop_after_step = self._stopping(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         if accumulates(trainer) or not epoch_goes_on(trainer):
-            return  # what follows looks after it
+            return  # a later hook saves and stops
         alone = trainer.world_size == 1
         stopping = self._signal is not None if alone else self._stop_after_step
         every = self.every_n_train_steps
@@ -240,7 +239,7 @@ class LastCheckpoint(Checkpoint):
     ) -> None:
         if isinstance(exception, SIGTERMException) and trainer.validating:
             progress: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress
-            progress.reset()  # validation as a whole is still to be run: begun, no batch finished
+            progress.reset()  # the resumed run repeats the validation: started, no batch finished
             progress.total.ready = progress.total.started = 1
             self._save(trainer)
         self.teardown()
@@ -254,7 +253,7 @@ class LastCheckpoint(Checkpoint):
         raise Stopped(self._signal or signal.SIGTERM, trainer.global_step, self.path(trainer))
 
     def path(self, trainer: L.Trainer) -> Path | None:
-        """Of ``last.ckpt``; None where no checkpoints are kept."""
+        """Path of ``last.ckpt``; None if no checkpoints are kept."""
         folder = self.folder or getattr(trainer.checkpoint_callback, "dirpath", None)
         return Path(folder, LAST) if folder else None
 
@@ -272,7 +271,7 @@ class LastCheckpoint(Checkpoint):
 
 
 def _check_before_loading(trainer: L.Trainer, files: SafeCheckpointIO) -> None:
-    """For a strategy that reads checkpoints by itself."""
+    """Check checkpoints before loading, for strategies that do not use ``checkpoint_io``."""
     strategy: Any = trainer.strategy
     load = strategy.load_checkpoint
 
@@ -283,13 +282,13 @@ def _check_before_loading(trainer: L.Trainer, files: SafeCheckpointIO) -> None:
 
 
 def _keep_previous(path: Path) -> None:
-    """Make ``previous.ckpt`` of a checkpoint, which stays where the disk has hard links."""
+    """Keep a checkpoint as ``previous.ckpt``: by a hard link or, if that fails, by moving it."""
     if not path.exists():
         return
     previous = path.with_name(PREVIOUS)
     try:
         replace(previous, lambda link: os.link(path, link))
-    except OSError:  # no hard links here, or a folder of shards
+    except OSError:  # the disk has no hard links, or the checkpoint is a folder of shards
         _move(path, previous)
 
 
@@ -300,12 +299,12 @@ def _move(source: Path, target: Path) -> None:
 
 
 class AveragedWeights(BegunAverage):
-    """Lightning's exponential moving average: what is validated, exported and called best.
+    """Exponential moving average of the weights, used for validation, export and best checkpoint.
 
     Args:
-        decay: weight of the average's past in each update. Unset: no average.
+        decay: weight of the old average in each update. Unset: no average.
         every_n_steps: optimizer steps between two updates.
-        from_step: first step of the average.
+        from_step: zero-based optimizer step from which on the average is updated.
     """
 
     def __init__(self, decay: float | None = None, every_n_steps: int = 1, from_step: int = 0):
@@ -326,7 +325,7 @@ class AveragedWeights(BegunAverage):
                 f"ema.decay={self.decay!r} is not allowed with weights in shards: use "
                 "--trainer.strategy ddp, or leave it unset"
             )
-        with warnings.catch_warnings():  # of sharded models, which this one is not
+        with warnings.catch_warnings():  # the warning is for sharded models
             warnings.filterwarnings("ignore", message="You're using the WeightAveraging")
             super().setup(trainer, pl_module, stage)
 
@@ -340,7 +339,7 @@ class AveragedWeights(BegunAverage):
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        self.swap_back(pl_module)  # in the middle of a validation; a checkpoint may be saved next
+        self.swap_back(pl_module)  # in a validation, the module holds the average
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.hand_over(pl_module)  # also where a finished run was resumed
+        self.hand_over(pl_module)  # on_train_end is not called if a finished run was resumed

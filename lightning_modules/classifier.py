@@ -1,4 +1,4 @@
-"""A classifier that validates, tests and predicts, whatever trains it."""
+"""An image classifier in Lightning's validation, test and prediction loops."""
 
 import math
 from typing import Any
@@ -15,18 +15,18 @@ from mctf_hf.checks import check_scores
 from mctf_hf.losses import label_loss
 from mctf_hf.problems import REGRESSION, ranked, scores
 
-FEW_CLASSES = 20  # each of which is told of by itself
+FEW_CLASSES = 20  # up to this number, the accuracy of each class is logged by default
 Batch = dict[str, Any]
 
 
 class ImageClassifier(L.LightningModule):
-    """A classifier of Hugging Face in Lightning's loops, but for training.
+    """Lightning module of a Hugging Face classifier, without training.
 
     Attributes:
-        model: the classifier.
-        image_processor: what makes its pixels of images.
-        problem_type, num_labels: those of the model's configuration.
-        top_k: labels of an image in prediction.
+        model: image classifier.
+        image_processor: the model's image processor.
+        problem_type, num_labels: settings of the model's configuration.
+        top_k: number of labels per image in prediction.
     """
 
     model: Any
@@ -36,30 +36,30 @@ class ImageClassifier(L.LightningModule):
     top_k: int = 1
 
     def prepare_metrics(self, class_metrics: bool | None) -> None:
-        """Make what measures the model, which is there by now.
+        """Create the metrics. ``model`` must be set.
 
         Args:
-            class_metrics: the accuracy of each class as well; ``None`` for up to 20 classes.
+            class_metrics: measure the accuracy of each class; ``None``: only for up to 20 classes.
         """
         metrics = make_metrics(self.model.config)
         self.val_metrics, self.test_metrics = metrics.clone("val/"), metrics.clone("test/")
         self.val_counts = self.test_counts = None
         if class_metrics or (class_metrics is None and self.num_labels <= FEW_CLASSES):
             self.val_counts, self.test_counts = (make_counts(self.model.config) for _ in range(2))
-        # Not Lightning's own mean, which rounds the number of images over processes.
+        # Lightning's own mean over processes rounds the number of images.
         self.val_loss, self.test_loss = (MeanMetric(nan_strategy=math.nan) for _ in range(2))
 
     def check_head(self) -> None:
-        """Raise ValueError where the model is not ready to be measured, or used."""
+        """Raise ValueError if the model is not ready for evaluation or prediction."""
 
     @property
     def task(self) -> ImageTask:
-        """What the model takes, for the data."""
+        """Pixels and labels that the model takes, for the data module."""
         return ImageTask.of(self.model.config, self.image_processor)
 
     @property
     def backbone(self) -> nn.Module:
-        """All but the heads, as Lightning's ``BackboneFinetuning`` wants it."""
+        """The model without its heads; Lightning's ``BackboneFinetuning`` uses this name."""
         return self.model.base_model
 
     def forward(self, pixel_values: Tensor | None = None, **options: Any) -> Any:
@@ -68,7 +68,7 @@ class ImageClassifier(L.LightningModule):
 
     def on_validation_start(self) -> None:
         self.check_head()
-        self.val_loss.set_dtype(torch.float32)  # whatever the weights have become
+        self.val_loss.set_dtype(torch.float32)  # for any dtype of the weights
 
     def on_test_start(self) -> None:
         self.check_head()
@@ -115,7 +115,7 @@ class ImageClassifier(L.LightningModule):
         self._log_classes("test", self.test_counts)
 
     def _check_counted(self, stage: str, mean_loss: MeanMetric) -> None:
-        """Raise ValueError if no process could read an image."""
+        """Raise ValueError if no process could read any image."""
         if self.trainer.sanity_checking:
             return
         counted = self.trainer.strategy.reduce(mean_loss.weight.clone(), reduce_op="sum")
@@ -130,9 +130,9 @@ class ImageClassifier(L.LightningModule):
             counts.reset()
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
-        """Rows of a file, a label and its score, ``top_k`` for each image, see :func:`ranked`.
+        """Return rows with file, label and score, ``top_k`` for each image; see :func:`ranked`.
 
-        An image that could not be read has one row, without label and score, that tells why.
+        An image that could not be read has one row, with the error and without label and score.
         """
         logits = self.model(batch["pixel_values"]).logits
         check_scores(logits, f"images from {batch['files'][0]} on")
@@ -147,7 +147,7 @@ class ImageClassifier(L.LightningModule):
         return rows
 
     def _log_skipped(self, batch: Batch, stage: str) -> None:
-        """Count the rows whose image could not be read, over the epoch and all processes."""
+        """Log the number of rows with unreadable images, over the epoch and all processes."""
         if "skipped" in batch:
             name, skipped = f"{stage}/skipped_images", batch["skipped"].sum().float()
             self.log(name, skipped, on_step=False, on_epoch=True, reduce_fx="sum", sync_dist=True)

@@ -1,4 +1,4 @@
-"""Columns of datasets: where images and labels are, and what the labels are called."""
+"""The image and label columns of datasets, and the names of the classes."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -16,14 +16,14 @@ from .labels import (
 
 
 class Columns(NamedTuple):
-    """Where images and labels are.
+    """Image and label columns of a dataset.
 
     Attributes:
-        image: column of the images.
-        label: column of the labels.
-        label_names: names of the classes, if the dataset has them in an order.
-        by_name: whether labels are the names themselves, in no order.
-        feature: of the labels.
+        image: name of the image column.
+        label: name of the label column.
+        label_names: names of the classes in order; None if the dataset does not define them.
+        by_name: whether the labels are class names, without a defined order.
+        feature: feature (type) of the label column.
     """
 
     image: str
@@ -39,13 +39,13 @@ def find_columns(
     image_column: str | None,
     label_column: str | None,
 ) -> Columns:
-    """Find the columns of a split, or check those that are named.
+    """Find the image and label columns of a split, or check the given ones.
 
     Args:
-        origin: what errors call the split.
+        origin: name of the split in error messages.
 
     Raises:
-        ValueError: if a column is missing, can't be told from the others or holds something else.
+        ValueError: if a column is missing, cannot be determined or has a wrong type.
     """
     image = find_image_column(rows, origin, image_column)
     label = label_column
@@ -73,7 +73,7 @@ def find_columns(
 def find_image_column(
     rows: Dataset | IterableDataset, origin: str, image_column: str | None = None
 ) -> str:
-    """The column of images: the one that is named, or the only one. Raises as find_columns does."""
+    """The given image column, or the only one. Raises the errors of :func:`find_columns`."""
     if rows.features is None:
         raise ValueError(f"{origin} does not tell its columns: its files can't be streamed")
     image = _column(rows, "image_column", image_column, ImageFeature, origin)
@@ -107,16 +107,16 @@ def _of_kind(rows: Dataset | IterableDataset, kind: type) -> list[str]:
 
 
 def class_names(found: set[str], known: Sequence[str] | None, *, all_of_them: bool) -> list[str]:
-    """The classes, in order, where labels are names.
+    """Names of the classes in order, for a dataset whose labels are names.
 
     Args:
-        found: in a dataset.
-        known: a model's, if it has any.
-        all_of_them: whether the model's count only if all of them are in the dataset.
+        found: names in the dataset.
+        known: names of the model, if it has any.
+        all_of_them: use the model's names only if all of them occur in the dataset.
 
     Returns:
-        The model's, in its order, if those of the dataset are among them; otherwise the dataset's,
-        sorted.
+        The model's names in its order, if they contain all names of the dataset; otherwise the
+        dataset's names, sorted.
     """
     own = list(known or [])
     agree = found == set(own) if all_of_them else found <= set(own)

@@ -1,4 +1,4 @@
-"""What fusion does to vectors: beside those of another setting, on some images of a collection."""
+"""Comparison of the vectors of two fusion settings, on some images of a collection."""
 
 import math
 from collections.abc import Iterator
@@ -18,14 +18,14 @@ NEIGHBOURS = 10
 
 @dataclass
 class Comparison:
-    """Vectors of two settings side by side.
+    """Result of a comparison of the vectors of two settings.
 
     Attributes:
-        images: that were compared.
-        cosine: of an image's two vectors, the mean.
-        cosine_low: below which the lowest hundredth of these lie.
-        neighbours: how many nearest ones of an image were looked at, among these images.
-        kept: part of them that are the same by both settings.
+        images: number of compared images.
+        cosine: mean cosine of an image's two vectors.
+        cosine_low: first percentile of these cosines.
+        neighbours: number of nearest neighbours per image, among the compared images.
+        kept: fraction of these neighbours that both settings share.
     """
 
     images: int
@@ -36,13 +36,13 @@ class Comparison:
 
 
 def compare_settings(run: EmbeddingRun, other: Embedder, sample: int) -> Comparison:
-    """Compare vectors that were written with those of another setting.
+    """Compare the vectors that a run wrote with those of another setting.
 
     Args:
-        run: at its end.
-        other: makes the same kind of vectors, on the device that it is on.
-        sample: images to compare, evenly spaced ones of some ten to a unit, or more where there
-            are fewer units.
+        run: finished run.
+        other: embedder for the same kind of vectors, which runs on its own device.
+        sample: number of images to compare, evenly spaced over some units: about ten per unit, or
+            more if there are too few units.
 
     Raises:
         ValueError: for fewer than two images.
@@ -56,7 +56,7 @@ def compare_settings(run: EmbeddingRun, other: Embedder, sample: int) -> Compari
 
 
 def _sampled(run: EmbeddingRun, sample: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Vectors (b, d) of images and what the model takes of them, (b, channels, height, width)."""
+    """Yield written vectors (b, d) and the pixels (b, channels, height, width) of their images."""
     units = run.folder.done()
     rows_each = run.folder.manifest()["counts"]["vectors"] / len(units)
     units = _evenly(units, max(sample // 10, math.ceil(sample / max(rows_each, 1))))
@@ -73,7 +73,7 @@ def _sampled(run: EmbeddingRun, sample: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _compared(vectors: Tensor, others: Tensor) -> Comparison:
-    """Two vectors of each image, (n, d) both."""
+    """Compare two vectors of each image, both (n, d)."""
     cosines = F.cosine_similarity(vectors, others)
     count = min(NEIGHBOURS, len(vectors) - 1)
     near, other_near = (_nearest(one, count) for one in (vectors, others))
@@ -88,12 +88,12 @@ def _compared(vectors: Tensor, others: Tensor) -> Comparison:
 
 
 def _nearest(vectors: Tensor, count: int) -> Tensor:
-    """The other vectors that are nearest to each by cosine: (n, d) -> (n, count)."""
+    """Indices of the nearest other vectors of each vector by cosine: (n, d) -> (n, count)."""
     directions = F.normalize(vectors)
     return (directions @ directions.T).fill_diagonal_(-torch.inf).topk(count).indices
 
 
 def _evenly(items: "list[int] | range", count: int) -> list[int]:
-    """So many of them, evenly spaced, or all where there are fewer."""
+    """Return ``count`` evenly spaced items, or all if there are fewer."""
     count = min(count, len(items))
     return [items[i * len(items) // count] for i in range(count)]

@@ -1,7 +1,7 @@
-"""A picture of every augmentation, on handwritten digits that are coloured for the purpose.
+"""A picture of all augmentations, applied to coloured handwritten digits.
 
-``python -m lightning_modules.contact_sheet docs/augmentations.png`` draws it, in a checkout of the
-repository.
+To draw it, run ``python -m lightning_modules.contact_sheet docs/augmentations.png`` in a checkout
+of the repository.
 """
 
 import sys
@@ -25,14 +25,14 @@ from .rand_augment import OPERATIONS, RandAugment, operate, strength
 EDGE, GAP, LEFT, CAPTION = 64, 6, 140, 14
 COLUMNS = 7
 MAGNITUDES = (2, 4, 6, 8, 9, 10)
-# The published recipe's, but for its probabilities, by which most pictures would show nothing.
+# The published recipe's policy with probability 1, so that every picture shows a change.
 POLICY = "rand-m9-mstd0.5-inc1-p1"
 NORMALIZATION = Normalization(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one augmentation makes: its name, images (n, 3, h, w) in [0, 1], a caption for each."""
+    """Results of one augmentation: its name, images (n, 3, h, w) in [0, 1], a caption for each."""
 
     name: str
     images: Tensor
@@ -40,7 +40,7 @@ class Row:
 
 
 def coloured_digits(dataset: str = "data/digits", count: int = COLUMNS) -> tuple[Tensor, Tensor]:
-    """Digits 0, 1, … in warm colours on a ground from blue to green.
+    """Digits 0, 1, … in warm colours on a background from blue to green.
 
     Returns:
         Images (count, 3, EDGE, EDGE) uint8, and labels (count,).
@@ -55,14 +55,14 @@ def coloured_digits(dataset: str = "data/digits", count: int = COLUMNS) -> tuple
     for digit in range(count):
         picture = rows[labels.index(digit)]["image"].convert("L")
         share = np.asarray(picture.resize((EDGE, EDGE), Image.Resampling.BICUBIC))[..., None] / 255
-        share = np.clip(3 * share - 1, 0, 1)  # with an edge to sharpen
+        share = np.clip(3 * share - 1, 0, 1)  # edges on which sharpness has an effect
         mixed = np.clip(ground + (ink - ground) * share, 0, 255).astype(np.uint8)
         images.append(as_bytes(Image.fromarray(mixed)))
     return torch.stack(images), torch.arange(count)
 
 
 def augmented_rows(images: Tensor, labels: Tensor, seed: int = 0) -> Iterator[Row]:
-    """Every augmentation of a batch of images (n, 3, h, w) uint8, by chance that a seed gives."""
+    """Yield one row per augmentation of images (n, 3, h, w) uint8; ``seed`` sets the randomness."""
     count, edge = len(images), images.shape[-1]
     digit = images[3:4].float() / 255
     picture = Image.fromarray(images[3].permute(1, 2, 0).numpy())
@@ -100,7 +100,7 @@ def augmented_rows(images: Tensor, labels: Tensor, seed: int = 0) -> Iterator[Ro
 
 
 def _visible(images: Tensor) -> Tensor:
-    """Normalised images with values from 0 to 1 again; what lies beyond is cut off."""
+    """Undo the normalisation of images and clip their values to [0, 1]."""
     mean, std = (torch.tensor(v)[:, None, None] for v in (NORMALIZATION.mean, NORMALIZATION.std))
     return (images * std + mean).clamp(0, 1)
 
@@ -110,7 +110,7 @@ def _shares_text(shares: Sequence[float]) -> str:
 
 
 def contact_sheet(rows: Sequence[Row]) -> Image.Image:
-    """Draw rows of images under each other, with names on the left and captions below."""
+    """Draw the rows below each other, with names on the left and captions below the images."""
     line = EDGE + CAPTION + GAP
     size = (LEFT + COLUMNS * (EDGE + GAP) + GAP, GAP + len(rows) * line)
     sheet = Image.new("RGB", size, "white")

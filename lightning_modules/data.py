@@ -1,4 +1,4 @@
-"""Images of any Hugging Face dataset, or of a folder, as batches for an image classifier."""
+"""Data module for image classifiers: batches from a Hugging Face dataset or a folder."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -41,52 +41,51 @@ _ALONE = Share()
 class HFImageDataModule(L.LightningDataModule):
     """Training, validation, test and prediction images.
 
-    Images are converted to RGB and go through the model's own image processor, which the module
-    that is trained has in its ``task``, an :class:`.ImageTask`. In training, workers decode, crop
-    and flip, and the model's device does the rest with whole batches: RandAugment, normalisation,
-    random erasing, mixing.
-    Whatever is random here is a function of the seed, the epoch and the image alone (for a stream:
-    and of its place in the stream), so an interruption does not change it.
+    Images are converted to RGB, or to grey for models with one channel. Then they go through the
+    model's image processor, which the trained module provides in its ``task``, an
+    :class:`.ImageTask`. In training, workers decode, crop and flip the images. The model's device
+    processes whole batches: RandAugment, normalisation, random erasing and mixing.
+    All randomness depends only on the seed, the epoch and the image (in a stream, also on the
+    position in the stream), so an interruption does not change it.
 
     Args:
-        dataset: id of a dataset on the Hugging Face Hub, or a local folder of parquet files or of
-            images in one subfolder per class, in splits (``train/``, ``val/``, ``test/``) or not;
-            see :func:`open_image_folder`. Not needed for prediction.
+        dataset: id of a dataset on the Hugging Face Hub, or a local folder. The folder contains
+            parquet files, or images in one subfolder per class, with or without splits
+            (``train/``, ``val/``, ``test/``). Not needed for prediction.
         name: configuration of the dataset, if it has several.
         revision: branch, tag or commit of the dataset on the Hub.
         train_split: split to train on.
-        val_split: split to validate on. Unset: ``validation``, if the dataset has one, or else
-            ``val_fraction`` of the training split, which is then left out of training.
-        val_fraction: part of the training split to validate on where there is no other.
+        val_split: split to validate on. Unset: ``validation``, if the dataset has this split;
+            otherwise ``val_fraction`` of the training split, which is then not trained on.
+        val_fraction: fraction of the training split to validate on if there is no other split.
         test_split: split for the final test.
-        image_column: column of the images. Unset: the only one of type image.
+        image_column: column of the images. Unset: the only column of type image.
         label_column: column of the labels: integers, class labels or names; for several labels per
-            image, lists of class labels or of 1 and 0; for regression, numbers or lists of them.
-            Unset: the only one of type class label, the only list of these, ``label`` if it holds
-            integers or names, or the only one of texts.
+            image, lists of class labels or of 1 and 0; for regression, numbers or lists of numbers.
+            Unset: the only column of class labels, the only column of lists of class labels,
+            ``label`` if it contains integers or names, or the only column of texts.
         batch_size: images per process and step in training.
-        eval_batch_size: images per process and step otherwise. Unset: the same.
-        num_workers: processes that load and augment images; 0 does it in the main process.
-        crop: random crop in training: ``none``, ``padded`` (for small images) or ``resized`` (for
-            ImageNet).
-        flip: mirror half of the training images.
-        rand_augment: policy of RandAugment, such as ``rand-m9-mstd0.5-inc1``, that of DeiT.
-        random_erasing: part of the training images of which a rectangle is replaced by noise.
-        mixup: alpha of mixup; 0 is off.
-        cutmix: alpha of cutmix; 0 is off. With both, each batch gets one of the two at random.
-        repeated_augmentation: copies of an image in a global batch, differently augmented; an
-            epoch has as many samples as without.
-        on_bad_image: ``error`` stops at an image that can't be read. ``skip`` warns and counts it;
-            in training, the next row that can be read takes its place, in evaluation it is left
-            out, and in prediction its row tells why.
-        streaming: read the dataset as a stream, which takes no place on the disk: parquet files
-            or tar files in WebDataset format, best with as many shards as a multiple of the
-            processes times ``num_workers``.
-        shuffle_buffer: rows of a worker among which the next one is drawn when streaming.
-        train_images: rows of ``train_split`` when streaming. Unset: what the dataset's card or
-            parquet files tell, which tar files don't.
-        predict_folder: folder of images to predict, searched with its subfolders.
-        seed: of the order, the augmentation and the cut of the validation part.
+        eval_batch_size: images per process and step in evaluation. Unset: ``batch_size``.
+        num_workers: worker processes that load and augment images; 0 uses the main process.
+        crop: random crop in training: ``none``, ``padded`` (small images), ``resized`` (ImageNet).
+        flip: mirror half of the training images, chosen at random.
+        rand_augment: policy of RandAugment, such as ``rand-m9-mstd0.5-inc1``, the policy of DeiT.
+        random_erasing: fraction of the training images in which noise replaces a rectangle.
+        mixup: alpha of mixup; 0 turns it off.
+        cutmix: alpha of cutmix; 0 turns it off. If both are on, each batch uses one at random.
+        repeated_augmentation: number of copies of an image in a global batch, each with its own
+            augmentation. The number of samples per epoch does not change.
+        on_bad_image: ``error`` stops at an image that cannot be read. ``skip`` warns and counts the
+            image; training uses the next readable row instead, evaluation leaves the image out,
+            and prediction writes the reason to its row.
+        streaming: read the dataset as a stream, without storing it on the disk: parquet files or
+            tar files in WebDataset format. Most efficient if the number of shards is a multiple of
+            the processes times ``num_workers``.
+        shuffle_buffer: rows per worker from which a stream draws the next row at random.
+        train_images: number of rows of ``train_split`` when streaming. Unset: read from the
+            dataset's card or parquet files; tar files do not contain it.
+        predict_folder: folder of images to predict, including its subfolders.
+        seed: seed of the order, the augmentation and the choice of validation images.
     """
 
     trainer: L.Trainer
@@ -164,13 +163,14 @@ class HFImageDataModule(L.LightningDataModule):
         self._sets = {}
         self._policy = None if rand_augment is None else RandAugment.parse(rand_augment)
         self._augmentation: BatchAugmentation | None = None
-        self._quiet = ExitStack()  # while a trainer runs
+        self._quiet = ExitStack()  # filters of warnings while a trainer runs
 
     def setup(self, stage: str) -> None:
-        """Open what a stage needs, for the ``task`` of the module that is trained or measured.
+        """Open the images of a stage, for the ``task`` of the trainer's module.
 
         Raises:
-            ValueError: for a missing folder, column or split, or labels that the model lacks.
+            ValueError: for a missing column or split, or labels that the model does not have.
+            FileNotFoundError: for a missing folder.
         """
         trainer: Any = self.trainer
         if stage == "predict" and isinstance(trainer.strategy, ModelParallelStrategy):
@@ -182,11 +182,11 @@ class HFImageDataModule(L.LightningDataModule):
         self.open(stage, trainer.lightning_module.task, share)
 
     def open(self, stage: str, task: ImageTask, share: Share = _ALONE) -> None:
-        """Open what a stage needs, without a trainer. Raises as :meth:`setup` does.
+        """Open the images of a stage without a trainer. Raises the errors of :meth:`setup`.
 
         Args:
             stage: ``fit``, ``validate``, ``test`` or ``predict``.
-            task: the pixels and labels that the model takes.
+            task: pixels and labels that the model takes.
             share: this process's part of a stream.
         """
         if self._task != task:
@@ -216,7 +216,7 @@ class HFImageDataModule(L.LightningDataModule):
 
     @property
     def num_train_images(self) -> int | None:
-        """How many images there are to train on, where that is known and they are opened."""
+        """Number of training images; None if they are not open or a stream."""
         images = self._sets.get("train")
         return len(images) if isinstance(images, LabelledImages) else None
 
@@ -259,7 +259,7 @@ class HFImageDataModule(L.LightningDataModule):
         fit: bool = False,
         **options: Any,
     ) -> LabelledImages | StreamedImages:
-        """A split as the image processor makes it."""
+        """Open a split with pixel values as the image processor outputs them."""
         reader = PixelReader(task.processor, task.num_channels)
         if self.streaming:
             assert isinstance(source, str)
@@ -271,7 +271,7 @@ class HFImageDataModule(L.LightningDataModule):
     def _augmented(
         self, task: ImageTask, share: Share, rows: Rows | None = None, **options: Any
     ) -> LabelledImages | StreamedImages:
-        """The training split as bytes, cropped and flipped."""
+        """Open the training split as bytes, cropped and flipped."""
         assert self._augmentation is not None
         processor, channels = task.processor, task.num_channels
         reader: PixelReader = AsBytes(processor, channels)
@@ -315,13 +315,13 @@ class HFImageDataModule(L.LightningDataModule):
 
     @property
     def named(self) -> NamedDataset:
-        """The dataset. Raises as :class:`NamedDataset` does."""
+        """The dataset. Raises the errors of :class:`NamedDataset`."""
         if self._named is None:
             self._named = NamedDataset(self.dataset, self.name, self.revision)
         return self._named
 
     def training_labels(self) -> np.ndarray | None:
-        """Labels of the rows to train on, (rows,) or (rows, labels); None of a stream."""
+        """Labels of the training rows, (rows,) or (rows, labels); None for a stream."""
         images = self._sets.get("train")
         if not isinstance(images, LabelledImages):
             return None
@@ -348,7 +348,7 @@ class HFImageDataModule(L.LightningDataModule):
         return found.images
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Keep random numbers where they are needed: they decide what the device is told to do."""
+        """Keep random numbers on the CPU, where they select the operations that the device runs."""
         if "draws" in batch:
             batch = {**batch, "draws": batch["draws"].numpy()}
         return batch
@@ -358,12 +358,12 @@ class HFImageDataModule(L.LightningDataModule):
         if not self.trainer.training:
             return batch
         augmented = self.augment(batch)
-        # Lightning has converted the batch to the precision of the weights before it was augmented.
+        # Lightning converted the batch to the weights' precision, and augmentation changed that.
         convert = self.trainer.precision_plugin.convert_input
         return batch | convert({name: augmented[name] for name in ("pixel_values", "labels")})
 
     def augment(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Augment and normalise a batch of training images where it is."""
+        """Augment and normalise a batch of training images on its own device."""
         assert self._augmentation is not None
         images, labels = self._augmentation(
             batch["pixel_values"], batch["labels"], batch.pop("draws", None)
@@ -385,21 +385,21 @@ class HFImageDataModule(L.LightningDataModule):
         epoch: Callable[[], int] = lambda: 0,
         batches_done: Callable[[], int] = lambda: 0,
     ) -> DataLoader:
-        """Batches of training images, to be augmented on a device; see :meth:`open`.
+        """Loader of training batches, to be used with :meth:`augment` after :meth:`open`.
 
         Args:
-            share: of this process.
+            share: this process's part.
             epoch: returns the number of the epoch that begins, for streams.
-            batches_done: returns how many batches of the epoch an interrupted run has had.
+            batches_done: returns the number of batches of the epoch that an interrupted run used.
 
         Raises:
-            ValueError: for a stream whose length is not known or less than a batch.
+            ValueError: for a stream whose length is unknown or too short for one batch.
         """
         images = self._sets["train"]
         options = self._loader_options() | {"batches_done": batches_done}
         if isinstance(images, StreamedImages):
             steps = self._steps(images, share)
-            # All our workers have shares of their own, and the loader counts whole batches.
+            # The warning does not apply: workers have separate shares, StreamLoader counts batches.
             self._quiet.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", message="Your `IterableDataset` has `__len__` define")
             return StreamLoader(images, steps=steps, epoch=epoch, **options)
@@ -420,7 +420,7 @@ class HFImageDataModule(L.LightningDataModule):
         )
 
     def _steps(self, images: StreamedImages, share: Share) -> int:
-        """Batches of an epoch of a stream."""
+        """Number of batches per epoch of a stream."""
         rows = self.train_images or self.named.count(self.train_split)
         if rows is None:
             raise ValueError(
@@ -472,7 +472,7 @@ class HFImageDataModule(L.LightningDataModule):
 
 
 def _check_heads(files: Sequence[Path]) -> None:
-    """Raise ValueError for files that are no images, before any work is done."""
+    """Raise ValueError for files that are not images, before any work is done."""
     errors = []
     for file in files:
         try:

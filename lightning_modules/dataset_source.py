@@ -1,4 +1,4 @@
-"""Images of datasets, in units: some rows, or a shard of a stream."""
+"""Image sources for datasets; a unit is a range of rows or a shard of a stream."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from .image_units import ImageSource, StoredImage, carried
 
 
 class RowsSource(ImageSource):
-    """Rows of a dataset that is stored, by their numbers."""
+    """Rows of a stored dataset; an image's id is the number of its row."""
 
     kind = "rows"
 
@@ -41,7 +41,7 @@ class RowsSource(ImageSource):
 
 
 class StreamSource(ImageSource):
-    """Rows of a dataset that is read as a stream, each of its shards a unit."""
+    """Rows of a dataset that is read as a stream; each shard is a unit."""
 
     kind = "shards of a stream"
 

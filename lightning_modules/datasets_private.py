@@ -1,4 +1,4 @@
-"""What this library takes of datasets that is private there."""
+"""Uses of private names of ``datasets``."""
 
 from datasets import Dataset
 
@@ -8,5 +8,5 @@ check_names("datasets", {"datasets.Dataset": ("_fingerprint",)})
 
 
 def fingerprint(rows: Dataset) -> str:
-    """What tells a dataset from one of other images."""
+    """Text that differs between datasets with different images."""
     return rows._fingerprint

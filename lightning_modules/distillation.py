@@ -1,4 +1,4 @@
-"""The classifier that another one learns from."""
+"""The classifier that the trained model learns from in distillation."""
 
 from typing import Any
 
@@ -16,18 +16,18 @@ from mctf_hf.images import scaling
 
 
 class Guide:
-    """Any image classifier of the Hugging Face Hub, run on images prepared for another model.
+    """Runs any image classifier of the Hugging Face Hub on images prepared for another model.
 
-    It is no part of the module that is trained: neither averaged, nor saved, nor optimised.
+    It is not part of the trained module: it is not averaged, saved or optimised.
 
     Args:
-        name: id of a model on the Hub, or a local folder.
-        config: of the model that learns from it.
-        image_processor: of the model that learns from it.
+        name: id of the classifier on the Hub, or a local folder.
+        config: configuration of the model that learns from it.
+        image_processor: image processor of the model that learns from it.
 
     Raises:
-        ValueError: if its classes are not those of the model that learns from it.
-        OSError: if there is no such model.
+        ValueError: if its classes differ from those of the model that learns from it.
+        OSError: if there is no such classifier.
     """
 
     def __init__(self, name: str, config: MCTFViTConfig, image_processor: Any):
@@ -39,18 +39,18 @@ class Guide:
         self.size = output_size(own)
         mean, std = scaling(image_processor)
         own_mean, own_std = scaling(own)
-        self.scale = (std / own_std).float()  # back to pixels and on again, for each channel
+        self.scale = (std / own_std).float()  # to the normalisation of the guide, per channel
         self.shift = ((mean - own_mean) / own_std).float()
 
     def to(self, device: torch.device) -> "Guide":
-        """Move the weights; returns itself."""
+        """Move the weights to a device and return self."""
         self.model.to(device)
         self.scale, self.shift = self.scale.to(device), self.shift.to(device)
         return self
 
     @torch.no_grad()
     def __call__(self, pixel_values: Tensor) -> Tensor:
-        """Logits (b, c) of images (b, channels, height, width), as prepared for the other model."""
+        """Logits (b, c) of images (b, channels, height, width) prepared for the other model."""
         images = pixel_values * self.scale + self.shift
         if images.shape[-2:] != self.size:
             images = F.interpolate(images, self.size, mode="bicubic", antialias=True)

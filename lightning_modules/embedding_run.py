@@ -1,4 +1,4 @@
-"""Millions of images as vectors, by Lightning: any number of devices and nodes, each image once."""
+"""Embedding of large image collections with Lightning, on any number of devices and nodes."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -24,22 +24,22 @@ from .locks import FolderLock
 from .unit_batches import UnitBatches, load_units
 from .vector_folder import ShardWriter, UnitBatch, VectorFolder
 
-EVERY_N_SECONDS = 60.0  # between two lines on how far it is, where nobody watches
+EVERY_N_SECONDS = 60.0  # interval of progress lines without a terminal
 
 
 @dataclass
 class EmbeddingRun:
-    """All that decides what is written, the same in every process.
+    """Everything that determines the output of a run, the same in every process.
 
     Attributes:
-        source: of the images.
-        embedder: makes their vectors.
-        reader: decodes them for it.
-        folder: that the vectors go to.
-        features: of its rows.
+        source: image collection.
+        embedder: computes the vectors.
+        reader: decodes the images for the embedder.
+        folder: output folder of the vectors.
+        features: columns of the output rows.
         settings, record: see :meth:`.VectorFolder.begin`.
-        batch_size: images that the model takes at once.
-        num_workers: processes that decode images, for each process that embeds them.
+        batch_size: images per call of the model.
+        num_workers: decoding processes for each embedding process.
         on_bad_image: see :class:`.UnitBatches`.
     """
 
@@ -55,7 +55,7 @@ class EmbeddingRun:
     on_bad_image: OnBadImage
 
     def batches(self, units: list[int]) -> UnitBatches:
-        """The images of some units."""
+        """Batches of the images of some units."""
         return UnitBatches(
             self.source,
             units,
@@ -65,31 +65,31 @@ class EmbeddingRun:
         )
 
     def writer(self) -> ShardWriter:
-        """What writes the rows."""
+        """Create a writer of the output rows."""
         return ShardWriter(self.folder, self.features, self.embedder.labels)
 
 
 class ToldToStop(Exception):
-    """A signal ended a run (SIGTERM); the same command goes on from the shards that are there."""
+    """Error for a run that SIGTERM ended; the same command continues from the existing shards."""
 
 
 class EmbeddingModule(L.LightningModule):
-    """Predicts vectors."""
+    """Lightning module that predicts vectors."""
 
     def __init__(self, embedder: Embedder):
         super().__init__()
         self.embedder = embedder
 
     def predict_step(self, batch: UnitBatch, batch_idx: int) -> list[Embedded]:
-        """The vectors of a batch; nothing for a batch of which no image could be read."""
+        """The vectors of a batch; an empty list if no image of the batch could be read."""
         return [] if batch.pixel_values is None else [self.embedder(batch.pixel_values)]
 
 
 class UnitsData(L.LightningDataModule):
-    """Hands each process its share of the units that have no shard yet.
+    """Gives each process its share of the units without a shard.
 
     Attributes:
-        pending: numbers of all units that have none.
+        pending: numbers of all units without a shard.
     """
 
     trainer: L.Trainer
@@ -101,11 +101,11 @@ class UnitsData(L.LightningDataModule):
         self._lock: FolderLock | None = None
 
     def setup(self, stage: str) -> None:
-        """Take the folder, by the first process, and learn what is to be done.
+        """Lock and prepare the folder in process 0, and find the pending units.
 
         Raises:
-            RuntimeError: if another run writes there.
-            ValueError, FileExistsError, OSError: as :meth:`.VectorFolder.begin` does.
+            RuntimeError: if another run writes to the folder.
+            ValueError, FileExistsError, OSError: see :meth:`.VectorFolder.begin`.
         """
         strategy = self.trainer.strategy
         if isinstance(strategy, ModelParallelStrategy):
@@ -117,14 +117,14 @@ class UnitsData(L.LightningDataModule):
 
     def _begin(self) -> list[int]:
         run = self.run
-        run.folder.check(run.settings)  # before a lock is put there
+        run.folder.check(run.settings)  # before the lock writes files to it
         lock = FolderLock(run.folder.path, "output")
         lock.acquire()
         self._lock = lock
         return run.folder.begin(run.settings, run.record, run.source.num_units)
 
     def release(self) -> None:
-        """Let go of the folder."""
+        """Release the lock of the folder."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -137,10 +137,10 @@ class UnitsData(L.LightningDataModule):
 
 
 class WriteShards(Callback):
-    """Writes what the module predicts, and in the end the manifest.
+    """Writes the predicted vectors to shards, and finally the manifest.
 
     Attributes:
-        manifest: of the finished run.
+        manifest: manifest of the finished run.
     """
 
     def __init__(self, run: EmbeddingRun):
@@ -181,16 +181,16 @@ class WriteShards(Callback):
 
 @dataclass(eq=False)
 class Pace(Callback):
-    """How far a run is and how fast: a bar on a terminal, else a line now and then.
+    """Shows progress and speed of a run: a bar on a terminal, otherwise lines at fixed intervals.
 
-    Speed is of all processes, as far as the first one can tell of its own. The first batch counts
-    for neither speed nor waiting: workers start in it.
+    Progress and speed of all processes are estimated from process 0. Speed and waiting time do not
+    include the first batch, during which the workers start.
 
     Attributes:
-        total: images that are to be embedded, if that is known.
-        images: that this process has embedded.
-        seconds: since the first batch.
-        waited: seconds of them that the model had no images to work on.
+        total: number of images to embed, if known.
+        images: number of images that this process has finished, including unreadable ones.
+        seconds: time between the end of the first and the last batch so far.
+        waited: seconds of this time in which the model waited for images.
     """
 
     console: Console
@@ -238,12 +238,12 @@ class Pace(Callback):
 
     @property
     def speed(self) -> float | None:
-        """Images per second of this process; ``None`` before there is one."""
+        """Images per second of this process; ``None`` until it is known."""
         return self._timed / self.seconds if self.seconds else None
 
     @property
     def share_waited(self) -> float | None:
-        """Part of the time that the model had no images."""
+        """Fraction of the time in which the model waited for images; ``None`` until it is known."""
         return self.waited / self.seconds if self.seconds else None
 
     def _tell(self, processes: int) -> None:
@@ -270,13 +270,13 @@ class Pace(Callback):
 
 
 class Embedding(NamedTuple):
-    """What became of a run.
+    """Result of a run in one process.
 
     Attributes:
-        manifest: of the folder.
-        pace: how fast it went.
-        is_first: whether this is the first process.
-        device: that it had.
+        manifest: manifest of the folder.
+        pace: progress and speed.
+        is_first: whether this is process 0.
+        device: device of the process.
     """
 
     manifest: dict[str, Any]
@@ -291,7 +291,7 @@ def embed_by_lightning(
     """Embed all images of a run that have no vector yet.
 
     Args:
-        make_trainer: a trainer with some callbacks.
+        make_trainer: creates a trainer with the given callbacks.
 
     Raises:
         ValueError, OSError, RuntimeError: see :class:`UnitsData` and :class:`.ShardWriter`.
@@ -308,6 +308,6 @@ def embed_by_lightning(
 
 
 def _left(run: EmbeddingRun) -> int | None:
-    """About how many images have no vector yet."""
+    """Estimated number of images without a vector; None if the total is unknown."""
     total, units = run.source.num_images, run.source.num_units
     return None if total is None else round(total * (1 - len(run.folder.done()) / max(units, 1)))

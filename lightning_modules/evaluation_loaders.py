@@ -1,7 +1,7 @@
-"""Evaluation by several processes: each image counts once, and all make the same number of steps.
+"""Evaluation in several processes: each image counts once, all processes run equally many steps.
 
-Where processes exchange anything in a step, weights in shards or the statistics of a BatchNorm, one
-that has no batch left would let the others wait for ever.
+Processes may exchange data in a step, such as sharded weights or BatchNorm statistics. A process
+without a batch would then make the other processes wait forever.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -13,7 +13,7 @@ Batch = dict[str, Any]
 
 
 class UnpaddedSampler(DistributedSampler):
-    """Every ``num_replicas``-th item from ``rank`` on: none twice, and none left out."""
+    """Every ``num_replicas``-th item from ``rank`` on; each item occurs in exactly one process."""
 
     dataset: Any
 
@@ -25,7 +25,7 @@ class UnpaddedSampler(DistributedSampler):
 
 
 class EvaluationLoader(DataLoader):
-    """As many batches of labelled images as the first process has by :class:`UnpaddedSampler`."""
+    """Yields as many batches in every process as process 0 has with :class:`UnpaddedSampler`."""
 
     dataset: Any
     batch_size: int
@@ -45,12 +45,12 @@ class EvaluationLoader(DataLoader):
 def in_step(
     batches: Iterable[Batch], images: Any, goes_on: Callable[[bool], bool]
 ) -> Iterator[Batch]:
-    """The batches, and then some of one black image that is not counted.
+    """Yield the batches, then batches of one uncounted black image until all processes are done.
 
     Args:
-        images: what the batches are made of, with the attributes ``black`` and ``on_bad_image``.
-        goes_on: called before each step with whether this process has a batch left; returns whether
-            any process has.
+        images: dataset of the batches, with the attributes ``black`` and ``on_bad_image``.
+        goes_on: called before each step with whether this process has another batch; returns
+            whether any process has one.
     """
     own = iter(batches)
     while True:

@@ -1,4 +1,4 @@
-"""Finetuning a Vision Transformer with token fusion, by token-reduction consistency."""
+"""Finetuning of Vision Transformers with token fusion and token-reduction consistency."""
 
 import math
 import os
@@ -33,16 +33,16 @@ from mctf_hf.teacher import (
 )
 from mctf_hf.torch_private import compile_for_many
 
-LEARNING_RATE = 1.5e-5  # the paper's, for a global batch of 512
+LEARNING_RATE = 1.5e-5  # of the paper, for a global batch of 512
 
 
 class Pass(NamedTuple):
-    """What one pass over a batch gives to the loss.
+    """Results of one pass over a batch, for the loss.
 
     Attributes:
-        logits: (b, c), as the model classifies.
-        features: (b, d), what the head reads, after the final LayerNorm.
-        loss: scalar, of classification.
+        logits: (b, c), logits of the model.
+        features: (b, d), input of the head, after the final LayerNorm.
+        loss: scalar loss of the labels and, with a guide, of distillation.
     """
 
     logits: Tensor
@@ -51,69 +51,69 @@ class Pass(NamedTuple):
 
 
 class MCTFFinetuner(ImageClassifier):
-    """A Vision Transformer of the Hugging Face Hub, finetuned with token fusion.
+    """Finetunes a Vision Transformer of the Hugging Face Hub with token fusion.
 
-    Each step runs the same weights twice, as student with the full ``r`` and as teacher with one
-    drawn from {0, …, r_max - 1}, and draws the student's class token to the teacher's (MCTF, arXiv
-    2403.10030, section 3.4). Randomness of a step is a function of the seed and the step alone.
+    Each step runs the same weights twice: as student with the full ``r``, and as teacher with an r
+    drawn from {0, …, r_max - 1}. The loss pulls the student's class token towards the teacher's
+    (MCTF, arXiv 2403.10030, section 3.4). Randomness depends only on seed, step and process.
 
     Args:
-        pretrained: id of a model on the Hugging Face Hub or a local folder: a ViT, DeiT, DINOv2,
+        pretrained: id of a model on the Hugging Face Hub, or a local folder: a ViT, DeiT, DINOv2,
             DINOv3, CLIP or SigLIP, or a model of this library. Unset: train from scratch with
             ``config``.
         config: settings of ``MCTFViTConfig`` for training from scratch.
-        num_labels: give the model a new head with so many classes. Unset: keep its own.
-        problem_type: what labels are: ``single_label_classification`` (cross-entropy),
+        num_labels: number of outputs of a new head. Unset: keep the head of the model.
+        problem_type: kind of labels: ``single_label_classification`` (cross-entropy),
             ``multi_label_classification`` (binary cross-entropies) or ``regression`` (mean squared
-            error). Unset: as ``pretrained`` has it with its head; of a new one, regression where
-            ``num_labels`` is 1, and one label per image else.
-        image_size: height and width of the images in pixels, or one number for both, where it is
-            not that of ``pretrained``; positions are interpolated, the image processor is changed.
-        freeze: train the head alone. The rest stays as it is, without dropout; there is no teacher.
+            error). Unset: as in ``pretrained`` if the model keeps its head; for a new head,
+            regression if ``num_labels`` is 1, otherwise one label per image.
+        image_size: height and width of the images in pixels, or one number for both. Unset: as in
+            ``pretrained``. Another size interpolates positions and changes the image processor.
+        freeze: train only the head. Other weights stay fixed, without dropout; no teacher is used.
         reduction: method of token reduction: ``mctf``, ``tome``, ``pitome``, ``diffrate``,
             ``evit``, ``token_mergence``, ``none`` or one of your own. Unset (this and the next
             four): as in ``pretrained``. A plain or new model fuses nothing if all five are unset;
             otherwise the unset ones take the defaults of ``MCTFViTConfig``.
-        r: tokens that each fusing layer fuses: a count, a fraction, a list with one per layer, or
-            ``auto:0.56`` for the list that leaves 56% of the multiply-accumulates.
-        keep_rate: instead of ``r`` with ``evit`` and ``token_mergence``: part of the patch tokens
-            that each fusing layer keeps, a list with one per layer, or ``auto:0.56``.
-        fusion_layers: zero-based layers that fuse.
-        fusion: further settings of fusion by name, such as ``tau_sim`` or ``pooling``.
-        r_max: the teacher's r stays below this, which is at most ``r``; 0 trains without a
-            teacher. Unset: half of ``r``, and 0 without reduction. Where ``keep_rate`` counts, the
-            teacher's is drawn above the student's, unless ``r_max`` is 0.
-        teacher_weight: weight of the teacher's loss of the labels.
-        consistency_weight: weight of the distance of class tokens.
-        confidence_threshold: images count for consistency if the student gives their label more;
-            of several labels per image, their mean probability counts, and in regression all
-            images do.
-        label_smoothing: part of a label that all classes share; with several labels per image it
-            draws 1 and 0 that far to 0.5. Unset: 0.1, and none in regression.
-        class_weights: how much each class counts in the loss, one number each, or ``balanced``:
-            inversely to how often it occurs in training. With several labels per image, how much a
-            class counts where it is there. Validation loss is without.
-        class_metrics: tell the accuracy of each class as well. Unset: of up to 20 classes.
-        distill_from: id or folder of a classifier of the same classes, of any architecture, to
-            learn from beside the labels, in both passes. A model with a distillation head learns
-            from it by that head, and the labels by the other (DeiT, arXiv 2012.12877).
-        distillation: learn its most probable class (``hard``) or its probabilities (``soft``).
-        distillation_weight: part of that in the loss; the labels have the rest.
-        distillation_temperature: of the probabilities, for ``soft``.
+        r: tokens that each fusing layer fuses: a count, a fraction, a list with one entry per
+            layer, or ``auto:0.56`` for a list that leaves 56% of the multiply-accumulates.
+        keep_rate: instead of ``r``, for ``evit`` and ``token_mergence``: fraction of the patch
+            tokens that each fusing layer keeps, a list with one per layer, or ``auto:0.56``.
+        fusion_layers: zero-based indices of the layers that fuse.
+        fusion: further fusion settings by name, such as ``tau_sim`` or ``pooling``.
+        r_max: exclusive upper bound of the teacher's r; at most ``r``. 0 trains without a teacher.
+            Unset: half of ``r``, or 0 without reduction. For methods with ``keep_rate``, the
+            teacher's keep rate is drawn above the student's, unless ``r_max`` is 0.
+        teacher_weight: weight of the teacher's label loss.
+        consistency_weight: weight of the distance between class tokens.
+        confidence_threshold: images count for consistency if the student's probability of their
+            label is higher. With several labels per image, this is the mean of their
+            probabilities; in regression, all images count.
+        label_smoothing: fraction of a label that is spread over all classes; with several labels
+            per image, it moves 1 and 0 towards 0.5. Unset: 0.1, or 0 in regression.
+        class_weights: weight of each class in the loss, one number each, or ``balanced`` for
+            weights inverse to the class frequencies in training. With several labels per image, a
+            weight applies to images with the class. The validation loss uses no weights.
+        class_metrics: log the accuracy of each class, too. Unset: only for up to 20 classes.
+        distill_from: id or folder of a classifier with the same classes, of any architecture. Both
+            passes learn from it in addition to the labels. A model with a distillation head learns
+            from it with that head, and from the labels with the other (DeiT, arXiv 2012.12877).
+        distillation: learn that classifier's top class (``hard``) or its probabilities (``soft``).
+        distillation_weight: weight of distillation in the loss, 0 to 1; the labels get the rest.
+        distillation_temperature: temperature of the probabilities, for ``soft``.
         drop_path_rate: probability of skipping the last layer's residual branches.
         attn_implementation: how transformers computes attention in layers that do not fuse, such as
-            ``sdpa`` (its default) or ``eager``, which learns faster in bfloat16 on processors.
-        compile: compile the passes of a training step, by ``torch.compile`` as it is or with
-            arguments by name, such as ``mode``: one program for each amount that is fused.
+            ``sdpa`` (its default) or ``eager``, which trains faster in bfloat16 on CPUs.
+        compile: compile the passes of a training step with ``torch.compile``, optionally with
+            arguments by name, such as ``mode``. Each fused amount needs a program of its own.
         learning_rate: peak learning rate for a global batch of ``reference_batch_size``; it is
             scaled linearly to the actual global batch.
         reference_batch_size: see ``learning_rate``.
-        min_learning_rate: where the cosine schedule ends; not scaled.
+        min_learning_rate: final learning rate of the cosine schedule; not scaled.
         warmup_epochs: epochs of linear warm-up.
-        cooldown_epochs: epochs at ``min_learning_rate`` in the end, of those of the trainer.
-        layer_decay: factor of the learning rate from each layer to the one before it.
-        weight_decay: of AdamW; norms, biases, positions and the class token have none.
-        seed: of the teacher's r, dropout and drop path.
+        cooldown_epochs: last epochs of the training, at ``min_learning_rate``.
+        layer_decay: factor of the learning rate from each layer to the layer before it.
+        weight_decay: weight decay of AdamW, except for norms, biases, positions and class token.
+        seed: seed of the teacher's r, dropout and drop path.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class MCTFFinetuner(ImageClassifier):
             for name in ("r", "keep_rate")
             if isinstance(settings.get(name), str)
         }
-        if "r" in budgets:  # the method decides what a plain model's default does
+        if "r" in budgets:  # placeholder: without an r, a plain model would fuse nothing
             settings["r"] = 0
         self.model, self.image_processor = load_or_make(
             pretrained, config, num_labels, settings, problem=problem_type, image_size=image_size
@@ -223,7 +223,7 @@ class MCTFFinetuner(ImageClassifier):
         self.prepare_metrics(class_metrics)
 
     def _check_problem(self, distill_from: str | None) -> None:
-        """Raise ValueError for settings that are not those of the head."""
+        """Raise ValueError for settings that do not fit the head."""
         problem = self.problem_type
         if self.num_labels == 1 and problem != REGRESSION:
             raise ValueError(
@@ -239,20 +239,20 @@ class MCTFFinetuner(ImageClassifier):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Lightning's own, of a file that is whole.
+        """Load a checkpoint as Lightning does, after a check of the file.
 
         Raises:
-            ValueError: for a damaged checkpoint, or a file that is none.
+            ValueError: if the file is damaged or not a checkpoint.
         """
         if isinstance(checkpoint_path, str | os.PathLike) and "://" not in str(checkpoint_path):
             check_file(checkpoint_path)
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def configure_model(self) -> None:
-        """Shard the weights, where the strategy is to (FSDP2).
+        """Shard the weights if the strategy requires it (FSDP2).
 
         Raises:
-            ValueError: for ``compile``, whose whole programs do not fetch shards.
+            ValueError: for ``compile``, whose full-graph programs cannot fetch shards.
         """
         if not has_trainer(self):  # loaded by load_from_checkpoint
             return
@@ -274,11 +274,11 @@ class MCTFFinetuner(ImageClassifier):
             register_fsdp_forward_method(self, step)
 
     def setup(self, stage: str) -> None:
-        """Tell what will run, and agree with the dataset on the names of the classes.
+        """Log what will run, and match the model's class names with those of the dataset.
 
         Raises:
-            ValueError: if the dataset, or the model to learn from, has not the model's classes, or
-                has them in another order; if nothing is to be trained.
+            ValueError: if the dataset or the model of ``distill_from`` has other classes, or has
+                them in another order; if the settings of the trainer leave nothing to train.
         """
         config = self.model.config
         for name in ("limit_train_batches", "accumulate_grad_batches"):
@@ -320,7 +320,7 @@ class MCTFFinetuner(ImageClassifier):
         self._new_head = False
 
     def on_fit_start(self) -> None:
-        if self.hparams["freeze"]:  # Lightning takes it for a mistake that it is not in training
+        if self.hparams["freeze"]:  # otherwise Lightning warns about its evaluation mode
             self.backbone.train()
         if self._guide is not None:
             self._guide.to(self.device)
@@ -328,7 +328,7 @@ class MCTFFinetuner(ImageClassifier):
         if chosen:
             named = {} if chosen is True else chosen
             options = {"fullgraph": True, "dynamic": False, **named}
-            # A program for the student, and one for each r of the teacher.
+            # One program for the student, and one for each r of the teacher.
             self._training_pass = compile_for_many(self._pass, **options)
 
     def on_fit_end(self) -> None:
@@ -343,7 +343,7 @@ class MCTFFinetuner(ImageClassifier):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, labels = batch["pixel_values"], batch["labels"]
-        embedded = self.model.embed(images)  # for both passes
+        embedded = self.model.embed(images)  # shared by both passes
         guide_logits = None if self._guide is None else self._guide(images)
         student = self._training_pass(embedded, labels, guide_logits)
         logged = {"loss": student.loss}
@@ -380,10 +380,10 @@ class MCTFFinetuner(ImageClassifier):
         return total
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Look at the loss of all processes, as late as a step allows: a GPU has to be waited for.
+        """Check the loss of all processes. This waits for the GPU, so it is done late in the step.
 
         Raises:
-            FloatingPointError: if it is not finite.
+            FloatingPointError: if the loss is not finite.
         """
         loss, self._unchecked = float(self._unchecked), 0.0
         if not math.isfinite(loss):
@@ -393,7 +393,7 @@ class MCTFFinetuner(ImageClassifier):
             )
 
     def _draw(self) -> dict[str, Any]:
-        """How the teacher fuses in this step: settings of the model's call."""
+        """Draw how much the teacher fuses in this step; return arguments of the model's call."""
         return teacher_amount(self.model.config, self.r_max, self.hparams["seed"], self._step())
 
     def _pass(
@@ -403,7 +403,7 @@ class MCTFFinetuner(ImageClassifier):
         guide_logits: Tensor | None,
         **options: Any,
     ) -> Pass:
-        """Classify embedded images, arguments of the model, and compare with labels and guide."""
+        """Run the model on embedded images, and compute the loss of labels and guide."""
         output = self(**embedded, **options)
         logits, features = output.logits, output.features
         by_label = by_guide = logits
@@ -415,16 +415,16 @@ class MCTFFinetuner(ImageClassifier):
         return Pass(logits, features, loss)
 
     def _mean_over_processes(self, value: Tensor) -> Tensor:
-        """Mean over processes, without gradient; the same shape."""
+        """Mean of a tensor over processes, of the same shape and without gradient."""
         if self.trainer.world_size == 1:
             return value.detach()
-        # Not the strategy's reduce, before which all processes wait for their devices.
+        # The strategy's reduce would first make all processes wait for their devices.
         total = value.detach().clone()
         torch.distributed.all_reduce(total)
         return total / self.trainer.world_size
 
     def check_head(self) -> None:
-        """Raise ValueError for a head that has random weights still."""
+        """Raise ValueError if the head still has random weights, except in ``fit``."""
         if self._new_head and self.trainer.state.fn != "fit":
             raise ValueError(
                 f"num_labels={self.hparams['num_labels']!r} is not allowed without training: it "
@@ -444,7 +444,7 @@ class MCTFFinetuner(ImageClassifier):
         groups = parameter_groups(
             self.model, hparams["weight_decay"], rate, layer_decay=hparams["layer_decay"]
         )
-        # What a callback adds later is to decay as well.
+        # Parameters that a callback adds later get this weight decay, too.
         optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=hparams["weight_decay"])
         steps_per_epoch = math.ceil(trainer.num_training_batches / accumulated)
         warmup, cooldown = (
@@ -469,9 +469,9 @@ class MCTFFinetuner(ImageClassifier):
 
 
 def _check_frozen(**settings: tuple[Any, Any]) -> None:
-    """Raise ValueError for a setting that is not (given, without effect) where the rest is frozen.
+    """Raise ValueError for settings that have no effect on a frozen model.
 
-    Unset is as good.
+    Each setting is a pair: the given value, and the only value allowed beside None.
     """
     for name, (value, nothing) in settings.items():
         if value not in (None, nothing):
@@ -479,10 +479,10 @@ def _check_frozen(**settings: tuple[Any, Any]) -> None:
 
 
 def _balanced(data: Any, problem: str, num_labels: int) -> list[float]:
-    """Weights of the classes inversely to how often they occur in training.
+    """Class weights inverse to the class frequencies in training.
 
-    One label per image: they are 1 in the mean over images. Several: what is there of a class
-    counts as much as what is not. What never occurs has 1.
+    With one label per image, the mean weight over images is 1. With several labels, images with and
+    without a class get equal total weight. A class that never occurs has the weight 1.
     """
     labels = None if data is None else data.training_labels()
     if labels is None:

@@ -1,4 +1,4 @@
-"""Image files of a folder, here or far away, in units."""
+"""Image source for the files of a local or remote folder."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,11 +10,11 @@ from .image_units import READERS, ROWS_AT_ONCE, ImageSource, StoredImage, as_tex
 
 
 class FolderSource(ImageSource):
-    """Image files, by their paths in a folder.
+    """Image files of a folder; an image's id is its path in the folder.
 
     Args:
-        paths: of the files in the folder, sorted.
-        folder: of the file system.
+        paths: paths of the files in the folder, sorted.
+        folder: path of the folder in the file system.
     """
 
     kind = "image files"

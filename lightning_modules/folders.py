@@ -1,7 +1,7 @@
-"""Folders of images, read as they are laid out: one subfolder per class, or splits of such folders.
+"""Folders of images: one subfolder per class, or splits that contain such subfolders.
 
-``datasets`` guesses splits from words anywhere in a path and takes paths for patterns; here names
-mean nothing but what :func:`open_image_folder` says.
+``datasets`` guesses splits from words anywhere in a path and treats paths as patterns. Here, names
+have only the meanings that :func:`open_image_folder` describes.
 """
 
 import os
@@ -22,24 +22,24 @@ from mctf_hf.images import is_image_name, needs_heif
 
 from .ranks import warn_once
 
-LABEL = "label"  # the column of the classes' names
+LABEL = "label"  # column of the class names
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-TABLES = (".parquet", ".arrow")  # where one lies, images beside it are of its page
+TABLES = (".parquet", ".arrow")  # images beside such a file only illustrate the dataset's page
 
 
 @dataclass
 class Found:
-    """What lies in a folder.
+    """Files found in a folder.
 
     Attributes:
-        images: files that hold images by their names, in order.
+        images: files with the extension of an image, in order.
         tables: files that ``datasets`` reads.
-        left_out: how many files are not used, by reason.
+        left_out: number of unused files by reason.
     """
 
     images: list[Path] = field(default_factory=list)
@@ -47,14 +47,14 @@ class Found:
     left_out: Counter[str] = field(default_factory=Counter)
 
     def summary(self) -> str:
-        """What is left out, in words; empty if it is nothing."""
+        """Text about the unused files; empty if there are none."""
         return ", ".join(f"{count} {reason}" for reason, count in sorted(self.left_out.items()))
 
 
 def find_images(folder: Path) -> Found:
-    """Look for images in a folder and its subfolders, through links, in the order of their paths.
+    """Find images in a folder and its subfolders, sorted by path; links are followed.
 
-    Hidden files, and those whose names begin with two underscores, are left out.
+    Files and folders whose names begin with a dot or two underscores are left out.
     """
     found = Found()
     found.images += walk_images(folder, found)
@@ -62,7 +62,7 @@ def find_images(folder: Path) -> Found:
 
 
 def walk_images(folder: Path, found: Found) -> Iterator[Path]:
-    """The images of :func:`find_images`, one by one; what else is there is told to ``found``."""
+    """Yield the images of :func:`find_images`, and add all other files to ``found``."""
     for path in _walk(folder, (), found):
         if needs_heif(path.name):
             found.left_out["HEIC (pip install 'mctf-hf[heic]' for them)"] += 1
@@ -76,7 +76,7 @@ def walk_images(folder: Path, found: Found) -> Iterator[Path]:
 
 
 def _walk(folder: Path, above: tuple[tuple[int, int], ...], found: Found) -> Iterator[Path]:
-    """The regular files of a folder; ``above`` are the folders that it lies in."""
+    """Yield the regular files of a folder; ``above`` identifies the folders that contain it."""
     own = folder.stat()
     identity = (own.st_dev, own.st_ino)
     if identity in above:
@@ -100,20 +100,20 @@ def _walk(folder: Path, above: tuple[tuple[int, int], ...], found: Found) -> Ite
 
 
 def open_image_folder(folder: Path) -> dict[str, Dataset] | None:
-    """The splits of a folder of images, by their canonical names; None if it is no such folder.
+    """Open the splits of a folder of images, by canonical name; None for another kind of folder.
 
-    Subfolders that are all named as splits are (``train``, ``val``, ``validation``, ``test``, …),
-    if one of them has subfolders with images, or a metadata file, are splits. Otherwise all is one
-    split, ``train``. The subfolders of a split are its classes, with all images below them. Where
-    a ``metadata.csv``, ``.jsonl`` or ``.parquet`` lies in a split, its rows count instead: files by
-    ``file_name``, and further columns.
+    The subfolders are splits if all have names of splits (``train``, ``val``, ``validation``,
+    ``test``, …) and one of them has subfolders with images or a metadata file. Otherwise the folder
+    is one split, ``train``. The subfolders of a split are its classes, with all images below them.
+    If a split contains ``metadata.csv``, ``.jsonl`` or ``.parquet``, the rows of this file define
+    its images instead: by ``file_name``, with further columns.
 
     Returns:
-        Rows with a column ``image`` and, unless there are no classes, ``label``: a class's name.
+        Rows with a column ``image`` and, if there are classes, ``label``: the class name.
 
     Raises:
-        ValueError: if some subfolders look like splits and others like classes, or for a metadata
-            file that is wrong.
+        ValueError: if some subfolders look like splits and others like classes, or for an invalid
+            metadata file.
     """
     found = find_images(folder)
     if found.tables or not found.images or _is_configured(folder):
@@ -155,7 +155,7 @@ def open_image_folder(folder: Path) -> dict[str, Dataset] | None:
 
 
 def _is_configured(folder: Path) -> bool:
-    """Whether a dataset's card says how its files are to be read."""
+    """Whether the folder has a dataset card that configures how to read its files."""
     card = folder / "README.md"
     if not card.is_file():
         return False
@@ -205,7 +205,7 @@ def _is_text(name: str) -> bool:
 
 
 def _metadata(file: Path, images: Sequence[Path], left_out: Counter[str]) -> dict[str, list[Any]]:
-    """Columns of a split, of which a metadata file tells the images."""
+    """Columns of a split whose images are listed in a metadata file."""
     folder = file.parent
     read = {".csv": pa.csv.read_csv, ".jsonl": pa.json.read_json, ".parquet": pa.parquet.read_table}
     try:

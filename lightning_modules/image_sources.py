@@ -1,4 +1,4 @@
-"""Collections of images by what they are called: folders, files, URLs, datasets of the Hub."""
+"""Opening of image collections by name: folders, files, URLs and datasets of the Hub."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -33,20 +33,19 @@ def open_source(
     """Open a collection of images.
 
     Args:
-        images: a folder, searched with its subfolders, of parquet files, of tar files or of images,
-            whichever of these is found first; one such file; a pattern of names (``*``); each of
-            them local or by a URL of fsspec. Or a dataset's id on the Hub.
-        split: of a dataset; with a local folder, ``datasets`` reads it then.
-        name, revision: of a dataset on the Hub.
-        streaming: do not store a dataset of the Hub.
-        image_column: of the images; unset, the only one. Of tar files, the ending of their names.
-        columns: that are carried along.
-        unit_size: images of a unit; a tar file or a shard of a stream is one as it is.
+        images: a folder, one parquet or tar file, or a pattern of such names (``*``), as a local
+            path or fsspec URL; or the id of a dataset on the Hub. Of a folder and its subfolders,
+            one kind of files is read: parquet files, otherwise tar files, otherwise images.
+        split: split of a dataset; a local folder with a split is opened as a dataset.
+        name, revision: configuration and revision of a dataset on the Hub.
+        streaming: read a dataset as a stream, without storing it.
+        image_column: image column; unset, the only one. For tar files, extension of the images.
+        columns: names of the columns to carry along.
+        unit_size: images per unit; a tar file or a shard of a stream always is one unit.
 
     Raises:
-        ValueError: if there are no images, for columns that are missing, or settings without
-            effect.
-        OSError: for a source that does not exist or can't be reached.
+        ValueError: for no images, a missing column, or a setting without effect.
+        OSError: if the source does not exist or cannot be reached.
     """
     if not images:
         raise ValueError("images='' is not allowed: name a folder, a URL or a dataset of the Hub")
@@ -86,7 +85,7 @@ def _open_files(
 ) -> ImageSource:
     try:
         files, place = fsspec.core.url_to_fs(images)
-    except (ImportError, ValueError) as error:  # of a protocol that is unknown, or not installed
+    except (ImportError, ValueError) as error:  # unknown protocol, or its package is missing
         raise ValueError(f"images={images!r} can't be opened: {error}") from error
     place = place.rstrip("/") or "/"
     found: list[str] = []
@@ -143,7 +142,7 @@ def _open_files(
 
 
 def _listed(files: Any, folder: str) -> Iterator[str]:
-    """Files below a folder but hidden ones, in no order."""
+    """Yield the files below a folder, except hidden ones, in no particular order."""
     for path in files.find(folder):
         parts = path[len(folder) :].split("/")
         if not any(part.startswith((".", "__")) for part in parts):

@@ -1,4 +1,4 @@
-"""What a model needs of images and labels: all that a dataset knows of it."""
+"""The pixels and labels that a model takes. Datasets need no other information about the model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ class ImageTask:
     """The pixels and labels that a model takes.
 
     Attributes:
-        processor: the image processor, which makes the pixels.
-        num_labels: outputs of the model's head.
-        problem_type: what labels are, as ``config.problem_type`` has it.
-        num_channels: of the pixels.
-        class_names: the model's, in its order; empty if its classes have none.
+        processor: image processor, which computes the pixels.
+        num_labels: number of outputs of the model's head.
+        problem_type: kind of labels, as in ``config.problem_type``.
+        num_channels: number of image channels.
+        class_names: names of the model's classes, in its order; empty if they have no names.
     """
 
     processor: Any
@@ -28,7 +28,7 @@ class ImageTask:
 
     @classmethod
     def of(cls, config: Any, processor: Any) -> "ImageTask":
-        """That of a classifier of transformers, by its configuration."""
+        """Task of a transformers classifier, from its configuration."""
         return cls(
             processor,
             config.num_labels,

@@ -1,7 +1,7 @@
-"""Collections of images of any size, cut into units: always the same ones, each read in order.
+"""Image collections of any size, divided into fixed units that are read in order.
 
-A unit is some files of a folder, some rows of parquet files or of a dataset, a tar file, or a shard
-of a stream. Whoever reads it again finds the same images under the same names.
+A unit is a range of the files of a folder, a range of rows of parquet files or of a dataset, a tar
+file, or a shard of a stream. A unit always contains the same images with the same ids.
 """
 
 import hashlib
@@ -11,18 +11,18 @@ from typing import Any, ClassVar, NamedTuple
 
 from datasets import ClassLabel, Features, List, Value
 
-ROWS_AT_ONCE = 64  # images that are in memory undecoded
-READERS = 16  # of files that may lie far away
+ROWS_AT_ONCE = 64  # undecoded images in memory at once
+READERS = 16  # threads that read files, which may be remote
 
 
 class StoredImage(NamedTuple):
     """An image that is not decoded yet.
 
     Attributes:
-        id: which names it in its source.
-        stored: what :func:`mctf_hf.images.decode` takes.
-        columns: what is carried along, by name.
-        problem: why there is no image, if that is known already.
+        id: unique name in its source.
+        stored: input of :func:`mctf_hf.images.decode`.
+        columns: values of the carried columns, by name.
+        problem: reason why there is no image, if already known.
     """
 
     id: str
@@ -32,16 +32,16 @@ class StoredImage(NamedTuple):
 
 
 class ImageSource(ABC):
-    """Images in units.
+    """A collection of images in units.
 
     Args:
-        origin: what errors call it.
-        features: of the columns that are carried along, by name.
+        origin: name of the collection in error messages.
+        features: features of the carried columns, by name.
 
     Attributes:
-        kind: what it is, in words.
-        num_units: how many units there are.
-        num_images: how many images, where that is known before they are read.
+        kind: short description of the kind of source.
+        num_units: number of units.
+        num_images: number of images, if known before they are read.
     """
 
     kind: ClassVar[str]
@@ -54,39 +54,39 @@ class ImageSource(ABC):
 
     @abstractmethod
     def read(self, unit: int) -> Iterator[StoredImage]:
-        """The images of a unit, in order.
+        """Yield the images of a unit, in order.
 
         Raises:
-            ValueError: for a file that is damaged as a whole.
-            OSError: for one that can't be reached.
+            ValueError: if a file, not only an image, is damaged.
+            OSError: if a file cannot be reached.
         """
 
     @abstractmethod
     def _identity(self) -> Iterable[str]:
-        """What tells this collection from another one."""
+        """Texts that identify this collection."""
 
     def digest(self) -> str:
-        """A number that changes with what is in the collection, as far as its names tell."""
+        """Hash of the collection's identity, such as names and sizes; it reads no pixels."""
         found = hashlib.sha256()
         for text in self._identity():
             found.update(text.encode(errors="surrogateescape") + b"\0")
         return found.hexdigest()[:16]
 
     def units_of(self, number: int, size: int) -> None:
-        """Cut so many images into units of one size."""
+        """Divide ``number`` images into units of ``size`` images."""
         self.num_images, self.num_units = number, -(-number // size)
 
 
 def as_text(path: str) -> str:
-    """A path that may be no text, as parquet can hold it."""
+    """Convert a path, which may be invalid UTF-8, to text that parquet can store."""
     return path.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def carried(known: Features, columns: Sequence[str], origin: str) -> Features:
-    """Those of the columns that are carried along.
+    """Features of the columns that are carried along.
 
     Raises:
-        ValueError: for one that is missing, or holds what is not carried along.
+        ValueError: for a column that is missing or of an unsupported type.
     """
     missing = [name for name in columns if name not in known]
     if missing:
@@ -104,5 +104,5 @@ def carried(known: Features, columns: Sequence[str], origin: str) -> Features:
 
 
 def is_local(files: Any) -> bool:
-    """Whether a file system of fsspec is that of this machine."""
+    """Whether an fsspec file system is the local one."""
     return "file" in ((files.protocol,) if isinstance(files.protocol, str) else files.protocol)

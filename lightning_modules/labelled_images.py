@@ -1,4 +1,4 @@
-"""Rows of datasets and files of folders as single images with labels, one sample each."""
+"""Datasets of single samples: rows of datasets with labels, and image files of folders."""
 
 import warnings
 from collections.abc import Sequence
@@ -31,40 +31,40 @@ DRAWS = 2**53  # random integers below this are exact as float64
 
 
 class PixelReader(ImageReader):
-    """Images as the image processor makes them, see :class:`mctf_hf.images.ImageReader`."""
+    """Reads images with the image processor, see :class:`mctf_hf.images.ImageReader`."""
 
     def black(self, label: Any = NOT_COUNTED) -> Sample:
-        """A black image in the place of one that there is not, which is not to be counted."""
+        """Sample of a black image that replaces a missing one; its default label is not counted."""
         height, width = output_size(self.processor)
         image = Image.new(MODES[self.channels], (width, height))
         return {"pixel_values": self(image), "labels": label}
 
 
 class AsBytes(PixelReader):
-    """Images as they are, (channels, height, width) uint8."""
+    """Reads images without the image processor, as (channels, height, width) uint8."""
 
     def __call__(self, image: Image.Image) -> Tensor:
         return as_bytes(image)
 
 
 def as_bytes(image: Image.Image) -> Tensor:
-    """An image in RGB or grey as (channels, height, width) uint8."""
+    """Convert an image in RGB or grey to (channels, height, width) uint8."""
     pixels = torch.from_numpy(np.array(image))
     return pixels.reshape(*pixels.shape[:2], -1).permute(2, 0, 1).contiguous()
 
 
 class Rows:
-    """Rows of one split: images, undecoded, and labels as a model takes them.
+    """Rows of one split: undecoded images, and labels as the model takes them.
 
     Args:
-        rows: the split.
-        origin: what errors call it.
-        columns: of images and labels.
-        task: of the model.
-        names: of the classes, where labels are names.
+        rows: rows of the split.
+        origin: name of the split in error messages.
+        columns: image and label columns.
+        task: task of the model.
+        names: class names in order, if the labels are names.
 
     Raises:
-        ValueError: if there are no rows, or one without label; see :func:`.labels.settle`.
+        ValueError: for no rows, a row without label, or labels that :func:`.labels.settle` rejects.
     """
 
     def __init__(
@@ -101,30 +101,30 @@ class Rows:
         return len(self.labels)
 
     def name(self, index: int) -> str:
-        """What errors call a row."""
+        """Name of a row in error messages."""
         return f"row {index} of {self.origin}"
 
     def stored(self, index: int) -> tuple[Any, str]:
-        """What is stored of the image of a row, and what errors call it."""
+        """The stored image of a row, and the row's name in error messages."""
         return self.images[index][self.image_column], self.name(index)
 
 
 class LabelledImages(TorchDataset):
     """Images and labels of some rows.
 
-    An item is asked for by its index, or by (epoch, index) or (epoch, index, copy): they determine,
-    together with the seed, how it is augmented.
+    The key of an item is its index, (epoch, index) or (epoch, index, copy). The key and the seed
+    determine the augmentation.
 
     Args:
-        rows: a split.
-        reader: reads an image and makes its tensor.
-        augment: of training images.
-        indices: of the rows to use; all, unless given.
-        seed: of the augmentation.
-        num_draws: random integers that a sample takes along, for what is done with whole batches.
-        on_bad_image: ``"skip"`` lets the next row that can be read take the place of one that
-            can't, and the sample tells whether its row was ``skipped``; with ``leave_out`` it is
-            black and not to be counted.
+        rows: rows of a split.
+        reader: reads an image and converts it to a tensor.
+        augment: augmentation of training images.
+        indices: numbers of the rows to use; unset, all.
+        seed: seed of the augmentation.
+        num_draws: number of random integers per sample, for the augmentation of whole batches.
+        on_bad_image: ``"skip"`` replaces an image that cannot be read by the next readable row. The
+            sample then contains ``skipped``: 1 if it was replaced, else 0.
+        leave_out: let ``"skip"`` use a black image that is not counted instead.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class LabelledImages(TorchDataset):
         return self.rows.label_names
 
     def summary(self) -> str:
-        """How much it is, in words."""
+        """Text with the number of images and classes."""
         labels = self.rows.labels[np.asarray(self.indices)]
         if labels.ndim > 1 and self.label_names is None:
             return f"{len(self):,} images"
@@ -165,7 +165,7 @@ class LabelledImages(TorchDataset):
         return f"{len(self):,} images of {classes:,} {'class' if classes == 1 else 'classes'}"
 
     def black(self) -> Sample:
-        """A black image that is not to be counted."""
+        """Sample of a black image that is not counted."""
         return self.reader.black(self.rows.not_counted)
 
     def __getitem__(self, key: int | tuple[int, ...]) -> Sample:
@@ -199,7 +199,7 @@ def make_sample(
     generator: np.random.Generator,
     num_draws: int,
 ) -> Sample:
-    """The tensor of an image, and ``num_draws`` random integers for whole-batch augmentation."""
+    """Convert an image to a sample with ``num_draws`` random integers for batch augmentation."""
     if augment is not None:
         image = augment(image, generator)
     sample: Sample = {"pixel_values": reader(image)}
@@ -209,13 +209,13 @@ def make_sample(
 
 
 class ImageFolder(TorchDataset):
-    """Images of files, with the files' names.
+    """Images of files, with the names of the files.
 
     Args:
-        files: in the order of the items.
-        reader: reads an image and makes its tensor.
-        on_bad_image: ``"skip"`` gives a black image in the place of one that can't be read, and
-            tells the reason as ``errors``.
+        files: image files in the order of the items.
+        reader: reads an image and converts it to a tensor.
+        on_bad_image: ``"skip"`` replaces an image that cannot be read by a black one. The sample
+            then contains ``errors``: the reason, or an empty text.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Labels of datasets as numbers: one class per image, several, or values."""
+"""Conversion of dataset labels to numbers: one class per image, several classes, or values."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mctf_hf.problems import MULTI, REGRESSION, SINGLE
 
-NOT_COUNTED = -100  # the label of an image that is not to be counted, as PyTorch's losses have it
+NOT_COUNTED = -100  # label of an image that is not counted, as in PyTorch's losses
 
 Labels = NDArray[np.int64] | NDArray[np.float32]
 
@@ -24,33 +24,33 @@ def is_text(feature: Any) -> bool:
 
 
 def is_classes(feature: Any) -> bool:
-    """Whether a column holds classes with names, one or several per image."""
+    """Whether a column contains classes with names, one or several per image."""
     return isinstance(_inner(feature), ClassLabel)
 
 
 def is_labels(feature: Any) -> bool:
-    """Whether a column can be labels: classes, names of classes, numbers, or lists of either."""
+    """Whether a column can be labels: names, classes, numbers, or lists of classes or numbers."""
     inner = _inner(feature)
     real = isinstance(inner, Value) and inner.dtype.startswith(("float", "bool"))
     return is_classes(feature) or is_integer(inner) or real or is_text(feature)
 
 
 def names_in(feature: Any) -> list[str] | None:
-    """Names of the classes, if a column has them in an order."""
+    """Names of the classes in order; None if the column does not define them."""
     return list(_inner(feature).names) if is_classes(feature) else None
 
 
 def encode(values: Sequence[Any], feature: Any, row_name: Callable[[int], str]) -> Labels:
-    """The labels of some rows.
+    """Convert the labels of some rows to numbers.
 
     Args:
-        values: as ``datasets`` gives them; of texts, numbers of the classes.
-        feature: of their column.
-        row_name: what errors call a row.
+        values: labels as ``datasets`` returns them; class numbers instead of class names.
+        feature: feature of the label column.
+        row_name: returns the name of a row in error messages.
 
     Returns:
-        Classes as (rows,) int64; several per image as 1 and 0, (rows, classes); numbers likewise,
-        (rows, 1), and lists of them, (rows, numbers).
+        (rows,) int64 for one class per image or integers. Otherwise float32: (rows, classes) of 1
+        and 0 for several classes, (rows, 1) for floats, (rows, numbers) for lists of numbers.
 
     Raises:
         ValueError: for a row without label, or lists of different lengths.
@@ -84,18 +84,18 @@ def settle(
     origin: str,
     row_name: Callable[[int], str],
 ) -> Labels:
-    """Labels as a model's head wants them, of :func:`encode`.
+    """Check labels of :func:`encode` and convert them to the format of the model's head.
 
     Args:
-        problem: the model's ``problem_type``.
-        named: whether they are classes with names.
-        origin: what errors call the split.
+        problem: ``problem_type`` of the model.
+        named: whether the labels are classes with names.
+        origin: name of the split in error messages.
 
     Returns:
-        (rows,) int64 for one label per image, (rows, num_labels) float32 for several or values.
+        (rows,) int64 for one label per image; (rows, num_labels) float32 for several or values.
 
     Raises:
-        ValueError: for labels of another problem, or that the model lacks.
+        ValueError: for labels of another problem type, or labels that the model does not have.
     """
     whole, several = labels.dtype == np.int64, labels.ndim > 1 and labels.shape[1] > 1
     hot = several and bool(np.isin(labels, (0, 1)).all())
@@ -130,7 +130,7 @@ def settle(
 
 
 def not_counted(problem: str, num_labels: int) -> int | NDArray[np.float32]:
-    """The label of an image that is not to be counted."""
+    """Label of an image that is not counted."""
     if problem == SINGLE:
         return NOT_COUNTED
     return np.full(num_labels, NOT_COUNTED, dtype=np.float32)
@@ -141,5 +141,5 @@ def _inner(feature: Any) -> Any:
 
 
 def are_counted(labels: Tensor) -> Tensor:
-    """Which images have labels: (b,) or (b, c) -> (b,) bool."""
+    """Whether each image is counted, by its label: (b,) or (b, c) -> (b,) bool."""
     return (labels != NOT_COUNTED).flatten(1).all(1) if labels.ndim > 1 else labels != NOT_COUNTED

@@ -1,4 +1,4 @@
-"""Which parameter learns how fast, and when: groups for AdamW, and the learning rate by step."""
+"""Parameter groups for AdamW, and the learning rate schedule."""
 
 import math
 import re
@@ -15,15 +15,15 @@ def parameter_groups(
     learning_rate: float | None = None,
     layer_decay: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """Parameters with and without weight decay, and by layer where their learning rates differ.
+    """Group parameters by weight decay and, if their learning rates differ, by layer.
 
-    Without are vectors (norms, biases) and what the model adds to its input (positions, class,
-    distillation and mask tokens).
+    Vectors (norms, biases) have no weight decay, nor do parameters that the model adds to its input
+    (positions, class, distillation and mask tokens).
 
     Args:
-        model: a classifier of this library.
-        weight_decay: of those that decay.
-        learning_rate: of what comes after the last layer.
+        model: classifier of this library.
+        weight_decay: weight decay of the other parameters.
+        learning_rate: learning rate of the parameters after the last layer.
         layer_decay: factor of the learning rate from each layer to the one before it (BEiT, arXiv
             2106.08254, appendix H); the embeddings come before the first layer.
     """
@@ -43,7 +43,7 @@ def parameter_groups(
 
 
 def _depth(name: str, layers: int) -> int:
-    """0 for the embeddings, i + 1 for layer i, and one more for what comes after the last."""
+    """Depth of a parameter: 0 in embeddings, i + 1 in layer i, layers + 1 after the last layer."""
     found = re.match(r"\w+\.(?:(embeddings|pre_layrnorm)|(?:\w+\.)?layers?\.(\d+))\.", name)
     if found is None:
         return layers + 1
@@ -51,7 +51,7 @@ def _depth(name: str, layers: int) -> int:
 
 
 class _OwnGroups(LambdaLR):
-    """A schedule of the groups that it was made for; what is added later keeps its own rates."""
+    """Schedule of the initial parameter groups; groups that are added later keep their rates."""
 
     def get_lr(self) -> list[float | torch.Tensor]:
         rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -63,13 +63,13 @@ class _OwnGroups(LambdaLR):
 def cosine_with_cooldown(
     optimizer: torch.optim.Optimizer, *, warmup: int, decay_until: int, lowest: float
 ) -> LambdaLR:
-    """Linear warm-up, half a cosine, and the lowest learning rate from there on.
+    """Schedule: linear warm-up, half a cosine, then the lowest learning rate.
 
     Args:
-        optimizer: its learning rates are the highest.
-        warmup: steps from 0 to the highest.
-        decay_until: step at which the lowest is reached; those that follow cool down.
-        lowest: part of the highest learning rate.
+        optimizer: optimizer whose learning rates are the highest ones.
+        warmup: number of steps from 0 to the highest learning rate.
+        decay_until: step that reaches the lowest learning rate; later steps keep it.
+        lowest: lowest learning rate as a fraction of the highest.
     """
 
     def factor(step: int) -> float:

@@ -1,4 +1,4 @@
-"""What this library takes of Lightning that is private there."""
+"""Uses of private names of Lightning."""
 
 from typing import Any
 
@@ -34,22 +34,22 @@ def has_trainer(module: L.LightningModule) -> bool:
 
 
 def metrics_so_far(checkpoint: ModelCheckpoint, trainer: L.Trainer) -> dict[str, Tensor]:
-    """What there is for a checkpoint to monitor."""
+    """Metrics that a checkpoint can monitor at this point."""
     return checkpoint._monitor_candidates(trainer)
 
 
 def accumulates(trainer: L.Trainer) -> bool:
-    """Whether the optimizer's step is still to come behind this training batch."""
+    """Whether this training batch only accumulates gradients, without an optimizer step."""
     return trainer.fit_loop._should_accumulate()
 
 
 def logs(trainer: L.Trainer) -> bool:
-    """Whether loggers are given the metrics of this training batch."""
+    """Whether loggers receive the metrics of this training batch."""
     return trainer._logger_connector.should_update_logs
 
 
 def epoch_goes_on(trainer: L.Trainer) -> bool:
-    """Whether another training batch follows this one, and no validation before it."""
+    """Whether another training batch follows this one, without a validation in between."""
     loop = trainer.fit_loop
     fetcher: Any = loop._data_fetcher
     epoch = loop.epoch_loop
@@ -57,15 +57,15 @@ def epoch_goes_on(trainer: L.Trainer) -> bool:
 
 
 def saves_shards(strategy: Any) -> bool:
-    """Whether each process saves its own part of a checkpoint, with weights in shards."""
+    """Whether each process saves its own shards of the weights in a checkpoint."""
     return strategy._save_distributed_checkpoint
 
 
 class BegunAverage(EMAWeightAveraging):
-    """Lightning's exponential moving average, which leaves weights alone before its first update.
+    """Lightning's exponential moving average, without effect on weights before its first update.
 
     Attributes:
-        swapped: whether the module holds the average in place of its own weights.
+        swapped: whether the module holds the average instead of its own weights.
     """
 
     swapped = False
@@ -75,12 +75,12 @@ class BegunAverage(EMAWeightAveraging):
         return self._average_model is not None and bool(self._average_model.n_averaged)
 
     def swap_back(self, module: L.LightningModule) -> None:
-        """Give the module its own weights again, if it holds the average."""
+        """Restore the module's own weights if it holds the average."""
         if self.swapped:
             self._swap_models(module)
 
     def hand_over(self, module: L.LightningModule) -> None:
-        """Let the module's weights be the average."""
+        """Copy the average to the module's weights."""
         self._copy_average_to_current(module)
 
     def _swap_models(self, pl_module: L.LightningModule) -> None:

@@ -1,4 +1,4 @@
-"""One run at a time in a folder."""
+"""Locks that allow one run at a time in a folder."""
 
 import contextlib
 import errno
@@ -15,12 +15,12 @@ _NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 
 class FolderLock:
-    """Holds a folder for one process, until it lets go or ends, however it ends.
+    """Lock of a folder, held by one process until it releases the lock or ends in any way.
 
     Args:
-        folder: which the process writes to.
-        setting: that named the folder, for errors.
-        beside: keep the lock's files beside the folder, where it must hold nothing else.
+        folder: folder that the process writes to.
+        setting: name of the setting for the folder, for error messages.
+        beside: put the files of the lock beside the folder, not into it.
     """
 
     def __init__(self, folder: str | os.PathLike, setting: str, *, beside: bool = False):
@@ -32,11 +32,11 @@ class FolderLock:
         self._lock: FileLock | None = None
 
     def acquire(self) -> None:
-        """Make the folder's place, if need be, and hold it.
+        """Create the folder of the lock files if needed, and lock.
 
         Raises:
-            RuntimeError: if another run holds it; its process is named.
-            OSError: if the place can't be made or written to.
+            RuntimeError: if another run holds the lock; the message names its process.
+            OSError: if the folder of the lock files cannot be created or written to.
         """
         lock = FileLock(self._file, timeout=0)
         try:
@@ -69,11 +69,11 @@ class FolderLock:
             return "its process is not known"
 
     def release(self) -> None:
-        """Let go of it, if it is held."""
+        """Release the lock if it is held."""
         if self._lock is None:
             return
         for file in (self._owner, self._file):
-            with contextlib.suppress(OSError):  # an open file of Windows
+            with contextlib.suppress(OSError):  # Windows cannot delete open files
                 file.unlink()
         self._lock.release()
         self._lock = None

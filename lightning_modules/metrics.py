@@ -1,4 +1,4 @@
-"""What is told of a model's outputs beside the loss, and the accuracy of each class."""
+"""Evaluation metrics beside the loss, and the accuracy of each class."""
 
 import math
 from typing import Any
@@ -19,11 +19,11 @@ from mctf_hf.problems import MULTI, REGRESSION, SINGLE, problem_type
 
 
 def make_metrics(config: Any) -> MetricCollection:
-    """What evaluation tells beside the loss, of probabilities or, in regression, values.
+    """Create the metrics. Their inputs are probabilities or, in regression, values.
 
-    Of one label per image: accuracy, that of the first five, and macro F1. Of several: the part of
-    images of which all labels are right at a probability of one half, macro F1, and mean average
-    precision. In regression: mean absolute and mean squared error.
+    One label per image: accuracy, top-5 accuracy if there are more than five classes, and macro F1.
+    Several labels: fraction of images with all labels right at a threshold of 0.5, macro F1, and
+    mean average precision. Regression: mean absolute and mean squared error.
     """
     problem, count = problem_type(config), config.num_labels
     metrics: dict[str, Metric | MetricCollection]
@@ -47,7 +47,7 @@ def make_metrics(config: Any) -> MetricCollection:
 
 
 def make_counts(config: Any) -> Metric | None:
-    """What tells the accuracy of each class; None in regression."""
+    """Create the metric that :func:`accuracy_by_class` reads; None in regression."""
     problem, count = problem_type(config), config.num_labels
     if problem == REGRESSION:
         return None
@@ -56,9 +56,9 @@ def make_counts(config: Any) -> Metric | None:
 
 
 def accuracy_by_class(config: Any, counts: Metric) -> dict[str, float]:
-    """Accuracy of each class that has images, over these.
+    """Accuracy of each class that has images, over the images of the class.
 
-    With several labels per image: of all classes, over all images.
+    With several labels per image: accuracy of every class, over all images.
     """
     hit, false, absent, missed, there = counts.compute().double().T  # [classes]
     right = hit / there

@@ -1,4 +1,4 @@
-"""The Hugging Face folder that training leaves, and what it tells of the training."""
+"""Export of a trained model to a Hugging Face folder, with a record of the training."""
 
 import json
 import os
@@ -28,11 +28,11 @@ AUGMENTED = ("rand_augment", "random_erasing", "mixup", "cutmix", "repeated_augm
 
 
 class HuggingFaceFolder(Callback):
-    """Write the best model as a Hugging Face folder when training ends.
+    """Writes the best model as a Hugging Face folder when training ends.
 
     Args:
-        folder: where to. Unset: ``huggingface`` in the trainer's log directory.
-        best: take the weights of the best checkpoint, if one was kept; otherwise the last ones.
+        folder: output folder. Unset: ``huggingface`` in the trainer's log directory.
+        best: use the weights of the best checkpoint, if there is one; otherwise the last weights.
     """
 
     def __init__(self, folder: str | None = None, best: bool = True):
@@ -43,7 +43,7 @@ class HuggingFaceFolder(Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit" and self.folder is not None:
-            by_the_first(trainer, self._take_folder)  # now, not after hours of training
+            by_the_first(trainer, self._take_folder)  # fail now, not after hours of training
 
     def _take_folder(self) -> None:
         assert self.folder is not None
@@ -63,14 +63,14 @@ class HuggingFaceFolder(Callback):
         self.teardown()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if isinstance(pl_module, FSDPModule):  # while all processes hold their shards
+        if isinstance(pl_module, FSDPModule):  # here, all processes still hold their shards
             options = StateDictOptions(full_state_dict=True)
             self._gathered = get_model_state_dict(pl_module, options=options)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.fast_dev_run or trainer.interrupted:
             return
-        log_dir = trainer.log_dir or trainer.default_root_dir  # all processes agree on it
+        log_dir = trainer.log_dir or trainer.default_root_dir  # all processes must read log_dir
         weights = self._best_checkpoint(trainer)
         state = self._gathered
         in_shards = isinstance(pl_module, FSDPModule)
@@ -110,15 +110,15 @@ class HuggingFaceFolder(Callback):
 
 
 def _loaded_by_the_first(trainer: L.Trainer, path: str) -> dict[str, Any]:
-    """Weights of a checkpoint, on whose disk other nodes may not be; an error is everybody's."""
+    """Weights of a checkpoint, read in process 0, because other nodes may not see its disk."""
     read = partial(SafeCheckpointIO().load_checkpoint, map_location="cpu", weights_only=True)
     return by_the_first(trainer, lambda: read(path)["state_dict"])
 
 
 def training_record(trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:
-    """The settings of a training that somebody needs to repeat it, by name.
+    """Settings that are needed to repeat a training, by name.
 
-    Local folders go by their last name alone: the record is there to be published.
+    The record may be published, so it contains only the last name of local folders.
     """
     data = trainer.datamodule
     names = ("dataset", "name", "revision", "train_split", "batch_size", "crop", "flip", *AUGMENTED)
@@ -144,7 +144,7 @@ def training_record(trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:
     if record["distill_from"] is None:
         for name in ("distillation", "distillation_weight", "distillation_temperature"):
             del record[name]
-    if not pl_module.r_max:  # what it would have weighed
+    if not pl_module.r_max:  # without a teacher, these have no effect
         for name in ("teacher_weight", "consistency_weight", "confidence_threshold"):
             del record[name]
     return {name: value for name, value in record.items() if value is not None}

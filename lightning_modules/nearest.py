@@ -1,4 +1,4 @@
-"""The vectors of a folder that are nearest to one, by brute force in blocks."""
+"""Brute-force search for the nearest vectors in a folder, one shard at a time."""
 
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -12,12 +12,12 @@ from .vector_folder import VectorFolder
 
 
 class Neighbour(NamedTuple):
-    """A row of a folder of vectors.
+    """A row that was found in a folder of vectors.
 
     Attributes:
-        cosine: of its vector to the one that was asked for.
-        unit: its shard.
-        row: its columns but the vector, by name.
+        cosine: cosine of its vector and the query.
+        unit: number of its shard.
+        row: its columns by name, except the vector.
     """
 
     cosine: float
@@ -26,17 +26,17 @@ class Neighbour(NamedTuple):
 
 
 def nearest(folder: VectorFolder, query: Tensor, count: int) -> list[Neighbour]:
-    """The rows whose vectors have the highest cosine to one, the highest first.
+    """Find the rows whose vectors have the highest cosine with a query, the highest first.
 
-    A shard at a time is in memory. FAISS searches it where it is installed, else PyTorch does;
-    both look at every row.
+    Only one shard at a time is in memory. FAISS searches it if it is installed, otherwise PyTorch.
+    Both compare every row.
 
     Args:
-        query: (d).
-        count: how many.
+        query: query vector (d).
+        count: number of rows to find.
 
     Raises:
-        ValueError: for a vector of another length than those of the folder.
+        ValueError: if the query and the vectors of the folder differ in length.
     """
     search = _by_faiss if find_spec("faiss") is not None else _by_torch
     wanted = F.normalize(query.float(), dim=0)

@@ -1,6 +1,6 @@
-"""Millions of images as vectors, by Ray Data: actors of a cluster, each of which writes shards.
+"""Embedding of large image collections with Ray Data: actors of a cluster write the shards.
 
-The rows are those of one process by Lightning: the same units, batches and model.
+The rows are the same as with one process of Lightning: same units, batches and model.
 """
 
 from typing import Any
@@ -15,14 +15,14 @@ from .embedding_run import EmbeddingRun
 from .locks import FolderLock
 from .unit_batches import load_units
 
-MOST_AT_ONCE = 8  # units that an actor is handed, so that its workers decode ahead
+MOST_AT_ONCE = 8  # units per call of an actor, so that its workers decode ahead
 
 
 class UnitEmbedder:
-    """Embeds units and writes their shards; an actor for ``map_batches``.
+    """Embeds units and writes their shards; an actor class for ``map_batches``.
 
     Args:
-        run: a reference to an :class:`.EmbeddingRun` in Ray's store, in a list.
+        run: list with one reference to an :class:`.EmbeddingRun` in Ray's object store.
     """
 
     def __init__(self, run: list[Any]):
@@ -33,9 +33,9 @@ class UnitEmbedder:
         self.run.embedder.to(self.device)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Embed units, whose numbers are ``unit``; ``error`` is what went wrong with each.
+        """Embed the units in ``unit``; return them with an ``error`` message, empty for success.
 
-        An error that is raised here would reach nobody with its cause: Ray hides it.
+        Errors are returned because Ray would hide the cause of an error that is raised here.
         """
         run, writer = self.run, self.run.writer()
         units, wrong = batch["unit"].tolist(), ""
@@ -54,11 +54,11 @@ class UnitEmbedder:
 def embed_by_ray(
     run: EmbeddingRun, actors: int, address: str | None, console: Console
 ) -> dict[str, Any]:
-    """Embed all images of a run that have no vector yet, on a cluster of Ray.
+    """Embed all images of a run that have no vector yet, on a Ray cluster.
 
     Args:
-        actors: how many processes embed; each has a GPU where the cluster has any.
-        address: of a running cluster; unset, the one around, or a new one on this machine.
+        actors: number of embedding processes; each gets a GPU if the cluster has any.
+        address: address of a running cluster; unset, the one that Ray finds, or a new local one.
 
     Returns:
         The manifest.
@@ -72,7 +72,7 @@ def embed_by_ray(
         import ray
         import ray.data
 
-    run.folder.check(run.settings)  # before a lock is put there
+    run.folder.check(run.settings)  # before the lock writes files to it
     begun = not ray.is_initialized()
     if begun:
         ray.init(address=address, log_to_driver=False)

@@ -1,4 +1,4 @@
-"""Datasets by their names: of the Hub, and folders of parquet or tar files, or of images."""
+"""Opening of datasets by name: of the Hub, or folders of parquet files, tar files or images."""
 
 import os
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ from .image_task import ImageTask
 from .labelled_images import Rows
 from .streaming import count_rows
 
-SHARDS = 64  # of a folder of images, as a stream
+SHARDS = 64  # of a folder of images that is read as a stream
 
 
 class NamedDataset:
-    """A dataset, of which splits are opened by name.
+    """A dataset whose splits are opened by name.
 
     Args:
         dataset: id on the Hub, or a local folder.
@@ -28,8 +28,8 @@ class NamedDataset:
         revision: branch, tag or commit of the dataset on the Hub.
 
     Raises:
-        ValueError: without a name.
-        FileNotFoundError: for a folder that is missing.
+        ValueError: if ``dataset`` is not set or a file.
+        FileNotFoundError: for a missing folder.
     """
 
     def __init__(self, dataset: str | None, name: str | None = None, revision: str | None = None):
@@ -49,7 +49,7 @@ class NamedDataset:
 
     @cached_property
     def splits(self) -> list[str]:
-        """The names of the splits.
+        """Names of the splits.
 
         Raises:
             ValueError: if the dataset can't be read.
@@ -79,7 +79,7 @@ class NamedDataset:
             numbers = [number[name] for name in rows[LABEL]]
             classes = ClassLabel(names=names)
             rows = rows.remove_columns(LABEL).add_column(LABEL, numbers, feature=classes)
-        rows = rows.shuffle(seed=0, keep_in_memory=True)  # so that no shard is one class
+        rows = rows.shuffle(seed=0, keep_in_memory=True)  # to mix the classes in each shard
         return rows.to_iterable_dataset(min(SHARDS, len(rows)))
 
     def rows(
@@ -94,12 +94,12 @@ class NamedDataset:
         """Open the images and labels of a split.
 
         Args:
-            task: of the model that takes them.
+            task: task of the model.
             all_of_them: see :func:`.class_names`.
             image_column, label_column: see :func:`.find_columns`.
 
         Raises:
-            ValueError: for a split or column that is missing, or labels that the model lacks.
+            ValueError: for a missing split or column, or labels that the model does not have.
         """
         rows, origin = self.load(split), f"{self.dataset}, split {split}"
         columns = find_columns(rows, origin, image_column, label_column)
@@ -110,7 +110,7 @@ class NamedDataset:
         return Rows(rows, origin, columns, task, names)
 
     def texts(self, column: str) -> set[str]:
-        """What a column of texts holds, in all splits that have it."""
+        """Distinct texts of a column, over all splits that have it."""
         opened = [self.load(split) for split in self.splits]
         return {
             text
@@ -121,7 +121,7 @@ class NamedDataset:
         }
 
     def count(self, split: str) -> int | None:
-        """Rows of a split, if it is known without reading them."""
+        """Number of rows of a split, if known without reading them."""
         if self._folder is not None:
             return len(self._folder[split])
         return count_rows(self.dataset, self.name, self.revision, split)
@@ -131,7 +131,7 @@ class NamedDataset:
             return function(self.dataset, self.name, revision=self.revision, **options)
         except ConnectionError:
             raise
-        except Exception as error:  # files of any content
+        except Exception as error:  # its type depends on the files
             hint = ""
             if os.path.isdir(self.dataset) and any(sign in self.dataset for sign in "*?[]"):
                 hint = (
@@ -143,7 +143,7 @@ class NamedDataset:
 
 
 def _reason(error: BaseException) -> str:
-    """What is behind an error of datasets that tells no reason itself."""
+    """Message of the cause, for an error of ``datasets`` whose own message gives no reason."""
     while isinstance(error, DatasetGenerationError | SplitsNotFoundError):
         deeper = error.__cause__ or error.__context__
         if deeper is None or isinstance(error, DatasetGenerationCastError):

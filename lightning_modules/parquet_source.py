@@ -1,4 +1,4 @@
-"""Images in parquet files, in units of their rows."""
+"""Image source for parquet files; a unit is a range of rows."""
 
 import itertools
 import json
@@ -18,12 +18,12 @@ class ParquetSource(ImageSource):
     """Rows of parquet files, one file after the other.
 
     Args:
-        image_column: of the images; unset, the only one.
-        columns: that are carried along.
+        image_column: image column; unset, the only one.
+        columns: names of the columns to carry along.
 
     Raises:
-        ValueError: for a file that is damaged, files of different columns, or a column that is not
-            there or can't be told from others.
+        ValueError: for a damaged file, files with different columns, or a column that is missing
+            or cannot be determined.
     """
 
     kind = "rows of parquet files"
@@ -81,7 +81,7 @@ class ParquetSource(ImageSource):
             first = end
 
     def _rows(self, path: str, start: int, stop: int, first: int) -> Iterator[StoredImage]:
-        """Rows of one file, by their numbers in all files; ``first`` is that of its first row."""
+        """Yield rows of one file, by their numbers over all files; its first row is ``first``."""
         carried = list(self.features)
         with self._open(path) as file:
             groups, number = [], first
@@ -110,7 +110,7 @@ class ParquetSource(ImageSource):
 
 
 def _features(schema: pa.Schema) -> Features:
-    """The columns of parquet files, as ``datasets`` wrote them or as they are."""
+    """Features of parquet columns: those that ``datasets`` stored, or those of the schema."""
     described = (schema.metadata or {}).get(b"huggingface")
     features = json.loads(described).get("info", {}).get("features") if described else None
     if features and set(features) == set(schema.names):
@@ -121,7 +121,7 @@ def _features(schema: pa.Schema) -> Features:
 def _parquet_images(
     schema: pa.Schema, known: Features, origin: str, image_column: str | None
 ) -> str:
-    """The column of images: one that is said to hold them, or the only one of bytes."""
+    """The image column: the given one, the only one of type image, or the only one of bytes."""
 
     def holds_bytes(kind: pa.DataType) -> bool:
         if pa.types.is_struct(kind):
@@ -143,7 +143,7 @@ def _parquet_images(
 
 
 def _as_stored(value: Any) -> Any:
-    """What a parquet file holds of an image, as ``datasets`` gives it."""
+    """Convert an image of a parquet file to the form that ``datasets`` stores."""
     if value is None or (isinstance(value, dict) and value.get("bytes") is None):
-        return None  # a path leads to wherever the file was written
+        return None  # a path is valid only where the file was written
     return {"bytes": value["bytes"] if isinstance(value, dict) else value, "path": None}

@@ -1,4 +1,4 @@
-"""What a model makes of images, written to a file."""
+"""A callback that writes predictions to a file."""
 
 import json
 import os
@@ -18,16 +18,16 @@ from mctf_hf.files import draft, write_csv
 
 
 class PredictionFile(BasePredictionWriter):
-    """Write predictions to a CSV or JSON Lines file, which appears when all of them are there.
+    """Writes predictions to a CSV or JSON Lines file, which appears when it is complete.
 
-    Its columns are ``file``, ``label`` and ``score``, and where images that can't be read are
-    skipped ``error``, the reason. What a spreadsheet would take for a formula has ``'`` before it
-    in CSV. Bytes of a file's name that are no UTF-8 are written as ``\\udc80`` to ``\\udcff``.
+    The columns are ``file``, ``label`` and ``score``; if unreadable images are skipped, ``error``
+    contains the reason. In CSV, ``'`` precedes texts that a spreadsheet would treat as formulas.
+    Bytes of a file name that are not UTF-8 are written as ``\\udc80`` to ``\\udcff``.
 
     Args:
-        path: of the file; it ends in ``.csv`` or ``.jsonl``.
-        top_k: labels of each image, each in a row of its own, from the highest score on. Regression
-            has all of its values.
+        path: output file, which ends in ``.csv`` or ``.jsonl``.
+        top_k: number of labels per image, each in its own row, highest score first. In regression,
+            all values are written.
     """
 
     def __init__(self, path: str = "predictions.csv", top_k: int = 1):
@@ -40,7 +40,7 @@ class PredictionFile(BasePredictionWriter):
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         pl_module.top_k = self.top_k
-        if stage == "predict":  # before the work, not after it
+        if stage == "predict":  # raise errors before the work, not after it
             by_the_first(trainer, self._check_path)
 
     def _check_path(self) -> None:
@@ -64,7 +64,7 @@ class PredictionFile(BasePredictionWriter):
         batch_indices: Sequence[Any],
     ) -> None:
         rows = [row for batch in predictions for row in batch]
-        if trainer.world_size > 1:  # each process has its share, some padded with repetitions
+        if trainer.world_size > 1:  # each process has a share, which padding may repeat
             shares: list[Any] = [None] * trainer.world_size
             torch.distributed.all_gather_object(shares, rows)
             by_file = {

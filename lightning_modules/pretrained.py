@@ -1,4 +1,4 @@
-"""The model to finetune and its image processor, from a checkpoint or from scratch."""
+"""Loading or creating the model to finetune, with its image processor."""
 
 import dataclasses
 from collections.abc import Collection
@@ -35,22 +35,22 @@ def load_or_make(
     problem: str | None = None,
     image_size: int | list[int] | None = None,
 ) -> tuple[Any, Any]:
-    """A classifier with the given settings of fusion, and its image processor.
+    """Load or create a classifier with the given fusion settings, and its image processor.
 
     Args:
         pretrained: id of a model on the Hub or a local folder, or None for a model from scratch.
         config: settings of ``MCTFViTConfig`` for a model from scratch, or those of another
             configuration of this library with its ``model_type``, or None.
-        num_labels: give the model a new head with so many classes; None keeps its own.
-        fusion: settings of fusion by name, which replace those of the model. Without any, a plain
+        num_labels: number of outputs of a new head; None keeps the head of the model.
+        fusion: fusion settings by name, which replace those of the model. Without any, a plain
             checkpoint and a model from scratch fuse nothing.
-        problem: the ``problem_type`` of its labels; None keeps that of the checkpoint with its
-            head, and is else regression for one label, and one label per image for several.
-        image_size: of the images, where it is not the checkpoint's; positions are interpolated.
+        problem: ``problem_type`` of the labels. None keeps that of the checkpoint if its head is
+            kept; a new head gets regression for one output, otherwise one label per image.
+        image_size: image size, if it is not the checkpoint's; positions are interpolated.
 
     Raises:
-        ValueError: for settings that do not exist, a head without outputs, or weights that do not
-            fit or are not finite; all are named.
+        ValueError: for unknown settings, a head without outputs, or weights that do not fit or are
+            not finite; the message names them.
     """
     model, processor = _loaded_or_made(pretrained, config, num_labels, fusion, problem)
     if not model.config.num_labels:
@@ -122,7 +122,7 @@ def _loaded_or_made(
         **labels,
         **fusion,
         **size,
-        dtype=torch.float32,  # whatever the file holds: trainer.precision decides
+        dtype=torch.float32,  # for any dtype of the file; trainer.precision sets the precision
     )
     stored = getattr(model.config_class.from_pretrained(pretrained), "multi_scale", None) or []
     wanted = getattr(model.config, "multi_scale", None) or []
@@ -131,7 +131,7 @@ def _loaded_or_made(
             f"multi_scale={model.config.multi_scale!r} is not allowed: {pretrained} has the scales "
             f"{stored}, which come first"
         )
-    added = tuple(  # these begin as the identity
+    added = tuple(  # these are initialised to have no effect
         f".coarse_patch_embeddings.{i}." for i in range(len(stored), len(wanted))
     )
     missing = {name for name in misfits.missing if not any(scale in name for scale in added)}

@@ -1,13 +1,13 @@
-"""What an image processor does to images, as numbers."""
+"""Output sizes of image processors."""
 
 from typing import Any
 
 
 def output_size(processor: Any) -> tuple[int, int]:
-    """Height and width of what an image processor returns, in pixels.
+    """Height and width of the images that a processor outputs, in pixels.
 
     Raises:
-        ValueError: for a processor whose images are of no certain size.
+        ValueError: for a processor without a fixed output size.
     """
     size = processor.crop_size if getattr(processor, "do_center_crop", None) else processor.size
     edge = size.get("shortest_edge")
@@ -20,7 +20,7 @@ def output_size(processor: Any) -> tuple[int, int]:
 
 
 def fit_shape(processor: Any) -> bool:
-    """Let a processor that keeps the aspect ratio crop the middle, so that images are of one size.
+    """Let a processor that keeps the aspect ratio crop the centre, so that images have one size.
 
     Returns:
         Whether the processor was changed.
@@ -33,10 +33,10 @@ def fit_shape(processor: Any) -> bool:
 
 
 def settle_size(config: Any, processor: Any) -> dict[str, Any]:
-    """``input_size``, as a setting, of a model that takes any image size, from its processor.
+    """Set an unset ``input_size`` of a model for any image size; return it as a setting.
 
     Args:
-        config: of a model of this library; its ``input_size`` is set.
+        config: configuration of this library, which is changed.
     """
     if not config.any_size or config.input_size is not None:
         return {}

@@ -1,4 +1,4 @@
-"""What ``lightning_modules`` offers by name."""
+"""Public names of ``lightning_modules``."""
 
 from .checkpoints import AveragedWeights, BestCheckpoint, LastCheckpoint
 from .data import HFImageDataModule

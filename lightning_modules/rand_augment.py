@@ -1,7 +1,7 @@
 """RandAugment of whole batches on any device (arXiv 1909.13719), in the variant that DeiT uses.
 
-Images are (b, 3, height, width) with values from 0 to 1. Every operation and its strength is that
-of timm's policy, but on real numbers: nothing is rounded to bytes between two operations.
+Images are (b, 3, height, width) with values from 0 to 1. Operations and strengths are those of
+timm's policy, but on floats: nothing is rounded to bytes between two operations.
 """
 
 import dataclasses
@@ -23,14 +23,14 @@ HIGHEST = 10.0
 
 @dataclasses.dataclass(frozen=True)
 class RandAugment:
-    """Change each image by some operations, chosen at random with repetition.
+    """Changes each image by random operations, which may repeat.
 
     Args:
-        magnitude: strength of the operations, of 10.
+        magnitude: strength of the operations, from 0 to 10.
         std: standard deviation of the magnitude, which is drawn for each operation.
-        increasing: whether a higher magnitude is stronger for every operation.
-        num_ops: operations that are chosen for an image.
-        probability: that a chosen operation is applied.
+        increasing: whether a higher magnitude makes every operation stronger.
+        num_ops: number of operations per image.
+        probability: probability of applying a chosen operation.
     """
 
     magnitude: float = 9
@@ -41,10 +41,10 @@ class RandAugment:
 
     @classmethod
     def parse(cls, policy: str) -> "RandAugment":
-        """Read a policy such as ``rand-m9-mstd0.5-inc1``, with ``n2`` and ``p0.5`` unless stated.
+        """Read a policy such as ``rand-m9-mstd0.5-inc1``; the defaults include ``n2`` and ``p0.5``.
 
         Raises:
-            ValueError: for any other form.
+            ValueError: for text of any other form.
         """
         first, *parts = policy.split("-")
         found = [re.fullmatch(r"(mstd|inc|m|n|p)(\d+(?:\.\d+)?)", part) for part in parts]
@@ -76,7 +76,7 @@ class RandAugment:
 
     @property
     def num_draws(self) -> int:
-        """Random numbers that an image takes: choice, application, magnitude, sign."""
+        """Number of random numbers per image: choice, application, magnitude, sign."""
         return 4 * self.num_ops
 
     def __call__(
@@ -86,8 +86,8 @@ class RandAugment:
 
         Args:
             images: (b, 3, height, width) in [0, 1].
-            draws: (b, ``num_draws``), uniform in [0, 1): all that chance decides.
-            fill: colour of what comes into view from outside.
+            draws: (b, ``num_draws``), uniform in [0, 1), the only source of randomness.
+            fill: colour of the area outside the image.
         """
         images = images.clone()
         for choice, apply, normal, sign in draws.T.reshape(self.num_ops, 4, len(images)):
@@ -105,7 +105,7 @@ class RandAugment:
 
 
 def on_device(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """Numbers as a tensor of the device, which is not waited for."""
+    """Copy numbers to a tensor on the device, without waiting for the device."""
     tensor = torch.as_tensor(values, dtype=dtype)
     if device.type == "cuda":
         tensor = tensor.pin_memory()
@@ -115,7 +115,7 @@ def on_device(values: Any, device: torch.device, dtype: torch.dtype | None = Non
 def strength(
     name: str, levels: NDArray[np.float64], signs: NDArray[np.float64], increasing: bool
 ) -> NDArray[np.float64]:
-    """What an operation takes for magnitudes in [0, 1], each with its sign: degrees, factors, …"""
+    """Arguments of an operation (degrees, factors, …) for magnitudes in [0, 1] with signs."""
     if name == "rotate":
         return 30 * levels * signs
     if name.startswith("shear"):
@@ -148,12 +148,12 @@ def operate(
 
 
 def _warp(images: Tensor, matrices: NDArray[np.float64], fill: Sequence[float]) -> Tensor:
-    """Warp by matrices (b, 2, 3), which take pixels of the result to pixels of the image.
+    """Warp by matrices (b, 2, 3), which map output pixels to input pixels.
 
-    A pixel's coordinates are those of its centre, 0.5 for the first.
+    The coordinates of a pixel are those of its centre, which is 0.5 for the first pixel.
     """
     corners = matrices.copy()
-    corners[:, :, 2] += matrices[:, :, :2].sum(2) / 2 - 0.5  # centres at whole numbers
+    corners[:, :, 2] += matrices[:, :, :2].sum(2) / 2 - 0.5  # now centres are at integers
     last = np.broadcast_to([[[0.0, 0.0, 1.0]]], (len(corners), 1, 3))
     forward = np.linalg.inv(np.concatenate([corners, last], 1))[:, :2]
     return warp_affine(
@@ -181,7 +181,7 @@ def _solarize_add(images: Tensor, additions: Tensor) -> Tensor:
     return torch.where(images < 128 / 255, images + additions[:, None, None, None], images)
 
 
-# [[a, b, c], [d, e, f]]: the pixel at (x, y) of the result is that at (ax + by + c, dx + ey + f).
+# [[a, b, c], [d, e, f]]: output pixel (x, y) is the input pixel (ax + by + c, dx + ey + f).
 AFFINE: dict[str, Callable[[float, int, int], list[list[float]]]] = {
     "rotate": _rotation,
     "shear_x": lambda factor, height, width: [[1, factor, 0], [0, 1, 0]],

@@ -1,4 +1,4 @@
-"""What processes that train together tell but once."""
+"""Warnings that only one of several processes shows."""
 
 import warnings
 
@@ -6,7 +6,7 @@ from torch import distributed
 
 
 def warn_once(message: str) -> None:
-    """Warn in the first of the processes, or in the only one."""
+    """Warn in process 0, or in the only process."""
     together = distributed.is_available() and distributed.is_initialized()
     if not together or distributed.get_rank() == 0:
         warnings.warn(message, stacklevel=3)

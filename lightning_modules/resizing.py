@@ -1,4 +1,4 @@
-"""A model and its image processor for images of another size than the checkpoint's."""
+"""Changing a model and its image processor to another image size."""
 
 import copy
 from typing import Any
@@ -10,15 +10,15 @@ from mctf_hf.configuration_mctf import as_pair
 
 
 def resize(model: Any, processor: Any, image_size: int | list[int]) -> Any:
-    """The model for such images, with its positions interpolated; the processor is changed.
+    """Return the model for another image size, with interpolated positions; change the processor.
 
-    A processor that crops keeps the ratio of what it crops from.
+    A processor that crops keeps the ratio of its size before and after the crop.
 
     Args:
         image_size: height and width in pixels, or one number for both.
 
     Raises:
-        ValueError: for a size that the model's patches do not divide, or that it cannot have.
+        ValueError: for a size that is no multiple of the patch size or that the model cannot take.
     """
     size = as_pair(image_size)
     patch = as_pair(model.config.patch_size)
@@ -51,7 +51,7 @@ def resize(model: Any, processor: Any, image_size: int | list[int]) -> Any:
 
 @torch.no_grad()
 def _positions(model: Any, config: Any, size: tuple[int, int]) -> torch.Tensor:
-    """Position embeddings for such images, (1, positions, d)."""
+    """Interpolated position embeddings for an image size, (1, positions, d)."""
     embeddings = model.base_model.embeddings
     tokens = torch.empty(1, config.num_tokens(), config.hidden_size)
     return embeddings.interpolate_pos_encoding(tokens, *size)

@@ -1,4 +1,4 @@
-"""The settings that decide what a run results in, and whether a resumed run still has them."""
+"""Settings that determine the result of a run, and a check of them when the run is resumed."""
 
 import json
 from dataclasses import fields
@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from mctf_hf.configuration_mctf import FusionConfigMixin
 from mctf_hf.model_card import public_name
 
-# What decides which images a step sees and how far a run has come.
+# Settings that determine the images of each step and the progress of a run.
 _POSITION = (
     "data.dataset",
     "data.name",
@@ -31,14 +31,14 @@ _POSITION = (
     "trainer.limit_train_batches",
     "model.seed",
 )
-# What the optimizer's state says, whatever the settings say.
+# Settings that a resumed run takes from the optimizer's state.
 _OPTIMIZER = (
     "model.learning_rate",
     "model.reference_batch_size",
     "model.weight_decay",
     "model.layer_decay",
 )
-_AVERAGE = "ema.decay"  # with it, a checkpoint's weights are the average
+_AVERAGE = "ema.decay"  # if it is set, the weights of a checkpoint are the average
 _NO_MATTER = ("attn_implementation", "compile", "reduction", "r", "keep_rate", "fusion_layers")
 _OF_DATA = ("crop", "flip", "rand_augment", "random_erasing", "mixup", "cutmix", "val_split")
 
@@ -46,17 +46,17 @@ Settings = dict[str, Any]
 
 
 def ema_decay(trainer: L.Trainer) -> float | None:
-    """Of the averaged weights, if there are any."""
+    """Decay of the averaged weights; None without averaging."""
     averages = (call for call in trainer.callbacks if isinstance(call, EMAWeightAveraging))
     return next((getattr(average, "decay", None) for average in averages), None)
 
 
 def training_settings_of(trainer: L.Trainer, pl_module: L.LightningModule) -> Settings:
-    """What decides the result of a training, by the names of the command line where it has them."""
+    """Settings that determine the result of a training, by their command line names, if any."""
     data = trainer.datamodule
     names = [name.removeprefix("data.") for name in _POSITION if name.startswith("data.")]
     found: Settings = {f"data.{name}": getattr(data, name, None) for name in (*names, *_OF_DATA)}
-    found["data.dataset"] = public_name(found["data.dataset"])  # it may lie elsewhere next time
+    found["data.dataset"] = public_name(found["data.dataset"])  # its folder may have moved
     batch_size = getattr(data, "batch_size", None)
     if batch_size is not None:
         found["images per batch, over all processes"] = batch_size * trainer.world_size
@@ -89,11 +89,11 @@ def training_settings_of(trainer: L.Trainer, pl_module: L.LightningModule) -> Se
 
 
 def check_resumable(before: Settings, now: Settings, checkpoint: Any) -> None:
-    """Tell what is different from the run that a checkpoint is of, a line each.
+    """Warn about settings that differ from those of the checkpoint's run, one per line.
 
     Raises:
-        ValueError: if the result would be that of neither run: the checkpoint's place among the
-            images would be another one, or a setting would have no effect.
+        ValueError: if the result would match neither run, because a changed setting would change
+            the checkpoint's position among the images, or would have no effect.
     """
     changed = {
         name: (before[name], value)

@@ -1,4 +1,4 @@
-"""In what order training sees its images, so that an interrupted epoch can be taken up."""
+"""The order of training images, and loaders that continue an interrupted epoch."""
 
 import os
 import signal
@@ -11,15 +11,15 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 
 class ResumableSampler(DistributedSampler):
-    """Items in an order that seed and epoch determine, as (epoch, index, copy), from ``start`` on.
+    """Yields (epoch, index, copy) in an order that seed and epoch determine, from ``start`` on.
 
-    With ``repeats`` each image comes so many times in a row in the order of all processes, so that
-    its copies, which are augmented differently, are in the same global batch and on different
-    processes where there are several (repeated augmentation: arXiv 1901.09335; as in DeiT, arXiv
-    2012.12877). The epoch has as many samples as without, so it sees one in ``repeats`` images.
+    In the order over all processes, each image occurs ``repeats`` times in a row. Its copies are
+    augmented differently. They are in the same global batch, and on different processes if there
+    are several (repeated augmentation: arXiv 1901.09335; as in DeiT, arXiv 2012.12877). The number
+    of samples per epoch does not change, so an epoch uses one in ``repeats`` images.
 
     Args:
-        repeats: copies of each image in an epoch.
+        repeats: number of copies of an image in an epoch.
         others: arguments of ``DistributedSampler``.
     """
 
@@ -40,10 +40,10 @@ class ResumableSampler(DistributedSampler):
 
 
 class ResumableDataLoader(DataLoader):
-    """A loader that begins an epoch where an interrupted run had left it.
+    """Loader that starts an epoch where an interrupted run stopped.
 
-    Lightning restores its count of this epoch's batches after loaders have been set up, so
-    ``batches_done`` is asked when the first batch is fetched.
+    Lightning restores its batch count of the epoch after the setup of the loaders, so
+    ``batches_done`` is called when the first batch is fetched.
     """
 
     sampler: ResumableSampler
@@ -57,19 +57,19 @@ class ResumableDataLoader(DataLoader):
         yield from super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: the trainer's own count of batches is the state."""
+        """Return an empty state: the trainer's batch count is the state."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing to load, see :meth:`state_dict`."""
+        """Load nothing, see :meth:`state_dict`."""
 
 
 def stop_with_parent_only(worker_id: int = 0) -> None:
-    """For ``worker_init_fn`` of a ``DataLoader``: signals end a worker if its parent sends them.
+    """Ignore SIGINT, and SIGTERM unless the parent sends it; for DataLoader's ``worker_init_fn``.
 
-    Batch systems signal every process of a job (SIGTERM), and terminals do for Ctrl-C (SIGINT). A
-    worker that died of it would end the training by an error before the state is saved. SIGTERM
-    ends it all the same where signals do not tell their sender (macOS, Windows).
+    Batch systems send SIGTERM, and terminals send SIGINT (Ctrl-C), to every process of a job. A
+    worker that ended then would stop the training with an error before the state is saved. Where
+    signals do not report their sender (macOS, Windows), any SIGTERM still ends a worker.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):

@@ -1,4 +1,4 @@
-"""Training images as a stream of shards, of which nothing has to fit on the disk or in memory."""
+"""Images of datasets that are streamed in shards, so they need not fit on the disk or in memory."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -33,12 +33,12 @@ from .ranks import warn_once
 from .sampling import ResumableDataLoader
 
 Batch = dict[str, Any]
-SHARDS_EACH = 8  # so many or more need not be the same number in all processes
+SHARDS_EACH = 8  # with this many shards per process or more, their numbers may be unequal
 
 
 @dataclass(frozen=True)
 class Share:
-    """The part of a stream that a process reads: that of ``rank`` of ``world_size``."""
+    """The part of a stream that the process ``rank`` of ``world_size`` processes reads."""
 
     rank: int = 0
     world_size: int = 1
@@ -47,27 +47,27 @@ class Share:
 class StreamedImages(TorchIterableDataset):
     """Images and labels of a stream, each once per epoch over all processes and their workers.
 
-    A process reads shards of its own where they are a multiple of the processes, or so many that a
-    shard more or less hardly counts (in evaluation it never does); otherwise every so many-th row
-    of all of them, with a warning. Its workers share the shards. The order, and all augmentation,
-    follow from the seed, the epoch, the process and the worker, so they are the same in every run
-    with as many processes and workers.
+    A process reads its own shards if the number of shards is a multiple of the processes, or at
+    least ``SHARDS_EACH`` per process (in evaluation, at least one). Otherwise it reads every
+    ``world_size``-th row of all shards, with a warning. Its workers share the shards. Order and
+    augmentation depend only on the seed, the epoch, the process and the worker, so they are the
+    same in every run with the same numbers of processes and workers.
 
     Args:
-        rows: the stream, of one split.
-        origin: what errors call it.
-        reader: reads an image and makes its tensor.
-        share: this process's.
-        task: of the model.
-        batch_size: images per batch, which the loader has to make of them.
-        shuffle_buffer: rows among which the next one is drawn; None leaves the order alone.
+        rows: stream of one split.
+        origin: name of the stream in error messages.
+        reader: reads an image and converts it to a tensor.
+        share: share of this process.
+        task: task of the model.
+        batch_size: images per batch; the loader must use the same number.
+        shuffle_buffer: rows from which the next row is drawn at random; None keeps the order.
         image_column, label_column: see ``find_columns``.
         augment, seed, num_draws: see ``LabelledImages``.
-        on_bad_image: ``"skip"`` lets the next readable row of the batch take the place of one that
-            can't be read; in evaluation a black image does, which is not counted.
+        on_bad_image: ``"skip"`` replaces an image that cannot be read by the next readable row of
+            its batch or, in evaluation, by a black image that is not counted.
 
     Raises:
-        ValueError: for columns that are missing.
+        ValueError: for missing columns, or labels that are names.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class StreamedImages(TorchIterableDataset):
             )
         rows = rows.select_columns([image, label]).cast_column(image, ImageFeature(decode=False))
         world_size = share.world_size
-        # In evaluation no process has to have as many rows as another one.
+        # In evaluation, processes may have unequal numbers of rows.
         enough = world_size * (1 if augment is None else SHARDS_EACH)
         own_shards = rows.num_shards >= enough
         if own_shards:
@@ -122,20 +122,20 @@ class StreamedImages(TorchIterableDataset):
         self.seed = seed
         self.num_draws = num_draws
         self.on_bad_image = on_bad_image
-        # What workers that live on have to know of the epoch: its number, that of the pass through
-        # the stream, and how many batches of all workers nobody needs.
+        # Shared with persistent workers: numbers of the epoch and of the pass through the stream,
+        # and number of batches of all workers that are not needed.
         self._epoch = torch.zeros(3, dtype=torch.int64).share_memory_()
 
     def summary(self) -> str:
-        """How much it is, in words."""
+        """Text with the number of shards."""
         return f"a stream of images in {self.num_shards} shards"
 
     def begin(self, epoch: int, again: int = 0, unneeded: int = 0) -> None:
-        """Say what the next iteration is: pass ``again`` of an epoch, without its first batches.
+        """Prepare the next iteration: pass ``again`` of an epoch.
 
-        The images of batches that nobody needs are not decoded; their samples are empty.
+        The first ``unneeded`` batches are not decoded; their samples are empty.
         """
-        self.rows.set_epoch(epoch)  # which workers see
+        self.rows.set_epoch(epoch)  # workers see it, too
         self._epoch.copy_(torch.tensor([epoch, again, max(0, unneeded)]))
 
     def __iter__(self) -> Iterator[Sample]:
@@ -153,7 +153,7 @@ class StreamedImages(TorchIterableDataset):
             batch += 1
 
     def _samples(self, rows: list[Any], first: int, place: tuple[int, ...]) -> Iterator[Sample]:
-        """The samples of the rows of one batch, of which ``first`` is the first one's number."""
+        """Yield the samples of one batch; ``first`` is the number of its first row."""
         for i in range(len(rows)):
             source, image = self._readable(rows, i, first, place)
             if image is None:
@@ -182,13 +182,13 @@ class StreamedImages(TorchIterableDataset):
         return int(label) if label.ndim == 0 else label
 
     def black(self) -> Sample:
-        """A black image that is not to be counted."""
+        """Sample of a black image that is not counted."""
         return self.reader.black(not_counted(self.task.problem_type, self.task.num_labels))
 
     def _readable(
         self, rows: list[Any], i: int, first: int, place: tuple[int, ...]
     ) -> tuple[int, Image.Image | None]:
-        """The image of row i, or in training of the next one in the batch that can be read."""
+        """Index and image of row i or, in training, of the next readable row of the batch."""
         replacements = len(rows) if self.augment is not None else 1
         for source in (j % len(rows) for j in range(i, i + replacements)):
             image = self._image(rows[source], first + source, place)
@@ -214,16 +214,16 @@ class StreamedImages(TorchIterableDataset):
 
 
 class StreamLoader(ResumableDataLoader):
-    """A loader of a stream that makes whole batches of what its workers leave over.
+    """Loader of a stream that joins the incomplete batches of its workers to whole batches.
 
-    Where a number of ``steps`` is given, each epoch has so many batches in every process: what is
-    left then waits for another epoch, and a share that ends before starts again, augmented anew.
+    If ``steps`` is set, each epoch has this number of batches in every process. Images that are
+    left over are not used; a share that is too short starts again with new augmentation.
 
     Args:
-        images: the stream.
-        steps: batches of an epoch; None reads the stream once, with a smaller batch at the end.
-        epoch: tells the number of the epoch when it begins.
-        goes_on: where no number is given, see :func:`in_step`.
+        images: stream of images.
+        steps: batches per epoch; None reads the stream once, with a smaller batch at the end.
+        epoch: returns the number of the epoch that begins.
+        goes_on: used without ``steps``, see :func:`in_step`.
         options: arguments of ``DataLoader`` and ``ResumableDataLoader``.
     """
 
@@ -273,9 +273,9 @@ class StreamLoader(ResumableDataLoader):
             again += 1
 
     def _whole_batches(self) -> Iterator[Batch]:
-        """Whole batches, empty ones that nobody needs among them, and in evaluation the rest."""
+        """Yield whole batches, with empty ones that are not needed, and the rest in evaluation."""
         rest: list[Batch] = []
-        for batch in DataLoader.__iter__(self):  # each worker's, in turn
+        for batch in DataLoader.__iter__(self):  # of each worker in turn
             if not batch or len(batch["labels"]) == self.batch_size:
                 yield batch
             else:
@@ -292,7 +292,7 @@ class StreamLoader(ResumableDataLoader):
 
 
 def count_rows(dataset: str, name: str | None, revision: str | None, split: str) -> int | None:
-    """Rows of a split: from the dataset's card, or the footers of its parquet files, or None."""
+    """Number of rows of a split by the dataset's card or its parquet footers; None if unknown."""
     builder = load_dataset_builder(dataset, name, revision=revision)
     known = (builder.info.splits or {}).get(split)
     if known is not None and known.num_examples:

@@ -1,4 +1,4 @@
-"""Images in tar files in WebDataset format, each of which is a unit."""
+"""Image source for tar files in WebDataset format; each file is a unit."""
 
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,11 +13,11 @@ from .image_units import READERS, ImageSource, StoredImage
 
 
 class TarSource(ImageSource):
-    """Samples of tar files in WebDataset format, each file a unit.
+    """Samples of tar files in WebDataset format.
 
     Args:
-        image_column: ending of the images' names; unset, any that is one of an image.
-        columns: endings of other files of a sample, whose text is carried along.
+        image_column: extension of the images; unset, any extension of an image format.
+        columns: extensions of other files of a sample, whose text is carried along.
     """
 
     kind = "tar files"
@@ -77,10 +77,10 @@ class TarSource(ImageSource):
 
 
 def _samples(opened: Any) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Files of a tar that go together, by the part of their path up to the first dot of the name.
+    """Group the files of a tar by their key: the path up to the first dot of the file name.
 
     Yields:
-        That part, and the files by what follows the dot.
+        The key, and the contents of its files by extension (the text after the dot).
     """
     key: str | None = None
     parts: dict[str, bytes] = {}

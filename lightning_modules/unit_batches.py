@@ -1,4 +1,4 @@
-"""Units of a collection of images as batches for a model: decoded in workers, always the same."""
+"""Batches of the units of an image collection, decoded in workers and always the same."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,17 +16,17 @@ from .vector_folder import UnitBatch, Unreadable
 
 
 class UnitBatches(IterableDataset):
-    """Batches of some units, each made by one worker.
+    """Batches of some units; one worker reads all batches of a unit.
 
-    A batch is of one unit, and holds the same images whatever the number of workers and processes:
-    those of ``batch_size`` in a row that can be read.
+    A batch contains the readable ones of ``batch_size`` consecutive images of one unit. It does not
+    depend on the number of workers and processes.
 
     Args:
-        source: of the units.
-        units: numbers of those that are read.
-        reader: decodes an image and makes its tensor.
-        batch_size: images of a batch.
-        on_bad_image: ``error`` stops at an image that can't be read, ``skip`` tells of it.
+        source: image collection.
+        units: numbers of the units to read.
+        reader: decodes an image and converts it to a tensor.
+        batch_size: images per batch, including unreadable ones.
+        on_bad_image: ``error`` stops at an image that cannot be read, ``skip`` reports the image.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class UnitBatches(IterableDataset):
 
 
 def load_units(batches: UnitBatches, num_workers: int, *, pin_memory: bool = False) -> DataLoader:
-    """A loader whose workers decode ahead; at most one worker for each unit."""
+    """Create a loader whose workers decode ahead, with at most one worker per unit."""
     workers = min(num_workers, len(batches.units))
     return DataLoader(
         batches,

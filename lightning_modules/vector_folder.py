@@ -1,6 +1,6 @@
 """A folder of vectors: parquet shards that are complete or absent, and a manifest of the run.
 
-Each unit of a collection of images has a shard of its own: what is there tells what is done.
+Each unit of an image collection has its own shard, so existing shards show which units are done.
 Shapes: ``b`` images, ``d`` channels, ``c`` labels.
 """
 
@@ -29,13 +29,13 @@ MANIFEST, UNREADABLE = "manifest.json", "unreadable.csv"
 FORMAT = 1
 DTYPES = ("float32", "float16")
 OWN_COLUMNS = ("id", "vector", "predicted", "score", "scores")
-ROWS_IN_GROUP = 1024  # of a shard, that are in memory until they are written
+ROWS_IN_GROUP = 1024  # rows of a shard that are kept in memory before they are written
 _SHARD = re.compile(r"vectors-(\d{6,})\.parquet")
-_UNIT = b"mctf"  # in a shard's footer: its unit, and the images that it lacks
+_UNIT = b"mctf"  # key in a shard's footer for its unit and its unreadable images
 
 
 class Unreadable(NamedTuple):
-    """An image that could not be read, and why."""
+    """An image that could not be read, and the reason."""
 
     id: str
     reason: str
@@ -43,15 +43,15 @@ class Unreadable(NamedTuple):
 
 @dataclass
 class UnitBatch:
-    """Some images of a unit, in order.
+    """Consecutive images of a unit.
 
     Attributes:
-        unit: its number.
-        last: whether no others follow.
-        ids: of those that could be read.
-        columns: that are carried along with them, by name.
-        pixel_values: of them, (b, channels, height, width); ``None`` for no image.
-        unreadable: the others.
+        unit: number of the unit.
+        last: whether this is the last batch of the unit.
+        ids: ids of the readable images.
+        columns: values of the carried columns of these images, by name.
+        pixel_values: pixels of these images, (b, channels, height, width); ``None`` for no image.
+        unreadable: images that could not be read.
     """
 
     unit: int
@@ -62,7 +62,7 @@ class UnitBatch:
     unreadable: list[Unreadable]
 
     def pin_memory(self) -> "UnitBatch":
-        """The same for a quick way to a GPU; loaders call it."""
+        """Copy to pinned memory, for a fast transfer to a GPU; loaders call this method."""
         pinned = None if self.pixel_values is None else self.pixel_values.pin_memory()
         return dataclasses.replace(self, pixel_values=pinned)
 
@@ -79,15 +79,15 @@ def row_features(
     """The columns of a shard.
 
     Args:
-        carried: columns of the source.
-        width: channels of a vector.
-        dtype: of its numbers, one of :data:`DTYPES`.
-        labels: of the model; ``None`` if it has none.
-        names_best: whether the best label and its score are columns.
-        all_scores: whether the scores of all labels are a column.
+        carried: columns that are carried along from the source.
+        width: number of channels of a vector.
+        dtype: dtype of the vectors, one of :data:`DTYPES`.
+        labels: labels of the model; ``None`` if it has none.
+        names_best: whether to store the best label and its score, if there are labels.
+        all_scores: whether to store the scores of all labels.
 
     Raises:
-        ValueError: for a column that is called as one of :data:`OWN_COLUMNS`, or another dtype.
+        ValueError: for a carried column with a name of :data:`OWN_COLUMNS`, or another dtype.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not allowed: it is one of {', '.join(DTYPES)}")
@@ -110,7 +110,7 @@ class VectorFolder:
     """A folder of vectors.
 
     Args:
-        path: local, or on a file system that all processes see.
+        path: local path, or a path on a file system that all processes share.
 
     Raises:
         ValueError: for a URL.
@@ -125,20 +125,20 @@ class VectorFolder:
         self.path = Path(path)
 
     def shard(self, unit: int) -> Path:
-        """The file of a unit."""
+        """Path of the shard of a unit."""
         return self.path / f"vectors-{unit:06d}.parquet"
 
     def done(self) -> list[int]:
-        """The units that have their shard, in order."""
+        """Numbers of the units that have a shard, in order."""
         names = os.listdir(self.path) if self.path.is_dir() else []
         return sorted(int(found[1]) for name in names if (found := _SHARD.fullmatch(name)))
 
     def manifest(self) -> dict[str, Any]:
-        """What is known of the run.
+        """Read the manifest.
 
         Raises:
-            FileNotFoundError: if there is no such folder, or it holds no vectors.
-            ValueError: if its manifest can't be read, or is of another version of this library.
+            FileNotFoundError: if the folder does not exist or has no manifest.
+            ValueError: if the manifest cannot be read or has an unknown format version.
         """
         file = self.path / MANIFEST
         if not file.exists():
@@ -153,14 +153,14 @@ class VectorFolder:
         return manifest
 
     def check(self, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The manifest of an earlier start of the same run; ``None`` if there was none.
+        """Return the manifest of an earlier start of the same run; ``None`` if there was none.
 
         Args:
-            settings: all that decides what the rows are.
+            settings: all settings that determine the rows.
 
         Raises:
-            FileExistsError: if the folder holds something else.
-            ValueError: if it holds vectors of another model, of other images or settings.
+            FileExistsError: if the folder contains other files, or is a file.
+            ValueError: if it contains vectors of another model, other images or other settings.
         """
         if self.path.exists() and not self.path.is_dir():
             raise FileExistsError(f"output={str(self.path)!r} is not allowed: it is a file")
@@ -188,20 +188,20 @@ class VectorFolder:
     def begin(
         self, settings: Mapping[str, Any], record: Mapping[str, Any], num_units: int
     ) -> list[int]:
-        """Make the folder's manifest, or find that it is that of the same run.
+        """Write the folder's manifest, or check that it belongs to the same run.
 
-        What a run that was killed had begun is removed: nobody else may write to the folder.
+        Incomplete shards of a killed run are removed, so no other run may write to the folder.
 
         Args:
             settings: see :meth:`check`.
-            record: what else is to be known of the run.
+            record: further information about the run.
 
         Returns:
-            The units that have no shard yet.
+            Numbers of the units that have no shard yet.
 
         Raises:
             FileExistsError, ValueError: see :meth:`check`.
-            OSError: if it can't be written.
+            OSError: if the folder cannot be written to.
         """
         earlier = self.check(settings)
         self.path.mkdir(parents=True, exist_ok=True)
@@ -213,13 +213,13 @@ class VectorFolder:
         return sorted(set(range(num_units)) - set(self.done()))
 
     def finish(self, num_units: int) -> dict[str, Any]:
-        """Count what is in the shards, and say in the manifest that all is there.
+        """Count the rows of all shards, and mark the run as finished in the manifest.
 
         Returns:
             The manifest.
 
         Raises:
-            ValueError: if a shard is missing, or is not what was written.
+            ValueError: if a shard is missing, damaged or not the shard of its unit.
         """
         missing = sorted(set(range(num_units)) - set(self.done()))
         if missing:
@@ -247,14 +247,14 @@ class VectorFolder:
         return self.manifest()
 
     def tell(self, more: Mapping[str, Any]) -> None:
-        """Add to the manifest."""
+        """Add entries to the manifest."""
         self._write_manifest({**self.manifest(), **more})
 
     def _write_manifest(self, content: Mapping[str, Any]) -> None:
         write_text(self.path / MANIFEST, json.dumps(content, indent=2) + "\n")
 
     def _footer(self, unit: int) -> tuple[int, list[Unreadable]]:
-        """How many rows a shard has, and what it lacks."""
+        """Number of rows of a shard, and its unreadable images."""
         file = self.shard(unit)
         try:
             footer = pq.read_metadata(file)
@@ -269,14 +269,14 @@ class VectorFolder:
         return footer.num_rows, [Unreadable(*one) for one in unit_record["unreadable"]]
 
     def vectors(self, unit: int) -> Tensor:
-        """The vectors of a shard, (b, d) float32."""
+        """Read the vectors of a shard, (b, d) float32."""
         column = pq.read_table(self.shard(unit), columns=["vector"])["vector"]
         numbers = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
         width = column.type.list_size
         return torch.from_numpy(numbers.astype(np.float32).reshape(-1, width))
 
     def rows(self, unit: int, numbers: Sequence[int] | None = None) -> list[dict[str, Any]]:
-        """Rows of a shard without their vectors; all, or those of some numbers."""
+        """Read rows of a shard without their vectors: all, or those with the given numbers."""
         names = [name for name in pq.read_schema(self.shard(unit)).names if name != "vector"]
         table = pq.read_table(self.shard(unit), columns=names)
         return (table if numbers is None else table.take(list(numbers))).to_pylist()
@@ -287,7 +287,7 @@ def _listed(folder: Path) -> list[str]:
 
 
 def _is_ours(name: str) -> bool:
-    """Whether a file is one of a run that has not come to its manifest."""
+    """Whether a file belongs to a run that has not written its manifest yet."""
     return name.startswith((".draft-", ".run."))
 
 
@@ -315,12 +315,12 @@ class _OpenShard:
 
 
 class ShardWriter:
-    """Writes the rows of units, whose batches may come in turns, each unit to its shard.
+    """Writes the rows of each unit to its shard. Batches of several units may alternate.
 
     Args:
-        folder: to write to.
-        features: of the rows, see :func:`row_features`.
-        labels: whose scores are written; ``None`` for none.
+        folder: output folder.
+        features: columns of the rows, see :func:`row_features`.
+        labels: labels whose scores are written; ``None`` for none.
     """
 
     def __init__(self, folder: VectorFolder, features: Features, labels: Sequence[str] | None):
@@ -329,11 +329,11 @@ class ShardWriter:
         self._open: dict[int, _OpenShard] = {}
 
     def add(self, batch: UnitBatch, embedded: Embedded | None = None) -> None:
-        """Write the rows of a batch, if it has any; the unit's last one puts its shard in place.
+        """Write the rows of a batch, if it has any. The last batch of a unit completes its shard.
 
         Raises:
-            ValueError: for numbers that are not finite in the dtype of the vectors.
-            OSError: if the shard can't be written; what was written of it is gone then.
+            ValueError: for vectors that are not finite in their dtype.
+            OSError: if the shard cannot be written; its incomplete file is removed.
         """
         try:
             shard = self._open.get(batch.unit) or self._begin(batch.unit)
@@ -370,10 +370,10 @@ class ShardWriter:
         return shard
 
     def close(self) -> None:
-        """Drop the shards that are not complete."""
+        """Discard incomplete shards."""
         stopped = InterruptedError("not complete")
         for shard in self._open.values():
-            with suppress(OSError):  # of want of room, for which it may be dropped
+            with suppress(OSError):  # the disk may be full; the shard is discarded anyway
                 shard.stack.__exit__(type(stopped), stopped, None)
         self._open.clear()
 
@@ -406,5 +406,5 @@ class ShardWriter:
 
 
 def _lists(numbers: np.ndarray, kind: pa.DataType) -> pa.Array:
-    """Rows (b, d) as lists of one length."""
+    """Convert rows (b, d) to lists of a fixed length."""
     return pa.FixedSizeListArray.from_arrays(pa.array(numbers.reshape(-1)), type=kind)

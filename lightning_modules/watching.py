@@ -1,4 +1,4 @@
-"""What a training shows of itself: loggers, speed, pictures, and a summary at its end."""
+"""Reports about a training: loggers, speed, progress lines, pictures, and a final summary."""
 
 import importlib.util
 import json
@@ -39,12 +39,12 @@ def make_loggers(
     """Loggers for TensorBoard and CSV, in ``folder/name/version_…``, and for Weights & Biases.
 
     Args:
-        folder: of all runs.
-        name: of this kind of run.
-        wandb: project of Weights & Biases to log to as well, which needs the package ``wandb``.
+        folder: folder of all runs.
+        name: name of this kind of run.
+        wandb: project of Weights & Biases to log to, too; this needs the package ``wandb``.
 
     Raises:
-        ValueError: for ``wandb`` where it is not installed.
+        ValueError: if ``wandb`` is set, but the package is not installed.
     """
     tensorboard = TensorBoardLogger(folder, name)
     loggers: list[Logger] = [tensorboard, CSVLogger(folder, name, tensorboard.version)]
@@ -59,10 +59,10 @@ def make_loggers(
 
 
 class Watch(Callback):
-    """Log how many tokens each layer leaves, and how many images all processes train on a second.
+    """Logs the number of tokens after each layer, and the training speed in images per second.
 
-    Speed is a mean since it was logged last; validation and checkpoints do not count, waiting for
-    data does.
+    The speed of all processes is the mean since it was last logged. It includes waiting for data,
+    but not validation and checkpoints.
     """
 
     def __init__(self) -> None:
@@ -98,12 +98,12 @@ class Watch(Callback):
 
 
 class ProgressLines(Callback):
-    """Write a line on how far a run is, now and then and after each epoch, where nobody watches.
+    """Prints progress lines at fixed intervals and after each epoch, if there is no terminal.
 
     Args:
-        every_n_seconds: seconds between two lines within an epoch; the first comes after the first
-            batch. 0 writes none at all.
-        terminal: whether there is one, which shows a progress bar instead. Unset: look.
+        every_n_seconds: seconds between two lines within an epoch; the first line comes after the
+            first batch. 0 prints no lines.
+        terminal: whether there is a terminal, which shows a progress bar instead. Unset: detect it.
     """
 
     def __init__(self, every_n_seconds: float = 60.0, terminal: bool | None = None):
@@ -115,7 +115,7 @@ class ProgressLines(Callback):
 
     @property
     def writes(self) -> bool:
-        """Whether there is something to be written."""
+        """Whether lines are printed."""
         return bool(self.every_n_seconds) and not self.terminal
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -156,7 +156,7 @@ class ProgressLines(Callback):
             print(f"{what}: batch {index + 1} of {sum(batches)}", flush=True)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        found = trainer.callback_metrics  # in all processes, which may have to agree on it
+        found = trainer.callback_metrics  # in all processes, because it may synchronise them
         if self.writes:
             names = sorted(name for name in found if re.fullmatch("val/[^/]+", name))
             self._write(trainer, f"end of epoch {trainer.current_epoch + 1}", "train/loss", *names)
@@ -182,14 +182,14 @@ class ProgressLines(Callback):
 
 
 class FusedTokensPicture(Callback):
-    """Draw what the first validation images are fused into, every so many epochs.
+    """Draws the fused tokens of the first validation images at fixed intervals.
 
-    Pictures go to TensorBoard and Weights & Biases, where these are logged to, and to
-    ``fused_tokens/`` in the log directory.
+    Pictures are written to ``fused_tokens/`` in the log directory, and to TensorBoard and Weights &
+    Biases if these loggers are used.
 
     Args:
         every_n_epochs: epochs between two pictures; 0 draws none.
-        images: how many.
+        images: number of images.
     """
 
     def __init__(self, every_n_epochs: int = 5, images: int = 4):
@@ -213,7 +213,7 @@ class FusedTokensPicture(Callback):
         if not due or not fitting or batch_idx or pl_module.model.config.reduction == "none":
             return
         images = batch["pixel_values"][: self.images]
-        # In all processes, which may hold a part of the weights each.
+        # In all processes, because each may hold only a part of the weights.
         output = pl_module(images, output_fusion=True)
         log_dir = trainer.log_dir or trainer.default_root_dir
         if trainer.is_global_zero:
@@ -226,7 +226,7 @@ class FusedTokensPicture(Callback):
 
 
 def _picture(pl_module: Any, images: Tensor, output: Any) -> Image.Image:
-    """Images (b, channels, height, width) beside the tokens that they were fused into."""
+    """Draw images (b, channels, height, width) beside their fused tokens."""
     config = pl_module.model.config
     rows, columns = (
         size // patch
@@ -255,13 +255,13 @@ def _log_picture(logger: Logger, picture: Image.Image, step: int) -> None:
 
 
 class Summary(Callback):
-    """At the end, tell the final model's validation accuracy and cost at several r.
+    """Reports the final model's validation quality and cost at several amounts of reduction.
 
-    Goes after the callback that puts the final weights in place. The table is printed, and
-    written to ``summary.json`` in the log directory.
+    This callback must come after the one that sets the final weights. It prints a table and writes
+    it to ``summary.json`` in the log directory.
 
     Args:
-        enabled: whether to.
+        enabled: whether to make the summary.
     """
 
     def __init__(self, enabled: bool = True):
@@ -323,7 +323,7 @@ def _table(rows: list[dict[str, Any]], judged: Quality) -> Table:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a file that is there as a whole or not at all."""
+    """Write a JSON file completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(value, indent=2) + "\n")
     rank_zero_info(f"Summary: {path}")
