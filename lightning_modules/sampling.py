@@ -1,5 +1,6 @@
 """The order of training images, and loaders that continue an interrupted epoch."""
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -78,6 +79,8 @@ def stop_with_parent_only(worker_id: int = 0) -> None:
 
 
 def _await_parent() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+    parent = multiprocessing.parent_process()  # not the forkserver, whose child this may be
+    assert parent is not None
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
         pass
     os._exit(0)

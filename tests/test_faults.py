@@ -6,6 +6,7 @@ import random
 import resource
 import signal
 import subprocess
+import sys
 import time
 import zipfile
 from collections.abc import Iterator
@@ -148,10 +149,17 @@ def test_told_to_stop_together_with_its_workers_it_loses_nothing(
     assert not differing(resume(tmp_path), final(uninterrupted))
 
 
-def parent_of_a_worker() -> None:
-    context = multiprocessing.get_context("fork")
+def work(ready: Any) -> None:
+    stop_with_parent_only()
+    ready.set()
+    time.sleep(20)
+    sys.exit("nobody stopped it")
+
+
+def parent_of_a_worker(method: str) -> None:
+    context: Any = multiprocessing.get_context(method)
     ready = context.Event()
-    worker = context.Process(target=lambda: (stop_with_parent_only(), ready.set(), time.sleep(60)))
+    worker = context.Process(target=work, args=(ready,))
     worker.start()
     ready.wait()
     subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)  # somebody else's
@@ -162,8 +170,11 @@ def parent_of_a_worker() -> None:
     assert worker.exitcode == 0
 
 
-def test_a_worker_stops_when_its_parent_says_so_and_for_nobody_else(tmp_path: Path) -> None:
-    process = start(parent_of_a_worker, output=tmp_path / "output")
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_a_worker_stops_when_its_parent_says_so_and_for_nobody_else(
+    method: str, tmp_path: Path
+) -> None:
+    process = start(parent_of_a_worker, method, output=tmp_path / "output")
     process.join()
     assert process.exitcode == 0, (tmp_path / "output").read_text()
 

@@ -92,8 +92,10 @@ def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(
     assert 0 < step < 36, "it was to be killed in the middle of its first epoch"
     assert not (tmp_path / "model").exists()
 
-    resumed = mctf(*words, "--ckpt_path", last)
-    assert resumed.returncode == 0, resumed.stderr
+    output = tmp_path / "output"
+    resumed = start(main, [*map(str, words), "--ckpt_path", str(last)], output=output)
+    resumed.join()
+    assert resumed.exitcode == 0, output.read_text()
     for kept in ("best-*.ckpt", "last.ckpt"):
         (expected,) = (path for path in finished.rglob(kept))
         (found,) = (path for path in tmp_path.rglob(kept))
