@@ -15,12 +15,7 @@ from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
 from mctf_hf.configuration_mctf import as_pair
 from mctf_hf.conversion import build_model, infer_config
 from mctf_hf.cost import describe
-from mctf_hf.hub import (
-    HUB_ID,
-    check_folder,
-    load_image_processor,
-    save,
-)
+from mctf_hf.hub import HUB_ID, check_folder, load_image_processor, save
 from mctf_hf.loading import load_pretrained
 from mctf_hf.registry import backbone_of, only_if_asked, output_of, settings_for
 from mctf_hf.sources import SOURCES, detect_source

@@ -18,23 +18,9 @@ from lightning_modules.opening import NamedDataset
 from mctf_hf import MCTFViTForImageClassification
 from mctf_hf.checks import check_range
 from mctf_hf.files import read_object
-from mctf_hf.hub import (
-    check_folder,
-    check_repo_id,
-    loadable_files,
-    push,
-    save,
-)
+from mctf_hf.hub import check_folder, check_repo_id, loadable_files, push, save
 from mctf_hf.model_card import check_base_model, make_card, public_name
-from mctf_hf.model_folder import (
-    CARD,
-    EVALUATION,
-    PICTURE,
-    TRAINING,
-    TUNED,
-    TUNING,
-    stays_within,
-)
+from mctf_hf.model_folder import CARD, EVALUATION, PICTURE, TRAINING, TUNED, TUNING, stays_within
 from mctf_hf.visualization import contact_sheet, enlarge, fused_tokens
 
 from .evaluation import evaluate, open_labelled

@@ -21,14 +21,7 @@ from mctf_hf.tuning import Tuned, tune
 
 from .models import load
 from .options import parser_of, read, refuse
-from .verdicts import (
-    csv_of,
-    draw,
-    measure_speed,
-    methods_of,
-    open_judge,
-    table_of,
-)
+from .verdicts import csv_of, draw, measure_speed, methods_of, open_judge, table_of
 
 # Budgets to try, the dearest first, where a loss is given.
 BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)

@@ -6,13 +6,7 @@ from typing import Any, NamedTuple
 from datasets import ClassLabel, Dataset, IterableDataset
 from datasets import Image as ImageFeature
 
-from .labels import (
-    is_classes,
-    is_integer,
-    is_labels,
-    is_text,
-    names_in,
-)
+from .labels import is_classes, is_integer, is_labels, is_text, names_in
 
 
 class Columns(NamedTuple):

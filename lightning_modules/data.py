@@ -22,13 +22,7 @@ from .batch_augmentation import BatchAugmentation, Mixing, Normalization, Random
 from .evaluation_loaders import EvaluationLoader, UnpaddedSampler
 from .folders import find_images
 from .image_task import ImageTask
-from .labelled_images import (
-    AsBytes,
-    ImageFolder,
-    LabelledImages,
-    PixelReader,
-    Rows,
-)
+from .labelled_images import AsBytes, ImageFolder, LabelledImages, PixelReader, Rows
 from .opening import NamedDataset
 from .processors import output_size
 from .rand_augment import RandAugment

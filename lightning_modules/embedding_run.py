@@ -98,7 +98,7 @@ class UnitsData(L.LightningDataModule):
         super().__init__()
         self.run = run
         self.pending: list[int] = []
-        self._lock: FolderLock | None = None
+        self._lock = FolderLock(run.folder.path, "output")
 
     def setup(self, stage: str) -> None:
         """Lock and prepare the folder in process 0, and find the pending units.
@@ -118,16 +118,12 @@ class UnitsData(L.LightningDataModule):
     def _begin(self) -> list[int]:
         run = self.run
         run.folder.check(run.settings)  # before the lock writes files to it
-        lock = FolderLock(run.folder.path, "output")
-        lock.acquire()
-        self._lock = lock
+        self._lock.acquire()
         return run.folder.begin(run.settings, run.record, run.source.num_units)
 
     def release(self) -> None:
         """Release the lock of the folder."""
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
+        self._lock.release()
 
     def predict_dataloader(self) -> DataLoader:
         trainer = self.trainer

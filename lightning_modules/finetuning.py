@@ -25,12 +25,7 @@ from mctf_hf.classes import check_classes, give_names, has_names, names_of
 from mctf_hf.cost import describe, resolve_budget
 from mctf_hf.losses import Distillation, TokenReductionConsistency
 from mctf_hf.problems import REGRESSION, SINGLE
-from mctf_hf.teacher import (
-    check_compiled,
-    mix_seed,
-    teacher_amount,
-    teacher_limit,
-)
+from mctf_hf.teacher import check_compiled, mix_seed, teacher_amount, teacher_limit
 from mctf_hf.torch_private import compile_for_many
 
 LEARNING_RATE = 1.5e-5  # of the paper, for a global batch of 512

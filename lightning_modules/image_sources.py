@@ -103,9 +103,9 @@ def _open_files(
                 "single files are .parquet or .tar"
             )
     else:
-        tables = sorted(path for path in _listed(files, place) if _ending(path) == ".parquet")
-        tars = sorted(path for path in _listed(files, place) if _ending(path) == ".tar")
-        found = tables or tars
+        listed = sorted(_listed(files, place))
+        found = [path for path in listed if _ending(path) == ".parquet"]
+        found = found or [path for path in listed if _ending(path) == ".tar"]
     if found:
         kinds = {_ending(path) for path in found}
         if len(kinds) > 1:
@@ -131,8 +131,7 @@ def _open_files(
         paths = [str(path.relative_to(place)) for path in walk_images(Path(place), left_out)]
         paths = [path.replace(os.sep, "/") for path in paths]
     else:
-        paths = [path[len(place) :].lstrip("/") for path in _listed(files, place)]
-        paths = sorted(path for path in paths if is_image_name(path))
+        paths = [path[len(place) :].lstrip("/") for path in listed if is_image_name(path)]
     rest = f": left out are {left_out.summary()}" if left_out.left_out else ""
     if not paths:
         raise ValueError(f"images={images!r} holds no images{rest}")

@@ -18,12 +18,7 @@ from mctf_hf.images import MODES, ImageReader, OnBadImage, UnreadableImage
 from .augmentation import FlipAndCrop
 from .columns import Columns
 from .image_task import ImageTask
-from .labels import (
-    NOT_COUNTED,
-    encode,
-    not_counted,
-    settle,
-)
+from .labels import NOT_COUNTED, encode, not_counted, settle
 from .processors import output_size
 
 Sample = dict[str, Any]

@@ -77,7 +77,11 @@ class HuggingFaceFolder(Callback):
         if not weights and in_shards and state is None:  # a finished run was resumed
             weights = str(trainer.ckpt_path)
         if weights:
-            state = _loaded_by_the_first(trainer, weights)
+            # Other nodes may not see the disk of the first process.
+            load = partial(
+                SafeCheckpointIO().load_checkpoint, map_location="cpu", weights_only=True
+            )
+            state = by_the_first(trainer, lambda: load(weights)["state_dict"])
         if in_shards:
             pl_module.model = build(pl_module.model.config)
         if state is not None:
@@ -107,12 +111,6 @@ class HuggingFaceFolder(Callback):
                     return None
                 return path or None
         return None
-
-
-def _loaded_by_the_first(trainer: L.Trainer, path: str) -> dict[str, Any]:
-    """Weights of a checkpoint, read in process 0, because other nodes may not see its disk."""
-    read = partial(SafeCheckpointIO().load_checkpoint, map_location="cpu", weights_only=True)
-    return by_the_first(trainer, lambda: read(path)["state_dict"])
 
 
 def training_record(trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:

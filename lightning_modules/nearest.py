@@ -1,6 +1,5 @@
 """Brute-force search for the nearest vectors in a folder, one shard at a time."""
 
-from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -41,7 +40,10 @@ def nearest(folder: VectorFolder, query: Tensor, count: int) -> list[Neighbour]:
     search = _by_faiss if find_spec("faiss") is not None else _by_torch
     wanted = F.normalize(query.float(), dim=0)
     best: list[tuple[float, int, int]] = []
-    for unit, vectors in _blocks(folder):
+    for unit in folder.done():
+        vectors = folder.vectors(unit)
+        if not len(vectors):
+            continue
         if vectors.shape[1] != len(wanted):
             raise ValueError(
                 f"{folder.path} has vectors of {vectors.shape[1]} channels, where that of the "
@@ -58,13 +60,6 @@ def nearest(folder: VectorFolder, query: Tensor, count: int) -> list[Neighbour]:
         for row, columns in zip(rows, folder.rows(unit, rows), strict=True)
     }
     return [Neighbour(-minus, unit, columns[unit, row]) for minus, unit, row in best]
-
-
-def _blocks(folder: VectorFolder) -> Iterator[tuple[int, Tensor]]:
-    for unit in folder.done():
-        vectors = folder.vectors(unit)
-        if len(vectors):
-            yield unit, vectors
 
 
 def _by_torch(query: Tensor, vectors: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -23,11 +23,7 @@ from .augmentation import FlipAndCrop
 from .columns import Columns, find_columns
 from .evaluation_loaders import in_step
 from .image_task import ImageTask
-from .labelled_images import (
-    PixelReader,
-    Sample,
-    make_sample,
-)
+from .labelled_images import PixelReader, Sample, make_sample
 from .labels import encode, not_counted, settle
 from .ranks import warn_once
 from .sampling import ResumableDataLoader

@@ -54,18 +54,12 @@ class TarSource(ImageSource):
                     yield StoredImage(f"{name}/", None, dict.fromkeys(self.features), problem)
                     return
                 last = key
-                columns = {column: parts.get(column) for column in self.features}
-                yield StoredImage(
-                    f"{name}/{key}",
-                    *self._image(parts, columns),
-                )
+                yield StoredImage(f"{name}/{key}", *self._image(parts))
 
-    def _image(
-        self, parts: dict[str, bytes], columns: dict[str, bytes | None]
-    ) -> tuple[Any, dict[str, Any], str | None]:
+    def _image(self, parts: dict[str, bytes]) -> tuple[Any, dict[str, Any], str | None]:
         texts: dict[str, Any] = {
-            name: None if part is None else part.decode(errors="backslashreplace")
-            for name, part in columns.items()
+            name: parts[name].decode(errors="backslashreplace") if name in parts else None
+            for name in self.features
         }
         found = [name for name in parts if is_image_name(f"x.{name}")]
         if self.image_column is not None:
@@ -82,7 +76,7 @@ def _samples(opened: Any) -> Iterator[tuple[str, dict[str, bytes]]]:
     Yields:
         The key, and the contents of its files by extension (the text after the dot).
     """
-    key: str | None = None
+    key = ""
     parts: dict[str, bytes] = {}
     with tarfile.open(fileobj=opened, mode="r|*") as archive:
         for member in archive:
@@ -92,7 +86,6 @@ def _samples(opened: Any) -> Iterator[tuple[str, dict[str, bytes]]]:
             stem, _, ending = file.partition(".")
             own = f"{folder}/{stem}" if folder else stem
             if own != key and parts:
-                assert key is not None
                 yield key, parts
                 parts = {}
             key = own
@@ -100,5 +93,4 @@ def _samples(opened: Any) -> Iterator[tuple[str, dict[str, bytes]]]:
             assert content is not None
             parts[ending.lower()] = content.read()
     if parts:
-        assert key is not None
         yield key, parts

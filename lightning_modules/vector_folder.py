@@ -358,15 +358,10 @@ class ShardWriter:
             raise
 
     def _begin(self, unit: int) -> _OpenShard:
-        stack = ExitStack()
-        path = stack.enter_context(draft(self.folder.shard(unit)))
-        try:
-            writer = pq.ParquetWriter(path, self.schema, use_dictionary=False)
-        except BaseException as error:
-            stack.__exit__(type(error), error, error.__traceback__)
-            raise
-        stack.enter_context(writer)
-        shard = self._open[unit] = _OpenShard(stack, writer)
+        with ExitStack() as stack:
+            path = stack.enter_context(draft(self.folder.shard(unit)))
+            writer = stack.enter_context(pq.ParquetWriter(path, self.schema, use_dictionary=False))
+            shard = self._open[unit] = _OpenShard(stack.pop_all(), writer)
         return shard
 
     def close(self) -> None:

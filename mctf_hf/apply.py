@@ -80,9 +80,6 @@ def _fuse(model: Any, settings: dict[str, Any], given: dict[str, Any]) -> Any:
     encoders = find_encoders(model)
     if not isinstance(model, PreTrainedModel) or not encoders:
         raise ValueError(explain(model))
-    unknown = sorted(set(settings) - set(SETTINGS))
-    if unknown:
-        raise ValueError(f"settings {unknown} are not known: they are among {', '.join(SETTINGS)}")
     chosen = [_settings(encoder, settings, given) for encoder in encoders]
     _settle_readers(model, encoders, chosen)
     for encoder, its in zip(encoders, chosen, strict=True):
@@ -124,6 +121,9 @@ def _settle_readers(model: Any, encoders: Sequence[Encoder], chosen: Sequence[To
 
 
 def _settings(encoder: Encoder, settings: dict[str, Any], given: dict[str, Any]) -> TokenFusion:
+    unknown = sorted(set(settings) - set(SETTINGS))
+    if unknown:
+        raise ValueError(f"settings {unknown} are not known: they are among {', '.join(SETTINGS)}")
     family, config = encoder.family, encoder.owner.config
     name, reason = type(encoder.owner).__name__, family.hindrance(config)
     if reason is not None:
@@ -237,9 +237,6 @@ def fusion_of(model: Any, **settings: Any) -> Iterator[FusionRecord]:
         ValueError, huggingface_hub.errors.StrictDataclassError: as :func:`fuse_tokens`.
     """
     _check_fused(model)
-    unknown = sorted(set(settings) - set(SETTINGS))
-    if unknown:
-        raise ValueError(f"settings {unknown} are not known: they are among {', '.join(SETTINGS)}")
     calls = []
     for encoder in find_encoders(model):
         layers = encoder.layers
@@ -283,12 +280,7 @@ def from_pretrained(name: str | os.PathLike, **kwargs: Any) -> Any:
         return _class_of(config).from_pretrained(name, **given, **kwargs)
     loaded = _class_of(config).from_pretrained(name, **kwargs)
     model, *report = loaded if isinstance(loaded, tuple) else (loaded,)
-    file = cached_file(
-        name,
-        FILE,
-        _raise_exceptions_for_missing_entries=False,
-        **of_hub,
-    )
+    file = cached_file(name, FILE, _raise_exceptions_for_missing_entries=False, **of_hub)
     if file is not None or given:
         saved = {} if file is None else _read(file)
         _fuse(model, _defined(saved) | given, given)

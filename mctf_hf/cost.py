@@ -58,11 +58,6 @@ class LayerCost:
     mlp_width: int
 
     @property
-    def queries_keys(self) -> int:
-        """Cost of the projections to queries and keys."""
-        return self.query + self.key
-
-    @property
     def after(self) -> int:
         """Cost of everything after attention: output projection, norm and MLP."""
         return self.output + self.norms[1] + self.mlp
@@ -185,26 +180,16 @@ def describe(model: Any, image_size: int | tuple[int, int] | None = None) -> Des
     config: Any = fusion_config_of(model)
     size = config.usual_size if image_size is None else as_pair(image_size)
     if model is config:
-        fusion = FusionConfigMixin.__dataclass_fields__
-        architecture = {
-            name: value for name, value in config.to_dict().items() if name not in fusion
-        }
-        text = json.dumps(architecture, sort_keys=True, default=str)
+        left_out = set(FusionConfigMixin.__dataclass_fields__) - {"restore", "skip_unread"}
+        kept = {name: value for name, value in config.to_dict().items() if name not in left_out}
         own: Any = type(config)
-        return _described(own, text, (config.restore, config.skip_unread), size)
+        return _described(own, json.dumps(kept, sort_keys=True, default=str), size)
     return _count(model, config, size)
 
 
 @functools.lru_cache(maxsize=64)
-def _described(
-    config_class: Any,
-    architecture: str,
-    fusion: tuple[bool, bool | None],
-    size: tuple[int, int],
-) -> Description:
-    restore, skip_unread = fusion
-    settings = {"restore": restore, "skip_unread": skip_unread}
-    config = config_class.from_dict({**json.loads(architecture), **settings})
+def _described(config_class: Any, settings: str, size: tuple[int, int]) -> Description:
+    config = config_class.from_dict(json.loads(settings))
     with torch.device("meta"):
         model = BACKBONES[config.model_type].classifier(config)
     return _count(model.eval(), config, size)
@@ -289,7 +274,7 @@ def _layer(
         return choice + _plain_layer(layer, tokens) - saved
     if reducer.stage is Stage.AFTER_MLP:
         return choice + _plain_layer(layer, tokens)
-    before = tokens * (layer.queries_keys + first) + score  # the map of all tokens
+    before = tokens * (layer.query + layer.key + first) + score  # the map of all tokens
     if reducer.stage is Stage.RECOMPUTE:
         return choice + before + _plain_layer(layer, left, read)
     rows = left if read is None else read

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from .classes import names_of
 from .configuration_mctf import as_pair
+from .modeling_mctf import mean_patches
 from .modeling_mctf_encoder import MCTFEncoderClassifierMixin
 from .problems import REGRESSION, problem_type, scores
 from .registry import output_of
@@ -141,7 +142,7 @@ class Embedder(nn.Module):
         if self.vector == "class_token":
             return hidden_states[:, 0], pooled, None
         sizes = None if config.restore else output.token_sizes
-        return _mean_patches(hidden_states, sizes, config.num_prefix_tokens), pooled, None
+        return mean_patches(hidden_states, sizes, config.num_prefix_tokens), pooled, None
 
     def _read_classifier(
         self, pixel_values: Tensor, options: dict[str, Any]
@@ -159,12 +160,11 @@ class Embedder(nn.Module):
             output = model(pixel_values, output_features=True, **options)
         finally:
             hook.remove()
-        hidden_states, sizes = seen[0].last_hidden_state, None
+        hidden_states = seen[0].last_hidden_state
         if self.vector == "class_token":
             return hidden_states[:, 0], output.features, output.logits
-        if not config.restore:
-            sizes = output.token_sizes
-        vectors = _mean_patches(hidden_states, sizes, config.num_prefix_tokens)
+        sizes = None if config.restore else output.token_sizes
+        vectors = mean_patches(hidden_states, sizes, config.num_prefix_tokens)
         return vectors, output.features, output.logits
 
     def _options(self, pixel_values: Tensor) -> dict[str, Any]:
@@ -179,15 +179,6 @@ class Embedder(nn.Module):
         elif self._kind != "logits" and config.class_token and config.skip_unread is not False:
             options["num_read_tokens"] = 1
         return options
-
-
-def _mean_patches(hidden_states: Tensor, token_sizes: Tensor | None, prefix: int) -> Tensor:
-    """Mean over patches: tokens (b, n, d), weighted by sizes (b, n) if given -> (b, d)."""
-    patches = hidden_states[:, prefix:]
-    if token_sizes is None:
-        return patches.mean(1)
-    weights = token_sizes[:, prefix:, None].to(patches.dtype)
-    return (patches * weights).sum(1) / weights.sum(1)
 
 
 def digest(model: nn.Module) -> str:

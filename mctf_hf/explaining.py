@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .configuration_mctf import as_pair
+
 
 def attention_rollout(attentions: Sequence[Tensor], assignments: Sequence[Tensor]) -> Tensor:
     """The share of each embedded token in each final token, through all layers.
@@ -93,9 +95,7 @@ class Explained(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Classify images: (b, channels, height, width) -> (b, labels)."""
         output = self.model(pixel_values, output_fusion=True)
-        config = self.model.config
-        patch = config.patch_size
-        sides = patch if isinstance(patch, (list, tuple)) else (patch, patch)
+        sides = as_pair(self.model.config.patch_size)
         height, width = pixel_values.shape[-2:]
         self._grid = (height // sides[0], width // sides[1])
         self._assignments = tuple(one.detach() for one in output.assignments)

@@ -88,7 +88,8 @@ def read_object(file: str | os.PathLike) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
         raise ValueError(f"{file} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file} is not allowed: it holds {_kind(content)}, not a JSON object")
+        held = "a list" if isinstance(content, list) else json.dumps(content)[:40]
+        raise ValueError(f"{file} is not allowed: it holds {held}, not a JSON object")
     return content
 
 
@@ -117,10 +118,6 @@ def check_indexes(folder: str | os.PathLike) -> None:
     """
     for index in Path(folder).glob("*.index.json"):
         read_index(index)
-
-
-def _kind(content: Any) -> str:
-    return "a list" if isinstance(content, list) else json.dumps(content)[:40]
 
 
 def is_plain_name(name: object) -> bool:

@@ -136,7 +136,8 @@ class FusedLayerList(nn.ModuleList):
         num_tokens = hidden_states.shape[1]
         scheduled = settings.scheduled(num_tokens, r, keep_rate)
         counts = tuple(fused for _, fused in scheduled)
-        if any(counts):
+        fuses = any(counts)
+        if fuses:
             check_mask(mask)
             mask = None
             if not torch.compiler.is_compiling():
@@ -146,18 +147,18 @@ class FusedLayerList(nn.ModuleList):
         if num_read is not None and (history or self._is_shown(kwargs)):
             num_read = None
         keeps_all = keeps_all and num_read is None
-        track = history or (num_read is None and (track or (keeps_all and any(counts))))
+        track = history or (num_read is None and (track or (keeps_all and fuses)))
         run = functools.partial(
             self._run,
             args=args,
             kwargs=kwargs,
-            step=_step(settings, keeps_all, num_read),
+            step=_step(settings, keeps_all, num_read, fuses),
             counts=counts,
             track=track,
             history=history,
             rotary=rotary,
         )
-        size = self._slice_size(hidden_states, any(counts), mask, kwargs)
+        size = self._slice_size(hidden_states, fuses, mask, kwargs)
         if size == hidden_states.shape[0]:
             return run(hidden_states, mask)
         return _joined([run(images, None) for images in hidden_states.split(size)])
@@ -177,8 +178,7 @@ class FusedLayerList(nn.ModuleList):
     ) -> Tokens:
         batch, num_tokens = hidden_states.shape[:2]
         rows = positions = None
-        fuses = any(counts)
-        step = step._replace(fuses=fuses)
+        fuses = step.fuses
         first = next(self.children())
         assert isinstance(first, FusedLayer)
         by_map = fuses and first.core.is_faster_by_map(hidden_states)
@@ -268,9 +268,7 @@ def goes_in_slices(x: Tensor) -> bool:
     return x.is_cpu and not is_recorded()
 
 
-def _step(
-    settings: FusionConfigMixin, keeps_all: bool = False, num_read: int | None = None
-) -> Step:
+def _step(settings: FusionConfigMixin, keeps_all: bool, num_read: int | None, fuses: bool) -> Step:
     reducer = build_reducer(settings)
     return Step(
         reducer=reducer,
@@ -283,6 +281,7 @@ def _step(
         keeps_all=keeps_all,
         rope_positions=getattr(settings, "rope_positions", None),
         num_read=num_read,
+        fuses=fuses,
     )
 
 

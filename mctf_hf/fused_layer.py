@@ -216,12 +216,10 @@ class FusedLayer:
             output = self.attend(normed, attention=attention, reduction=reduction, **kwargs)
         tokens = self._add(tokens, output, self.names.after_attention)
         if stage is Stage.AFTER_ATTENTION:
-            reduction = self._reduction(tokens, attention, step)
-            tokens = tokens.reduce(reduction, step.rope_positions)
+            tokens = tokens.reduce(self._reduction(tokens, attention, step), step.rope_positions)
         tokens = self._add(tokens, self.run_mlp(tokens.hidden_states), self.names.after_mlp)
         if stage is Stage.AFTER_MLP:
-            reduction = self._reduction(tokens, attention, step)
-            tokens = tokens.reduce(reduction, step.rope_positions)
+            tokens = tokens.reduce(self._reduction(tokens, attention, step), step.rope_positions)
         return tokens
 
     @property

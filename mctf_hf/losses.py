@@ -119,11 +119,11 @@ class TokenReductionConsistency(nn.Module):
         distance = (teacher_features.detach() - student_features).square().mean(1)  # [b]
         count = mean_over_processes(passing.sum().float())
         consistency = (distance * passing).sum() / torch.where(count > 0, count, 1)
-        student, teacher = student_loss, teacher_loss
+        weighted = self.teacher_weight * teacher_loss + self.consistency_weight * consistency
         return ConsistencyLoss(
-            total=student + self.teacher_weight * teacher + self.consistency_weight * consistency,
-            student=student,
-            teacher=teacher,
+            total=student_loss + weighted,
+            student=student_loss,
+            teacher=teacher_loss,
             consistency=consistency,
             passing=passing.float().mean(),
             confidence=confidence.mean(),

@@ -20,7 +20,7 @@ from .configuration_mctf import check_exists
 from .files import WEIGHTS, is_plain_name, read_index, read_object
 from .loading import load_reported
 from .reducers import REDUCERS
-from .registry import BACKBONES
+from .registry import BACKBONES, Backbone
 
 # Records of training and measurements, the picture and the model card.
 TRAINING, EVALUATION = "training.json", "evaluation.json"
@@ -168,12 +168,18 @@ def stays_within(file: Path) -> bool:
     return file.resolve().is_relative_to(file.parent.resolve())
 
 
+def _known_backbone(settings: dict[str, Any]) -> Backbone | None:
+    """Backbone of a configuration; ``None`` if it needs the code in its folder."""
+    known = str(settings.get("reduction")) in REDUCERS
+    return BACKBONES.get(str(settings.get("model_type"))) if known else None
+
+
 def _check_config(file: Path) -> None:
     """Raise ValueError for a configuration of this library that cannot be read."""
     settings = read_object(file)
-    backbone = BACKBONES.get(str(settings.get("model_type")))
-    if backbone is None or str(settings.get("reduction")) not in REDUCERS:
-        return  # it needs the code in the folder
+    backbone = _known_backbone(settings)
+    if backbone is None:
+        return
     try:
         backbone.config.from_dict(settings)
     except Exception as error:  # a file may contain anything
@@ -183,8 +189,8 @@ def _check_config(file: Path) -> None:
 def check_fit(folder: Path) -> None:
     """Raise ValueError if weights of a model of this library are missing or of another shape."""
     settings = read_object(folder / "config.json")
-    backbone = BACKBONES.get(str(settings.get("model_type")))
-    if backbone is None or str(settings.get("reduction")) not in REDUCERS:
+    backbone = _known_backbone(settings)
+    if backbone is None:
         return
     known = (backbone.model, backbone.classifier, *backbone.further)
     saved = [one for one in known if one.__name__ in (settings.get("architectures") or ())]

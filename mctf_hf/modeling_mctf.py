@@ -95,6 +95,15 @@ def num_read(model: Any, wanted: int | None) -> int | None:
     return None if any(map(is_hooked, (model, *model.children()))) else wanted
 
 
+def mean_patches(hidden_states: Tensor, token_sizes: Tensor | None, prefix: int) -> Tensor:
+    """Mean over patches: tokens (b, n, d), weighted by sizes (b, n) if given -> (b, d)."""
+    patches = hidden_states[:, prefix:]
+    if token_sizes is None:
+        return patches.mean(1)
+    weights = token_sizes[:, prefix:, None].to(patches.dtype)
+    return (patches * weights).sum(1) / weights.sum(1)
+
+
 def check_reads_class_token(model: Any) -> None:
     """Raise ValueError if ``skip_unread`` is set for a model that reads all tokens."""
     if model.config.skip_unread:

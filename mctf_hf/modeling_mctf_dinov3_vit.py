@@ -19,12 +19,7 @@ from transformers.models.dinov3_vit.modeling_dinov3_vit import (
 
 from .anatomy import DINO
 from .attention import Rotation
-from .configuration_mctf import (
-    AnySizeConfigMixin,
-    EncoderConfigMixin,
-    RotaryConfigMixin,
-    as_pair,
-)
+from .configuration_mctf import AnySizeConfigMixin, EncoderConfigMixin, RotaryConfigMixin, as_pair
 from .fused_encoder import Rotary, exchange_class, fused_class
 from .fused_layer import rotation_at
 from .modeling_mctf import take_over_names

@@ -19,6 +19,7 @@ from .modeling_mctf import (
     MCTFPreTrainedMixin,
     check_options,
     check_reads_class_token,
+    mean_patches,
     num_read,
 )
 from .reducers import build_reducer
@@ -189,13 +190,7 @@ class MCTFEncoderClassifierMixin(MCTFPreTrainedMixin):
 
     def _read(self, hidden_states: Tensor, token_sizes: Tensor | None) -> Tensor:
         """Input of the head, from tokens (b, m, d) and sizes, or from restored tokens (b, n, d)."""
-        first = self.config.num_prefix_tokens
-        patches = hidden_states[:, first:]
-        if token_sizes is None:
-            mean = patches.mean(1)
-        else:
-            weights = token_sizes[:, first:, None].to(patches.dtype)
-            mean = (patches * weights).sum(1) / weights.sum(1)
+        mean = mean_patches(hidden_states, token_sizes, self.config.num_prefix_tokens)
         parts = [hidden_states[:, 0]] if self.reads_class_token else []
         return torch.cat([*parts, mean], 1) if parts else mean
 

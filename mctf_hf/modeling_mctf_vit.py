@@ -40,6 +40,7 @@ from .modeling_mctf import (
     MCTFModelOutput,
     MCTFPreTrainedMixin,
     check_options,
+    mean_patches,
     num_read,
     take_over_names,
 )
@@ -292,8 +293,8 @@ class MCTFViTEmbeddings(ViTEmbeddings):
         tokens = torch.cat([*prefix, tokens], dim=1) + positions
         if self.register_tokens is not None:
             registers = self.register_tokens.expand(tokens.shape[0], -1, -1)
-            with_position = [tokens[:, : len(prefix)], tokens[:, len(prefix) :]]
-            tokens = torch.cat([with_position[0], registers, with_position[1]], dim=1)
+            first, patches = tokens[:, : len(prefix)], tokens[:, len(prefix) :]
+            tokens = torch.cat([first, registers, patches], dim=1)
         return self.dropout(tokens)
 
     def _patches(self, pixel_values: Tensor) -> Tensor:
@@ -369,7 +370,6 @@ class MCTFViTModel(MCTFPreTrainedMixin, ViTModel):
     def _make_embeddings(self, config: MCTFViTConfig, use_mask_token: bool) -> nn.Module:
         return MCTFViTEmbeddings(config, use_mask_token=use_mask_token)
 
-    @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         _init_weights(self, module, super()._init_weights)
 
@@ -472,11 +472,7 @@ def summary(
     """
     if config.class_token:
         return hidden_states[:, 0]
-    first = config.num_prefix_tokens
-    if token_sizes is None:  # one row per position
-        return hidden_states[:, first:].mean(1)
-    weights = token_sizes[:, first:, None].to(hidden_states.dtype)
-    return (hidden_states[:, first:] * weights).sum(1) / weights.sum(1)
+    return mean_patches(hidden_states, token_sizes, config.num_prefix_tokens)
 
 
 def make_head(config: MCTFViTConfig) -> nn.Module:
@@ -517,7 +513,6 @@ class MCTFViTForImageClassification(MCTFPreTrainedMixin, ViTForImageClassificati
         self._make_heads(config)
         self.post_init()
 
-    @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         _init_weights(self, module, super()._init_weights)
 

@@ -44,11 +44,7 @@ from .modeling_mctf_dinov3_vit import (
     MCTFDINOv3ViTForImageClassification,
     MCTFDINOv3ViTModel,
 )
-from .modeling_mctf_lv_vit import (
-    MCTFLVViTConfig,
-    MCTFLVViTForImageClassification,
-    MCTFLVViTModel,
-)
+from .modeling_mctf_lv_vit import MCTFLVViTConfig, MCTFLVViTForImageClassification, MCTFLVViTModel
 from .modeling_mctf_siglip import (
     MCTFSiglipVisionConfig,
     MCTFSiglipVisionForImageClassification,

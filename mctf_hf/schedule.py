@@ -138,7 +138,6 @@ class ScheduleMixin:
             r, keep_rate = _constant(r), _constant(keep_rate)
         if r is not None and keep_rate is not None:
             raise ValueError(f"r={r!r} and keep_rate={keep_rate!r}: give one of them")
-        by_rate = reducer is not None and reducer.amount == "keep_rate"
         self.check_effect({"keep_rate": keep_rate})
         if reducer is None:
             if r is not None:
@@ -146,7 +145,7 @@ class ScheduleMixin:
             if r and r != [0] * self.num_hidden_layers:
                 self.check_effect({"r": r})
             return [(0, 0)] * self.num_hidden_layers
-        if by_rate and r is None:
+        if reducer.amount == "keep_rate" and r is None:
             rates = self.kept_by_layer(keep_rate)
             added = reducer.tokens_added(self)
             fewer = [partial(_fewer_by_rate, rate=rate, added=added) for rate in rates]

@@ -15,12 +15,7 @@ from .files import write_text
 from .losses import TokenReductionConsistency
 from .model_folder import TRAINING
 from .problems import SINGLE, problem_type, settle_problem_type
-from .teacher import (
-    check_compiled,
-    r_max_of,
-    teacher_amount,
-    teacher_limit,
-)
+from .teacher import check_compiled, r_max_of, teacher_amount, teacher_limit
 from .torch_private import many_programs
 
 
@@ -143,10 +138,11 @@ class ConsistencyTrainer(Trainer):
         Raises:
             ValueError: for weights that are not finite.
         """
-        check_weights(self.accelerator.unwrap_model(self.model), "the model")
+        model = self.accelerator.unwrap_model(self.model)
+        check_weights(model, "the model")
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
-            limit = r_max_of(self.accelerator.unwrap_model(self.model).config, self.r_max)
+            limit = r_max_of(model.config, self.r_max)
             record: dict[str, Any] = {} if limit is None else {"r_max": limit}
             record |= {
                 "teacher_weight": self.consistency.teacher_weight,

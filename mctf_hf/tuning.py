@@ -167,7 +167,7 @@ class Search:
         """Numbers of the trials still to do; an interrupted trial comes first."""
         while True:
             known = study.get_trials(deepcopy=False)
-            number = len(known) - sum(not trial.state.is_finished() for trial in known)
+            number = sum(trial.state.is_finished() for trial in known)
             if number >= trials:
                 return
             yield number
@@ -273,13 +273,11 @@ class Search:
     def _meet(self, candidate: Candidate) -> FittedCandidate:
         return meet(self.judging.model, candidate, self.budget, self.judging.described)
 
-    def _finished(self, study: "optuna.Study") -> list[Any]:
-        return [trial for trial in study.get_trials(deepcopy=False) if trial.value is not None]
-
     def _judged(self) -> list[Any]:
         """Trials whose candidates were judged on all images, best first."""
-        every = [*self._finished(self.exploring), *self._finished(self.refining)]
-        whole = [one for one in every if one.user_attrs["images"] == len(self.judging)]
+        every = [*self.exploring.get_trials(False), *self.refining.get_trials(False)]
+        finished = [one for one in every if one.value is not None]
+        whole = [one for one in finished if one.user_attrs["images"] == len(self.judging)]
         return sorted(whole, key=lambda trial: trial.value)
 
     def _least(self) -> float:
