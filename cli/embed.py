@@ -181,7 +181,7 @@ def embed(
     if other is not None:
         beside = Embedder(load_encoder(other)[0], run.embedder.vector).eval().to(device)
         found = compare_settings(run, beside, sample)
-        run.folder.tell({"comparison": {"with": other, **asdict(found)}})
+        run.folder.add_to_manifest({"comparison": {"with": other, **asdict(found)}})
         console.print(_table(found, model, other))
 
 

@@ -243,10 +243,10 @@ class VectorFolder:
             "unreadable": len(unreadable),
             "shards": num_units,
         }
-        self.tell({"status": "finished", "counts": counts})
+        self.add_to_manifest({"status": "finished", "counts": counts})
         return self.manifest()
 
-    def tell(self, more: Mapping[str, Any]) -> None:
+    def add_to_manifest(self, more: Mapping[str, Any]) -> None:
         """Add entries to the manifest."""
         self._write_manifest({**self.manifest(), **more})
 

@@ -83,9 +83,9 @@ def check_classes(config: Any, names: Sequence[str], model: object, data: object
             f"here and {own[wrong[0]]!r} there. To finetune it, {new_head}; where the classes are "
             "the same and only called otherwise, change id2label in its config.json"
         )
-    told = ", ".join(f"{names[i]!r} for {own[i]!r}" for i in wrong[:SHOWN])
+    listed = ", ".join(f"{names[i]!r} for {own[i]!r}" for i in wrong[:SHOWN])
     warnings.warn(
-        f"{data} calls {len(wrong)} of {len(own)} classes otherwise than {model}: {told}",
+        f"{data} calls {len(wrong)} of {len(own)} classes otherwise than {model}: {listed}",
         stacklevel=2,
     )
 

@@ -328,21 +328,21 @@ def _metadata(model: Model, image_processor: Any, amount: dict[str, Any]) -> dic
     """Metadata that a user of the file needs, each value in JSON."""
     config = model.config
     given = {name: value for name, value in amount.items() if value is not None}
-    told: dict[str, Any] = {
+    metadata: dict[str, Any] = {
         "image_size": config.usual_size,
         "reduction": config.reduction,
         **(given or config.own_amount()),
     }
-    if config.inflection and "r" in told and not isinstance(told["r"], list):
-        told["inflection"] = config.inflection
+    if config.inflection and "r" in metadata and not isinstance(metadata["r"], list):
+        metadata["inflection"] = config.inflection
     if output_of(model) == "logits":
-        told["id2label"] = config.id2label
+        metadata["id2label"] = config.id2label
     if image_processor is not None:
-        told["image_processor"] = json.loads(image_processor.to_json_string())
+        metadata["image_processor"] = json.loads(image_processor.to_json_string())
         if image_processor.do_normalize:
-            told["image_mean"] = image_processor.image_mean
-            told["image_std"] = image_processor.image_std
-    return {name: json.dumps(value, ensure_ascii=False) for name, value in told.items()}
+            metadata["image_mean"] = image_processor.image_mean
+            metadata["image_std"] = image_processor.image_std
+    return {name: json.dumps(value, ensure_ascii=False) for name, value in metadata.items()}
 
 
 def _translations() -> dict[Any, Callable[..., Any]]:

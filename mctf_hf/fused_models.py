@@ -83,8 +83,8 @@ class FusedModel:
         super().save_pretrained(save_directory, is_main_process, **kwargs)
         if is_main_process:
             settings = self.fused_layers[0].settings
-            told = {name: getattr(settings, name) for name in SETTINGS}
-            write_text(Path(save_directory, FILE), json.dumps(told, indent=2) + "\n")
+            saved = {name: getattr(settings, name) for name in SETTINGS}
+            write_text(Path(save_directory, FILE), json.dumps(saved, indent=2) + "\n")
 
 
 def _forward_of(host: type[PreTrainedModel]) -> Callable[..., Any]:
@@ -130,8 +130,8 @@ def _forward_of(host: type[PreTrainedModel]) -> Callable[..., Any]:
             leave_calls(self.fused_layers, before)
         for one, call in zip(active, calls, strict=True):
             one.tokens = call.tokens
-        told = output_fusion or (fewer and not as_tuple)
-        output = with_fusion(output, calls, told, fewer, by_layer=output_fusion)
+        add = output_fusion or (fewer and not as_tuple)
+        output = with_fusion(output, calls, add, fewer, by_layer=output_fusion)
         return output.to_tuple() if as_tuple else output
 
     return forward

@@ -19,18 +19,18 @@ from .hosted_layers import Call
 
 
 def with_fusion(
-    output: Any, calls: Sequence[Call], told: bool, fewer: bool, *, by_layer: bool
+    output: Any, calls: Sequence[Call], add: bool, fewer: bool, *, by_layer: bool
 ) -> Any:
-    """Add fields on fusion to an output if ``told``; with ``fewer``, keep only the tokens left."""
-    if calls[0].tokens is None or not (told or fewer):
+    """Add fields on fusion to an output if ``add``; with ``fewer``, keep only the tokens left."""
+    if calls[0].tokens is None or not (add or fewer):
         return output
     tokens = tracked(calls[0].tokens, calls[0])
     if fewer:
         output = _left(output, tokens)
-    if not told:
+    if not add:
         return output
     found = (tokens.sizes, tokens.assignment(), tokens.assignments if by_layer else None)
-    return _extended(type(output))(**dict(output), **dict(zip(_TOLD, found, strict=True)))
+    return _extended(type(output))(**dict(output), **dict(zip(_FIELDS, found, strict=True)))
 
 
 def tracked(tokens: Tokens, call: Call) -> Tokens:
@@ -75,7 +75,7 @@ def _left(output: Any, tokens: Tokens) -> Any:
 
 
 # Fields on fusion that are added to the outputs of transformers.
-_TOLD: dict[str, Any] = {
+_FIELDS: dict[str, Any] = {
     "token_sizes": Tensor | None,
     "assignment": Tensor | None,
     "assignments": tuple[Tensor, ...] | None,
@@ -87,7 +87,7 @@ def _extended(output: type[Any]) -> type[Any]:
     if "token_sizes" in output.__dataclass_fields__:
         return output
     if output not in _EXTENDED:
-        more = [(name, kind, None) for name, kind in _TOLD.items()]
+        more = [(name, kind, None) for name, kind in _FIELDS.items()]
         name = f"Fused{output.__name__}"
         made = dataclasses.make_dataclass(name, more, bases=(output,))
         made.__module__, made.__qualname__ = __name__, name  # needed to pickle outputs

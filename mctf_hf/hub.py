@@ -94,8 +94,8 @@ def save(
             for path in made:
                 path.rmdir()
         if isinstance(error, SafetensorError) or getattr(error, "errno", None) in _FULL:
-            told = f"{folder} was not written, and what lay there is untouched: {error}"
-            raise OSError(told) from error
+            message = f"{folder} was not written, and what lay there is untouched: {error}"
+            raise OSError(message) from error
         raise
     for name in {*stale_files(os.listdir(folder), names), *earlier} - set(names):
         if not (folder / name).is_dir():
@@ -199,8 +199,8 @@ def _explained(error: Exception, where: str) -> str:
     cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
     reason = " ".join(line.strip() for line in str(cause).split("\n") if line.strip())
     status = getattr(getattr(cause, "response", None), "status_code", None)
-    if status is None and (told := re.search(r"\b(4\d\d) [A-Z]", reason)):  # Xet: no response
-        status = int(told[1])
+    if status is None and (found := re.search(r"\b(4\d\d) [A-Z]", reason)):  # Xet: no response
+        status = int(found[1])
     if status in (401, 403) or isinstance(cause, RepositoryNotFoundError):
         advice = "Is the token right, and may it write there? `hf auth login` or HF_TOKEN sets it"
     elif status in (409, 412):

@@ -34,7 +34,7 @@ class Method:
     citation: str
 
 
-METHODS = {
+CITED = {
     "mctf": Method(
         "Multi-criteria Token Fusion",
         "2403.10030",
@@ -233,7 +233,7 @@ def make_card(
         template_str=TEMPLATE.read_text(encoding="utf-8"),
         repo_id=repo_id,
         config=config,
-        method=METHODS.get(config.reduction),
+        method=CITED.get(config.reduction),
         amount=None if config.reducer_class is None else config.reducer_class.amount,
         settings={field.name: getattr(config, field.name) for field in fields(FusionConfigMixin)},
         tokens=_tokens_by_layer(config),

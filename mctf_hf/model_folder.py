@@ -80,9 +80,9 @@ def stale_files(present: Collection[str], new: Collection[str]) -> list[str]:
 
     The card and the picture count only if a file of measurements is present.
     """
-    told = {TRAINING, EVALUATION, *TUNED} | ({CARD, PICTURE} if EVALUATION in present else set())
+    records = {TRAINING, EVALUATION, *TUNED} | ({CARD, PICTURE} if EVALUATION in present else set())
     return sorted(
-        name for name in present if name not in new and (name in told or WEIGHTS.fullmatch(name))
+        name for name in present if name not in new and (name in records or WEIGHTS.fullmatch(name))
     )
 
 

@@ -575,7 +575,7 @@ class MCTFViTForImageClassification(MCTFPreTrainedMixin, ViTForImageClassificati
         token_sizes = None if self.config.restore else outputs.token_sizes
         features = summary(self.config, hidden_states, token_sizes)
         logits, by_label, by_guide = self._classify(hidden_states, features)
-        told = output_features and by_guide is not None
+        several_heads = output_features and by_guide is not None
         return MCTFImageClassifierOutput(
             loss=None
             if labels is None
@@ -587,6 +587,6 @@ class MCTFViTForImageClassification(MCTFPreTrainedMixin, ViTForImageClassificati
             assignment=outputs.assignment if output_fusion else None,
             assignments=outputs.assignments if output_fusion else None,
             features=features if output_features else None,
-            label_logits=by_label if told else None,
-            distillation_logits=by_guide if told else None,
+            label_logits=by_label if several_heads else None,
+            distillation_logits=by_guide if several_heads else None,
         )

@@ -119,9 +119,9 @@ class ScheduleMixin:
             return None
         amounts = {"r": r, "keep_rate": keep_rate}
         given = {name: value for name, value in amounts.items() if value is not None}
-        told = ", ".join(f"{k}={v!r}" for k, v in (given or self.own_amount()).items())
+        amount = ", ".join(f"{k}={v!r}" for k, v in (given or self.own_amount()).items())
         return (
-            f"{told} asks the layers to fuse {asked:,} tokens of {num_tokens}, and they can fuse "
+            f"{amount} asks the layers to fuse {asked:,} tokens of {num_tokens}, and they can fuse "
             f"{fused}: no layer fuses more than its method can, or leaves fewer tokens than "
             f"min_tokens={self.min_tokens}"
         )

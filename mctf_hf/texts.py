@@ -81,8 +81,8 @@ class Texts(nn.Module):
         super().__init__()
         twice = sorted({text for text in texts if texts.count(text) > 1})
         if not texts or twice:
-            told = f"{twice[0]!r} is there twice" if twice else "there are none"
-            raise ValueError(f"texts are not allowed: {told}")
+            problem = f"{twice[0]!r} is there twice" if twice else "there are none"
+            raise ValueError(f"texts are not allowed: {problem}")
         self.texts = tuple(texts)
         self.exclusive = EXCLUSIVE[encoder.kind]
         self.scale, self.bias = encoder.scale, encoder.bias
