@@ -1,10 +1,10 @@
-"""What needs an environment of its own: tests with other versions of libraries, and an audit."""
+"""Sessions in their own environments: tests with other library versions, and an audit."""
 
 from pathlib import Path
 
 import nox
 
-# What these libraries can break: loading, the model, data, training, the Hub.
+# Tests of what these libraries can break: loading, the model, data, training, the Hub.
 TESTS = (
     "tests/test_configuration.py",
     "tests/test_data.py",
@@ -33,14 +33,14 @@ TESTS = (
 
 OLDEST = ("torch==2.7.*", "transformers==5.10.2", "lightning==2.6.0", "datasets==4.0.0")
 NEWEST = ("torch", "transformers", "lightning", "datasets")
-# What goes with them.
+# Packages whose pins are dropped: these libraries, and those that must match their versions.
 LOOSE = (*NEWEST, "huggingface_hub", "tokenizers", "dill", "fsspec", "multiprocess")
 
 
 @nox.session
 @nox.parametrize("versions", [OLDEST, NEWEST], ids=["oldest", "newest"])
 def compatibility(session: nox.Session, versions: tuple[str, ...]) -> None:
-    """Run them; further arguments go to pytest."""
+    """Run TESTS, or pytest with the given arguments."""
     pins = [
         line
         for line in Path("constraints.txt").read_text().splitlines()
@@ -55,6 +55,6 @@ def compatibility(session: nox.Session, versions: tuple[str, ...]) -> None:
 
 @nox.session
 def audit(session: nox.Session) -> None:
-    """Look the pinned packages up in the database of known weaknesses."""
+    """Check the pinned packages for known vulnerabilities."""
     session.install("pip-audit")
     session.run("pip-audit", "--strict", "--no-deps", "--disable-pip", "-r", "constraints.txt")

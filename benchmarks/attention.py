@@ -1,9 +1,9 @@
-"""Which way of attention is faster on this machine: by a map, or by the kernel without one.
+"""Which attention is faster on this machine: with an attention map, or by a kernel without one.
 
     python benchmarks/attention.py
 
-For each type of numbers, of heads, tokens and images: the time of the kernel over that by a map.
-What :data:`mctf_hf.attention.FASTER_BY_MAP` says was read from such a table.
+For each dtype and number of heads, tokens and images, the table shows the time of the kernel
+divided by the time with a map. :data:`mctf_hf.attention.FASTER_BY_MAP` is based on such a table.
 """
 
 import statistics
@@ -18,12 +18,12 @@ from mctf_hf.attention import Attention, is_faster_by_map
 HEADS = (3, 6, 12)
 TOKENS = (21, 65, 101, 197, 257, 577, 1025)
 IMAGES = (1, 2, 4, 16)
-CHANNELS = 64  # of a head
-LARGEST = 2**27  # entries of a map
+CHANNELS = 64  # per head
+LARGEST = 2**27  # maximum number of entries of a map
 
 
 def by_map(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention in three operators: (b, h, n, d) each."""
+    """Attention in three operators, for query, key and value of (b, h, n, d)."""
     rows = Attention(query, key, None, CHANNELS**-0.5).rows()
     return torch.bmm(rows.flatten(0, 1), value.flatten(0, 1))
 
@@ -35,7 +35,7 @@ def by_kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def main() -> None:
-    """Print a table for each type of numbers; a star is where the map is chosen."""
+    """Print a table for each dtype; a star marks where this library chooses the map."""
     for dtype in (torch.float32, torch.bfloat16):
         print(f"\n{dtype}\n| heads | tokens | {' | '.join(f'{b} images' for b in IMAGES)} |")
         print("|---|---|" + "---:|" * len(IMAGES))

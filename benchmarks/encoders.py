@@ -1,11 +1,11 @@
-"""How much a real DINOv2 loses by fusion, on a probe of its class token and on a dense task.
+"""The loss by fusion of a real DINOv2, on a probe of its class token and on a dense task.
 
     python benchmarks/encoders.py results.json [TUNED …]
 
-All methods as in their papers, at four budgets, and the settings in folders that ``mctf tune``
-wrote. Costs are those of the class token alone and, beside them, of all tokens.
-Photographs, weights and the probe's protocol lie in the folder that MCTF_SHARED names (../shared
-unless set): a DINOv2-small that was finetuned for saliency, with its decoder, and Caltech-101.
+It measures all methods as in their papers, at four budgets, and the settings in folders that
+``mctf tune`` wrote. Costs are reported for the class token alone and for all tokens. The folder
+MCTF_SHARED (default: ../shared) contains photographs (Caltech-101), the probe's code, and weights:
+a DINOv2-small that was finetuned for saliency, with its decoder.
 """
 
 import dataclasses
@@ -58,7 +58,7 @@ class SaliencyDecoder(nn.Module):
 
 
 class Encoder:
-    """Class tokens of photographs, and on the way the saliency of the first ones of a run."""
+    """Computes class tokens of photographs, and stores the saliency of the first ``DENSE``."""
 
     def __init__(self) -> None:
         self.model = fuse_tokens(Dinov2Model.from_pretrained(CHECKPOINT).eval(), r=0)
@@ -73,7 +73,7 @@ class Encoder:
 
 
 def load_probe() -> Any:
-    """The class of the probe, whose file is shared with other measurements."""
+    """Load the class of the probe from the shared folder."""
     spec = importlib.util.spec_from_file_location("probe", SHARED / "tools" / "caltech_probe.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -96,7 +96,7 @@ def check_reference(encoder: Encoder) -> dict[str, float]:
 def settings_by_name(
     model: Any, described: Description, tuned: list[str]
 ) -> dict[str, FittedCandidate]:
-    """All methods at all budgets, and what ``mctf tune`` wrote to some folders."""
+    """All methods at all budgets, and the settings in folders that ``mctf tune`` wrote."""
     found = {}
     for folder in tuned:
         settings = read_object(Path(folder, TUNING))["settings"]
@@ -113,7 +113,7 @@ def settings_by_name(
 
 
 def measure(encoder: Encoder, probe: Any, plain: Tensor) -> dict[str, float]:
-    """What a setting that is in force loses, with standard errors."""
+    """Measure the loss by the active fusion settings, with standard errors."""
     encoder.saliency.clear()
     features: list[Tensor] = []
 
@@ -147,7 +147,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def main(file: str, *tuned: str) -> None:
-    """Measure, print a table and write JSON; what the file already holds is not measured again."""
+    """Measure, print a table and write JSON; results in the file are not measured again."""
     encoder = Encoder()
     print("differences from the original program:", check_reference(encoder))
     probe = load_probe()(encoder, load_image_processor(str(CHECKPOINT)))
@@ -155,7 +155,7 @@ def main(file: str, *tuned: str) -> None:
     probe.features(encoder, probe.test_pixels[:DENSE])
     plain = torch.cat(encoder.saliency)[:DENSE]
     whole = describe(encoder.model, SIZE)
-    described = dataclasses.replace(whole, num_read=1)  # what the class token alone costs
+    described = dataclasses.replace(whole, num_read=1)  # cost of the class token alone
     rows = json.loads(Path(file).read_text()) if Path(file).exists() else []
     known = {row["setting"]: row["settings"] for row in rows}
     for name, setting in settings_by_name(encoder.model, described, list(tuned)).items():

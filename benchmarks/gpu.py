@@ -1,10 +1,10 @@
-"""What a GPU computes, and how fast, with and without fusion.
+"""Correctness and speed of models on a GPU, with and without fusion.
 
     python -m benchmarks.gpu results.json [--minutes 8] [--parts correctness speed …]
 
-Needs this library, PyTorch and transformers alone; all weights and images are random. Parts run in
-their order for as long as there is time; what is left out, or fails, is told at the end and in the
-results. ``--device cpu --tiny`` runs all of it with tiny models, to see that it runs.
+Needs only this library, PyTorch and transformers; all weights and images are random. Jobs run in a
+fixed order until the time is up. The end of the output and the results list the jobs that were left
+out or failed. ``--device cpu --tiny`` runs all parts with tiny models, to check that they run.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from mctf_hf.registry import plain_class, plain_config
 Row = dict[str, Any]
 
 BUDGET = 0.56
-DTYPE = torch.bfloat16  # of what is timed
+DTYPE = torch.bfloat16  # of the timed models
 SEED = 0
 # One preset of each backbone, and of each kind of front end.
 BACKBONES = (
@@ -61,17 +61,17 @@ REDUCTIONS: dict[str, dict[str, Any]] = {
     "EViT": {"reduction": "evit", "keep_rate": 0.7},
     "token mergence": {"reduction": "token_mergence", "keep_rate": 0.7},
 }
-# How far outputs and gradients may be from those of a CPU in float32, if the same tokens are fused:
-# the norm of the difference over the norm. In half precision four times what a CPU's is at most
-# (gradients: LV-ViT's, whose are 5 times those of all others).
+# Maximum relative errors of outputs and gradients, compared with a CPU in float32 that fuses the
+# same tokens: norm of the difference over norm. In half precision, they are four times the largest
+# error on a CPU (for gradients that of LV-ViT, 5 times as large as those of the others).
 TOLERANCES = {
     torch.float32: (1e-4, 1e-3),
     torch.float16: (4e-3, 6e-2),
     torch.bfloat16: (3e-2, 2e-1),
 }
-# Which part of the tokens to be fused must be the same if the device chooses by itself. In half
-# precision many pairs are equally attractive: a CPU's own bfloat16 agrees with its float32 on 0.74
-# to all of them, by chance it would be on 0.13.
+# Minimum share of the fused tokens that must be the same if the device chooses by itself. In half
+# precision, many pairs are equally attractive: on a CPU, bfloat16 agrees with float32 on 74% to
+# 100% of the tokens; by chance, it would be 13%.
 AGREEMENT = {torch.float32: 0.99, torch.float16: 0.5, torch.bfloat16: 0.5}
 
 MODELS = ("deit_s", "deit_b", "dinov2_b", "clip_l_14")
@@ -80,7 +80,7 @@ CONTESTANTS: dict[str, dict[str, Any]] = {
     "MCTF after attention": {"one_step_ahead": "present"},
     "ToMe": {"reduction": "tome"},
 }
-# Compiling takes most time, so it comes last, and what matters most first.
+# Compiling takes most of the time, so it comes last. The most important models come first.
 COMPILED = (
     *(("deit_s", 32), ("deit_s", 256), ("dinov2_b", 32), ("deit_s", 1), ("clip_l_14", 32)),
     *(("deit_b", 256), ("deit_b", 32), ("dinov2_b", 256), ("clip_l_14", 256)),
@@ -94,11 +94,11 @@ TINY_BUDGET = 0.7
 
 @dataclass
 class Bench:
-    """Where it runs, and how much.
+    """The device and the size of the benchmark.
 
     Attributes:
-        device: of all models.
-        tiny: whether models are tiny, and times mean nothing.
+        device: device of all models.
+        tiny: whether models are tiny, so that times mean nothing.
     """
 
     device: str
@@ -114,19 +114,19 @@ class Bench:
 
     @property
     def largest(self) -> int:
-        """Images of the largest batch."""
+        """Number of images in the largest batch."""
         return self.batches[-1]
 
     @property
     def small(self) -> Row:
-        """Settings of models that are small enough to be computed on a CPU too."""
+        """Settings of models that are small enough to run on a CPU too."""
         if self.tiny:
             return TINY
         size = {"hidden_size": 128, "num_attention_heads": 2, "num_hidden_layers": 4}
         return {**size, "image_size": 112}
 
     def fused(self, name: str, settings: Row, dtype: torch.dtype | None = None) -> Any:
-        """A model of a preset that fuses as much as the budget wants."""
+        """Make a model of a preset that fuses enough tokens to meet the budget."""
         size, own = TINY if self.tiny else {}, preset_class(name)
         with torch.device("meta"):
             model = own(preset(name, **size, **settings))
@@ -134,7 +134,7 @@ class Bench:
         return self.made(own, preset(name, **size, **settings, r=r), dtype)
 
     def plain(self, name: str, dtype: torch.dtype | None = None) -> Any:
-        """The model of transformers."""
+        """Make the plain model of a preset."""
         own = preset_class(name)
         plain = plain_class(own)
         assert plain is not None
@@ -142,19 +142,19 @@ class Bench:
         return self.made(plain, config, dtype)
 
     def made(self, kind: Any, config: Any, dtype: torch.dtype | None) -> Any:
-        """A model of a class, for inference, with random weights."""
+        """Make a model of a class for inference, with random weights."""
         torch.manual_seed(SEED)
         with torch.device(self.device):
             return kind(config).to(dtype or DTYPE).eval()
 
     def images(self, model: Any, batch: int) -> Tensor:
-        """Random ones, (b, 3, size, size), of the model's own type of numbers."""
+        """Random images, (b, 3, size, size), in the model's dtype."""
         size = model.config.image_size
         torch.manual_seed(SEED)
         return torch.randn(batch, 3, size, size, device=self.device, dtype=model.dtype)
 
     def milliseconds(self, runs: Sequence[Run]) -> list[float]:
-        """Median times of functions that take turns, 5 to 50 times, for about two seconds."""
+        """Median times of functions, timed in turns: 5 to 50 rounds, in about two seconds."""
         timed = functools.partial(seconds_in_rounds, runs, device=self.device)
         found = timed(rounds=1, warmup=0 if self.tiny else 3)
         if not self.tiny:
@@ -165,17 +165,17 @@ class Bench:
 
 @dataclass
 class Choices:
-    """Which tokens were fused in one run, to be fused in others too.
+    """Records which tokens one run fuses, and makes other runs fuse the same.
 
-    Where two pairs are almost equally attractive, rounding decides, and everything after that
-    differs. So a device is compared by two numbers: by outputs, if it fuses the same tokens as
-    the CPU, and by how many of them it would have chosen itself, from the same tokens as far as
-    its own rounding leaves them.
+    Where two pairs are almost equally attractive, rounding decides which one is fused, and then all
+    later values differ. So a device is judged by two numbers: the error of its outputs if it fuses
+    the same tokens as the CPU, and the share of these tokens that it would have chosen itself, from
+    input that differs only by rounding.
 
     Attributes:
-        made: by layer.
-        agreement: for each choice that was repeated, the part of the tokens to be fused that the
-            device would have fused itself.
+        made: the recorded reductions, in the order of the layers.
+        agreement: for each repeated choice, the share of the fused tokens that the device would
+            have fused itself.
     """
 
     made: list[Reduction] = field(default_factory=list)
@@ -183,7 +183,7 @@ class Choices:
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
-        """Keep what is chosen."""
+        """Record the choices made inside the block."""
 
         def record(chosen: Reduction) -> Reduction:
             self.made.append(chosen)
@@ -194,7 +194,7 @@ class Choices:
 
     @contextmanager
     def repeated(self) -> Iterator[None]:
-        """Choose it again, whatever the layers would choose."""
+        """Replace the choices made inside the block by the recorded ones."""
         coming = iter(self.made)
 
         def repeat(chosen: Reduction) -> Reduction:
@@ -230,14 +230,14 @@ def _moved(reduction: Reduction, device: torch.device) -> Reduction:
 
 
 def _leaving(reduction: Reduction) -> Tensor:
-    """(b * n,), whether a token is one of those that are merged or dropped."""
+    """Whether each token is merged or dropped, (b * n,)."""
     leaving = torch.ones_like(reduction.rows, dtype=torch.bool)
     leaving[reduction.kept] = False
     return leaving
 
 
 def correctness(bench: Bench, name: str, settings: dict[str, Any]) -> Iterator[Row]:
-    """A small model's outputs and gradients against those of the CPU in float32."""
+    """Compare a small model's outputs and gradients with those of the CPU in float32."""
     torch.manual_seed(SEED)
     amount = {} if "keep_rate" in settings else {"r": 0.12}
     config = preset(name, **bench.small, **amount, **settings)
@@ -292,7 +292,7 @@ def _short(dtype: torch.dtype) -> str:
 
 
 class Captured:
-    """A function of images as a CUDA graph, which is captured once and replayed at each call."""
+    """A function of images as a CUDA graph, captured once and replayed at each call."""
 
     def __init__(self, function: Callable[[Tensor], Any], images: Tensor):
         self.images = images.clone()
@@ -313,7 +313,7 @@ class Captured:
 
 @torch.no_grad()
 def graphs(bench: Bench, name: str, settings: Row) -> Iterator[Row]:
-    """Whether a model can be captured, and computes the same of images that came later."""
+    """Check that a model can be captured, and computes the same for images that come later."""
     amount = {} if "keep_rate" in settings else {"r": 0.12}
     config = preset(name, **bench.small, **amount, **settings)
     model = bench.made(preset_class(name), config, torch.float32)
@@ -325,7 +325,7 @@ def graphs(bench: Bench, name: str, settings: Row) -> Iterator[Row]:
 
 
 def determinism(bench: Bench, contestant: str) -> Iterator[Row]:
-    """By how much two runs of one model on the same images differ, forward and backward."""
+    """Measure how much two runs of a model on the same images differ, forward and backward."""
     model = bench.fused("deit_s", CONTESTANTS[contestant])
     images = bench.images(model, min(32, bench.largest))
     with torch.no_grad():
@@ -337,7 +337,7 @@ def determinism(bench: Bench, contestant: str) -> Iterator[Row]:
 
 @torch.no_grad()
 def ways_to_attend(bench: Bench, batch: int, heads: int, tokens: int) -> Iterator[Row]:
-    """Times of attention among so many tokens of 64 channels a head, whose sizes bias it."""
+    """Time the ways to compute attention, with 64 channels per head and a bias by token sizes."""
     made = torch.randn(3, batch, tokens, heads, 64, device=bench.device, dtype=DTYPE)
     query, key, value = made.transpose(2, 3)
     sizes = torch.randint(1, 9, (batch, 1, 1, tokens), device=bench.device)
@@ -383,7 +383,7 @@ def _errors_of_kernels(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) 
 
 @contextmanager
 def _setting(**settings: Any) -> Iterator[None]:
-    """Some settings of :mod:`mctf_hf.attention` for as long as the block runs."""
+    """Change settings of :mod:`mctf_hf.attention` while the block runs."""
     own = {name: getattr(attention, name) for name in settings}
     vars(attention).update(settings)
     try:
@@ -394,7 +394,7 @@ def _setting(**settings: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def own_ways(bench: Bench, contestant: str) -> Iterator[Row]:
-    """What this library's own ways to attend gain in a whole model."""
+    """Time a whole model with and without this library's own ways to compute attention."""
     model = bench.fused("deit_s", CONTESTANTS[contestant])
     images = bench.images(model, bench.largest)
     own = {name: getattr(attention, name) for name in ("BIAS_AS_CHANNEL", "BY_TRITON")}
@@ -415,17 +415,14 @@ def own_ways(bench: Bench, contestant: str) -> Iterator[Row]:
 
 @torch.no_grad()
 def speed(bench: Bench, name: str, batch: int, compiled: bool) -> Iterator[Row]:
-    """Times of the plain model and of fused ones, all in the same form, in turns.
-
-    Forms are eager, or compiled; and each as a CUDA graph.
-    """
+    """Time the plain model and fused models in turns: eager or compiled, also as CUDA graphs."""
     models = {"plain": bench.plain(name)}
     models |= {key: bench.fused(name, settings) for key, settings in CONTESTANTS.items()}
     images = bench.images(models["plain"], batch)
     functions: dict[str, Callable[[Tensor], Any]] = dict(models)
     form = "eager"
     if compiled:
-        torch._dynamo.reset()  # it would not compile as many models as these are
+        torch._dynamo.reset()  # the number of compiled models is limited
         form, backend = "compiled", "eager" if bench.tiny else "inductor"
         functions = {
             key: torch.compile(model, dynamic=False, backend=backend)
@@ -463,7 +460,7 @@ def _compared(
 
 
 def training(bench: Bench) -> Iterator[Row]:
-    """Times of a step of DeiT-S under autocast: plain, fused, and with consistency."""
+    """Time a training step of DeiT-S under autocast: plain, fused, and with consistency."""
     batch = bench.largest // 2
     models = {"plain": bench.plain("deit_s", torch.float32)}
     for contestant, settings in CONTESTANTS.items():
@@ -506,7 +503,7 @@ def training(bench: Bench) -> Iterator[Row]:
 
 @torch.no_grad()
 def operators(bench: Bench, contestant: str) -> Iterator[Row]:
-    """Where the time of a forward pass of DeiT-S goes, by the 20 kernels that take most."""
+    """Find the 20 kernels that take the most time in a forward pass of DeiT-S."""
     model = bench.fused("deit_s", CONTESTANTS[contestant])
     images = bench.images(model, bench.largest)
     model(images)
@@ -530,12 +527,12 @@ def operators(bench: Bench, contestant: str) -> Iterator[Row]:
 
 
 class Job(NamedTuple):
-    """Something to be measured.
+    """A measurement.
 
     Attributes:
-        part: of the results that its rows belong to.
-        name: of it.
-        run: gives the rows.
+        part: part of the results for its rows.
+        name: name of the job in its part.
+        run: function that yields the rows.
     """
 
     part: str
@@ -544,7 +541,7 @@ class Job(NamedTuple):
 
 
 def jobs_of(bench: Bench) -> Iterator[Job]:
-    """All that there is to be measured, what matters most first."""
+    """All measurements, the most important ones first."""
 
     def job(part: str, function: Callable[..., Iterator[Row]], *given: Any) -> Job:
         name = " ".join(map(str, given))
@@ -578,9 +575,9 @@ PARTS = (
 
 
 def measure(bench: Bench, jobs: Sequence[Job], seconds: float, file: str) -> int:
-    """Run jobs for as long as there is time, and write what they give: the number that failed.
+    """Run jobs until the time is up, write their results, and return the number of failures.
 
-    One is left out if it would not end in time, were it to take as long as the longest of its part.
+    A job is left out if there is not enough time left for the longest job so far of its part.
     """
     start, longest = time.monotonic(), {"compiled": 0.0 if bench.tiny else 60.0}
     results: Row = {"environment": environment(bench), "rows": {}, "failed": [], "left_out": []}
@@ -599,7 +596,7 @@ def measure(bench: Bench, jobs: Sequence[Job], seconds: float, file: str) -> int
                 print(f"| {' | '.join(map(_shown, row.values()))} |", flush=True)
                 if not row.get("good", True):
                     results["failed"].append({"job": f"{part}: {name}", "error": "not good"})
-        except Exception as error:  # of whatever kind, the other jobs are to run
+        except Exception as error:  # any error: the other jobs still run
             told = "".join(traceback.format_exception(error))
             results["failed"].append({"job": f"{part}: {name}", "error": told})
             print(f"FAILED {part}: {name}: {error!r}", flush=True)
@@ -616,7 +613,7 @@ def measure(bench: Bench, jobs: Sequence[Job], seconds: float, file: str) -> int
 
 
 def write_results(file: str, results: Row, seconds: float) -> None:
-    """What there is so far, as JSON."""
+    """Write the results so far as JSON."""
     write_text(file, json.dumps({**results, "seconds": seconds}, indent=2) + "\n")
 
 
@@ -627,7 +624,7 @@ def _shown(value: Any) -> str:
 
 
 def environment(bench: Bench) -> Row:
-    """What it was measured on, and when."""
+    """Device, versions and date of the measurements."""
     versions: Row = {}
     for package in ("torch", "transformers", "triton", "mctf-hf"):
         try:

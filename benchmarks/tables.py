@@ -1,9 +1,9 @@
-"""Tables of documentation from what ``mctf benchmark --output`` wrote.
+"""Tables for the documentation, from files that ``mctf benchmark --output`` wrote.
 
     python benchmarks/tables.py FOLDER > tables.md
 
-One table for each JSON file, with the environment that it was measured in. Where a model was
-measured *sliced*, which is the ceiling, the others of its batch size tell their share of it.
+Prints one table per JSON file, with the environment of the measurement. If a *sliced* model was
+measured (an upper bound), each model of its batch size shows its share of the sliced speed.
 """
 
 import json
@@ -15,7 +15,7 @@ COLUMNS = ("batch", "model", "GMACs", "images/s", "peak MiB", "ratio", "efficien
 
 
 def row(found: dict[str, Any], ceilings: dict[int, float]) -> list[str]:
-    """The cells of a model."""
+    """The cells of the row of a model."""
     cells = [
         str(found["batch_size"]),
         f"`{found['model']}`",
@@ -32,7 +32,7 @@ def row(found: dict[str, Any], ceilings: dict[int, float]) -> list[str]:
 
 
 def table(measured: dict[str, Any]) -> str:
-    """One measurement in Markdown."""
+    """The table of one file in Markdown."""
     results = measured["results"]
     ceilings = {
         one["batch_size"]: one["images_per_second"]
@@ -46,7 +46,7 @@ def table(measured: dict[str, Any]) -> str:
 
 
 def main(folder: str) -> None:
-    """Print the tables of a folder."""
+    """Print the tables of all files in a folder."""
     for file in sorted(Path(folder).glob("*.json")):
         measured = json.loads(file.read_text())
         said = ", ".join(f"{name} {value}" for name, value in measured["environment"].items())

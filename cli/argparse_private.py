@@ -1,4 +1,4 @@
-"""What the command line takes of argparse that is private there."""
+"""The private parts of argparse that the command line uses."""
 
 import argparse
 import copy
@@ -18,7 +18,7 @@ check_names(
 
 
 def option_strings(parser: argparse.ArgumentParser) -> list[str]:
-    """All options of a parser."""
+    """All option strings of a parser, such as ``--output``."""
     return [option for action in parser._actions for option in action.option_strings]
 
 
@@ -28,11 +28,11 @@ def actions_chosen(
     choose: Callable[[list[argparse.Action]], list[argparse.Action]],
     rank: Callable[[argparse.Action], Any],
 ) -> Iterator[None]:
-    """Let a parser have some of its actions only, in a block.
+    """Limit a parser to some of its actions inside a ``with`` block.
 
     Args:
-        choose: what of the actions of a group, or of all, stays.
-        rank: of a group's first action, by which groups are sorted.
+        choose: function that selects and orders a list of actions.
+        rank: sort key of a group, computed from its first action.
     """
     own = parser._actions, parser._action_groups
     groups = [copy.copy(group) for group in parser._action_groups]

@@ -33,8 +33,8 @@ from .options import parser_of, read, refuse
 from .paths import check_output, open_images
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-FIGURES = 73  # columns of a terminal that a table needs beside the models' names
-MARKERS = "osD^vPX*"  # each of them for as many models as there are colours
+FIGURES = 73  # terminal columns that the table needs besides the model names
+MARKERS = "osD^vPX*"  # each marker is used for ten models, one per colour
 Row = dict[str, Any]
 
 
@@ -75,23 +75,23 @@ def benchmark(
     output: str | None = None,
     plot: str | None = None,
 ) -> None:
-    """Time models side by side, in turns, and compare each with the first.
+    """Time models in turns and compare each of them with the first.
 
     Args:
-        models: see above.
-        batch_sizes: images per call, one table for each: 1,16.
-        image_size: height and width; unset, those of the first model.
-        images: an image, a folder of images or of a dataset, or a dataset's id on the Hub, whose
-            evenly spaced images are used; unset, random numbers.
-        dtype: float32, bfloat16 or float16.
-        device: cpu or cuda, which is the current GPU.
-        threads: threads of the CPU; unset, PyTorch's own choice.
-        rounds: timings of each model, whose median counts.
-        accuracy: folder of a dataset or its id on the Hub, for the models' top-1 accuracy. Of
-            several labels per image it is the part of images of which all are right, and in
-            regression the mean absolute error.
-        split: of that dataset.
-        max_images: so many evenly spaced ones of that split; unset, all.
+        models: the models, as :func:`main` describes them.
+        batch_sizes: numbers of images per call, such as 1,16; each gets its own table.
+        image_size: height and width in pixels. If unset, those of the first model.
+        images: image file, folder of images, dataset folder or dataset id on the Hub; evenly
+            spaced images are used. If unset, random numbers.
+        dtype: number type of the models: float32, bfloat16 or float16.
+        device: cpu, or cuda for the current GPU.
+        threads: number of CPU threads. If unset, PyTorch chooses it.
+        rounds: number of timings of each model; the median is used.
+        accuracy: dataset folder or dataset id on the Hub to measure top-1 accuracy on. For several
+            labels per image, it is the share of images with all labels right; for regression, the
+            mean absolute error.
+        split: split of that dataset.
+        max_images: number of evenly spaced images of that split to use. If unset, all.
         output: JSON file to write.
         plot: PNG file to draw.
     """
@@ -163,12 +163,12 @@ def compare(
 
     Returns:
         A row for each: GMACs of one image, images per second, latency of a batch in milliseconds
-        (median and 95th percentile), peak memory in MiB beyond the weights, ratio of speed to the
-        first contestant's, and efficiency: that ratio over the ratio of multiply-accumulates.
+        (median and 95th percentile), peak memory in MiB without the weights, speed relative to the
+        first contestant, and efficiency: this ratio over the inverse ratio of the GMACs.
     """
     runs = [lambda model=c.model: model(pixel_values) for c in contestants]
     for run in runs:
-        run()  # compiles, where that is asked for
+        run()  # the first call compiles models with the setting `compile`
     memory = [peak_bytes(run, device=device) for run in runs]
     seconds = seconds_in_rounds(runs, rounds=rounds, device=device)
     rows: list[Row] = []
@@ -196,7 +196,7 @@ def compare(
 def _labelled(
     contestant: Contestant, dataset: str, split: str, max_images: int | None
 ) -> LabelledImages:
-    """The images of a dataset as a model's own processor prepares them."""
+    """Open a dataset with the image processor of a contestant."""
     if contestant.folder is None or contestant.missing:
         raise ValueError(
             f"accuracy={dataset!r} is not allowed with {contestant.name}: its weights are random"
@@ -220,7 +220,7 @@ def _accuracies(
     device: str,
     dtype: torch.dtype,
 ) -> list[float | None]:
-    """Mean over its images of each model's :class:`.Quality`."""
+    """Mean :class:`.Quality` of each contestant over the images."""
     judged = _judged(contestants)
     sums = torch.zeros(len(contestants), dtype=torch.float64)
     by_processor: dict[str, list[int]] = {}
@@ -238,10 +238,10 @@ def _accuracies(
 
 
 def _judged(contestants: Sequence[Contestant]) -> Quality:
-    """What tells how good the models are.
+    """The quality measure of the models.
 
     Raises:
-        ValueError: if that is not the same for all.
+        ValueError: if it is not the same for all models.
     """
     by_name = {one.name: quality(one.model.model.config) for one in contestants}
     if len({judged.name for judged in by_name.values()}) > 1:
@@ -251,7 +251,7 @@ def _judged(contestants: Sequence[Contestant]) -> Quality:
 
 
 def _counts(setting: str, text: str) -> list[int]:
-    """The numbers of ``1,16``, ``1 16`` or ``[1, 16]``."""
+    """Parse numbers such as ``1,16``, ``1 16`` or ``[1, 16]``."""
     words = re.split(r"[\s,]+", text.strip("[] "))
     if not all(word.isdecimal() and int(word) for word in words):
         raise ValueError(f"{setting}={text!r} is not allowed: it is counts such as 1,16, from 1 on")
@@ -285,7 +285,7 @@ def _environment(
 
 
 def _short(names: Sequence[str], room: int) -> tuple[list[str], list[str]]:
-    """Names of at most so many characters, and lines that tell what they stand for, if they do."""
+    """The names, or numbers with lines that explain them if a name is longer than ``room``."""
     if max(map(len, names)) <= max(room, len("model")):
         return list(names), []
     keys = [str(number) for number in range(1, len(names) + 1)]
@@ -316,9 +316,9 @@ def _table(rows: list[Row], names: Sequence[str], batch: int, environment: dict[
 
 
 def _plot(rows: list[Row], names: Sequence[str], environment: dict[str, Any]) -> Figure:
-    """Speed over cost, one panel for each batch size; the line is what the GMACs promise.
+    """Plot speed against cost, with one panel per batch size.
 
-    The legend lies below the panels, its lines as long as the figure is wide.
+    The dashed line is the speed that the GMACs predict. The legend is below the panels.
     """
     batches = sorted({row["batch_size"] for row in rows})
     width = max(5 * len(batches), 7)

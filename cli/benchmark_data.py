@@ -1,4 +1,4 @@
-"""``mctf benchmark-data``: how many images per second the input pipeline delivers, by itself."""
+"""``mctf benchmark-data``: speed of the input pipeline without a model, in images per second."""
 
 import logging
 import time
@@ -20,7 +20,7 @@ from .measuring import machine_name
 from .parsing import ArgumentParser
 
 WHOLE_BATCH = {"rand_augment": None, "random_erasing": 0.0, "mixup": 0.0, "cutmix": 0.0}
-UNUSED = {"test_split", "predict_folder", "eval_batch_size"}  # of data that nobody trains with
+UNUSED = {"test_split", "predict_folder", "eval_batch_size"}  # unused in training
 
 
 def main(args: Sequence[str]) -> None:
@@ -59,18 +59,18 @@ def images_per_second(
     num_labels: int = 1000,
     accelerator: str = "cpu",
 ) -> float:
-    """Time training batches from the disk to the device, augmented and normalised.
+    """Images per second of training batches, from disk to device, augmented and normalised.
 
     Args:
         data: arguments of ``HFImageDataModule``.
-        image_size: height and width of the images that come out.
-        batches: how many are timed, over as many epochs as that takes.
-        warmup: batches before, in which workers start and fill their queues.
-        num_labels: classes.
-        accelerator: where whole batches are augmented.
+        image_size: height and width of the images in the batches.
+        batches: number of timed batches, over as many epochs as needed.
+        warmup: number of untimed batches before them, while workers start and fill their queues.
+        num_labels: number of classes.
+        accelerator: type of the device that augments whole batches.
 
     Raises:
-        ValueError: for a number below 1.
+        ValueError: for an image size or a number of batches below 1.
     """
     check_range(1, image_size=image_size, batches=batches, warmup=warmup)
     fabric = Fabric(accelerator=accelerator, devices=1)

@@ -1,4 +1,4 @@
-"""The settings of ``mctf fit`` and its like that people use, before all that there are."""
+"""Short help of ``mctf fit`` and similar commands, and ``--help_all`` for all settings."""
 
 import argparse
 import copy
@@ -8,7 +8,7 @@ from typing import Any
 from .argparse_private import actions_chosen
 
 ALL = "--help_all"
-# What is asked for most, in order; a subcommand tells what has an effect in it.
+# The most used settings, in the order of the help; a subcommand shows those that affect it.
 FIRST = (
     "help",
     "config",
@@ -41,7 +41,7 @@ FIRST = (
     "predictions.top_k",
     "ckpt_path",
 )
-# Instead of Lightning's own, which are long.
+# Help texts that replace the long ones of Lightning.
 WORDS = {
     "trainer.max_epochs": "epochs to train for",
     "trainer.devices": "how many processors to use, or the numbers of which",
@@ -51,7 +51,7 @@ WORDS = {
 
 
 class HelpAll(argparse.Action):
-    """``--help_all``: what :class:`BriefHelp` leaves out, too."""
+    """The option ``--help_all``: prints the help with all settings."""
 
     def __init__(self, option_strings: Any, dest: str = argparse.SUPPRESS, help: str | None = None):
         super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
@@ -62,11 +62,11 @@ class HelpAll(argparse.Action):
 
 
 class BriefHelp:
-    """Mixin of a parser with many settings, whose help tells those of :data:`FIRST`.
+    """Mixin for a parser with many settings: its help lists only those in :data:`FIRST`.
 
     Attributes:
-        has_effect: whether an option, ``--model.r``, has one here.
-        whole_help: what tells all settings.
+        has_effect: function that returns whether an option such as ``--model.r`` has an effect.
+        whole_help: option that prints all settings.
     """
 
     usage: str | None
@@ -75,7 +75,7 @@ class BriefHelp:
     whole_help = ALL
 
     def add_help_all(self: Any) -> None:
-        """Give it ``--help_all``."""
+        """Add the option ``--help_all``."""
         self.add_argument(ALL, "--help-all", action=HelpAll, help="tell all settings, and exit")
 
     def format_help(self: Any, *args: Any, brief: bool = True) -> str:
@@ -98,7 +98,7 @@ class BriefHelp:
         return action.dest in FIRST and all(map(self.has_effect, action.option_strings))
 
     def _first(self: Any, actions: list[argparse.Action]) -> list[argparse.Action]:
-        """What is asked for most of some actions, in its order, with :data:`WORDS`."""
+        """The actions in :data:`FIRST`, in its order, with the help texts of :data:`WORDS`."""
         found = [copy.copy(action) for action in actions if self._is_first(action)]
         for action in found:
             action.help = WORDS.get(action.dest, action.help)

@@ -3,8 +3,8 @@
 import difflib
 from collections.abc import Sequence
 
-# All commands, each with what it does. Those of Lightning's command line are in one module, the
-# others each in one of their own name; none is imported before it is asked for.
+# Commands and what they do. Those of Lightning's command line share one module; each other command
+# has a module of its own name. A module is imported only when its command runs.
 FINETUNING = {
     "fit": "finetune a model for the fusion of its tokens, or train one",
     "validate": "measure a model on the split that finetuning validates on",
@@ -27,9 +27,9 @@ COMMANDS = FINETUNING | {
     "completion": "print what lets a shell complete commands and options",
 }
 
-MISUSED = 2  # the exit status of argparse
+MISUSED = 2  # argparse's exit status for wrong arguments
 
 
 def nearest(word: str, known: Sequence[str]) -> str | None:
-    """The known word that a mistyped one was most likely to be."""
+    """The known word that is closest to a mistyped one; ``None`` if no word is close."""
     return next(iter(difflib.get_close_matches(word, known, n=1)), None)

@@ -1,4 +1,4 @@
-"""``mctf completion``: what a shell completes after ``mctf``."""
+"""``mctf completion``: a script that lets a shell complete commands and options."""
 
 import argparse
 import io
@@ -29,7 +29,7 @@ complete -o default -F _mctf mctf
 
 
 def main(args: Sequence[str]) -> None:
-    """Print a script that completes commands and their options, for a shell to read."""
+    """Print a shell script that completes commands and their options."""
     parser = argparse.ArgumentParser(
         prog="mctf completion",
         description="Print a script that completes commands, their options and files. The options "
@@ -45,7 +45,7 @@ def main(args: Sequence[str]) -> None:
 
 
 def _options(command: str) -> list[str]:
-    """The options of a command, none if what it needs is not installed."""
+    """The options of a command; none if a package that it needs is not installed."""
     everything = "--help_all" if command in FINETUNING else "--help"
     shown = io.StringIO()
     with redirect_stdout(shown), redirect_stderr(io.StringIO()), suppress(SystemExit):

@@ -36,15 +36,15 @@ SETTINGS = ("attn_implementation", "aot", "compile", "slice", "sliced")
 
 @dataclass
 class Contestant:
-    """A model to be timed.
+    """A model to time.
 
     Attributes:
         name: the words that it was made from.
-        model: takes (b, channels, height, width); a classifier gives logits.
-        multiply_accumulates: of one image.
-        image_size: height and width of the images that it was made for.
-        folder: or id on the Hub that the weights are from; ``None`` for random ones.
-        missing: names of weights that were not there and are random.
+        model: takes images, (b, channels, height, width); a classifier returns logits.
+        multiply_accumulates: multiply-accumulates of one image.
+        image_size: height and width of its images in pixels.
+        folder: folder or Hub id of the weights; ``None`` for random weights.
+        missing: names of the weights that the checkpoint lacks, which are random.
     """
 
     name: str
@@ -59,12 +59,12 @@ def make(words: str, image_size: int | None, dtype: torch.dtype, device: str) ->
     """Make a model from ``NAME[,setting=value…]``.
 
     Args:
-        words: NAME is a preset, a local folder or an id on the Hub. A preset, or a plain model's
-            checkpoint, with no setting of fusion is the plain model of transformers; with one, or
-            saved by this library, it is this library's. ``compile`` compiles it, ``aot`` compiles
-            it ahead of time, ``slice=16`` feeds it 16 images at a time, and ``sliced`` is the plain
-            model with tokens cut off where others are fused, which no fusion can beat.
-        image_size: height and width, if they are not to be the model's own.
+        words: NAME is a preset, a local folder or an id on the Hub. Without fusion settings, a
+            preset or a plain checkpoint is the plain model of transformers, if there is one. All
+            others are models of this library. ``compile`` compiles the model, ``aot`` compiles it
+            ahead of time, ``slice=16`` feeds it 16 images at a time. ``sliced`` is the plain model
+            with tokens cut off instead of fused: an upper bound on the speed.
+        image_size: height and width in pixels; ``None`` for the model's own.
 
     Raises:
         ValueError: for an unknown name or setting, or a value that is not allowed.
@@ -121,7 +121,7 @@ def make(words: str, image_size: int | None, dtype: torch.dtype, device: str) ->
 def _from_preset(
     name: str, settings: dict[str, Any], attention: dict[str, Any], image_size: int | None
 ) -> tuple[nn.Module, Any, int]:
-    """A model with random weights, its configuration, and what it costs."""
+    """A model with random weights, its configuration and its multiply-accumulates."""
     sizes = {} if image_size is None else {"image_size": image_size}
     chosen = resolve(preset(name, **sizes), only_if_asked(settings), image_size)
     config = preset(name, **sizes, **chosen)
@@ -139,7 +139,7 @@ def _from_preset(
 def _from_checkpoint(
     name: str, settings: dict[str, Any], attention: dict[str, Any], image_size: int | None
 ) -> tuple[nn.Module, Any, int, tuple[str, ...]]:
-    """The same of a folder or Hub id, and names of weights that were not there."""
+    """The same for a folder or Hub id, and the names of weights that the checkpoint lacks."""
     own = class_of(name)
     config = own.config_class.from_pretrained(name)
     size: dict[str, Any] = {}
@@ -165,7 +165,7 @@ def _from_checkpoint(
 def _sliced(
     words: str, model: nn.Module, config: Any, attention: dict[str, Any], size: int
 ) -> nn.Module:
-    """The plain model that runs on as many tokens in each layer as one that fuses."""
+    """The plain model, with as many tokens in each layer as in the fusing ``model``."""
     own, reducer = type(model), build_reducer(config)
     plain = plain_class(own)
     if reducer is None or plain is None:
@@ -180,26 +180,23 @@ def _sliced(
 
 
 def _plain_cost(own: type[Any], config: Any, image_size: int | None) -> int:
-    """What the plain model of a class of this library costs."""
+    """Multiply-accumulates of the plain model of a class of this library."""
     with torch.device("meta"):
         model = own(config)
     return describe(model.eval(), image_size).unfused
 
 
 class Classifier(nn.Module):
-    """A model that is handed images, whole batches or slices of them, and gives its first output.
-
-    A classifier's are logits.
-    """
+    """Runs a model on whole batches or on slices of them, and returns its first output."""
 
     def __init__(self, model: nn.Module, interpolate: bool, slice_size: int | None):
         super().__init__()
-        self.model: Any = model  # one of transformers, or what compiling makes of it
+        self.model: Any = model  # the model, or its compiled form
         self.options = {"interpolate_pos_encoding": True} if interpolate else {}
         self.slice_size = slice_size
 
     def compile_ahead(self, example: Tensor) -> None:
-        """Go on as a package of AOTInductor, made for batches like this one, of any size."""
+        """Replace the model by an AOTInductor package for batches of any size."""
         self.model, self.options = CompiledAhead(self.model, self.options, example), {}
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -209,7 +206,7 @@ class Classifier(nn.Module):
 
 
 class CompiledAhead(nn.Module):
-    """A model as a package of AOTInductor, which gives its first output as a tuple of one."""
+    """A model as an AOTInductor package; it returns the first output as a tuple of one."""
 
     def __init__(self, model: nn.Module, options: dict[str, Any], example: Tensor):
         super().__init__()

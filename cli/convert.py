@@ -1,4 +1,4 @@
-"""``mctf convert``: a checkpoint of other code, made a folder that loads anywhere."""
+"""``mctf convert``: turns a checkpoint of other code into a folder that loads anywhere."""
 
 import json
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from .models import parse, resolve
 from .options import parser_of, read
 
 BICUBIC = 3
-# What no weight tells of a T2T-ViT and an LV-ViT.
+# Settings of T2T-ViT and LV-ViT that cannot be inferred from the weights.
 OWN = ("attention_scale", "skip_lambda")
 Lines = dict[str, str]
 
@@ -51,22 +51,22 @@ def convert(
     labels: str | None = None,
     processor: str | None = None,
 ) -> None:
-    """Make a folder of this library from a checkpoint of other code.
+    """Convert a checkpoint of other code to a model folder of this library.
 
-    It holds configuration, code, weights, image processor and names of the classes.
+    The folder contains the configuration, code, weights, image processor and class names.
 
     Args:
-        checkpoint: see above.
-        output: the folder to write.
-        source: whose checkpoint it is: timm, mctf, deit_distilled, t2t_vit, lv_vit or hf; unset, hf
-            for a folder or a Hub id, and what the names of the weights tell for a file.
-        num_heads: attention heads of the weights in a file; unset, 64 channels each.
-        entry: where in a file the weights are, such as model_ema; unset, as "model" and the like.
-        labels: file with the names of the classes, one per line (.txt) or as a list or as
-            {"0": name, …} (.json).
-        processor: folder or Hub id to take the image processor from; unset, the checkpoint's own,
-            or for a file DeiT's evaluation: bicubic, centre crop of 87.5%, ImageNet's mean and
-            deviation, without the crop up to 64 pixels.
+        checkpoint: the checkpoint, as :func:`main` describes it.
+        output: folder to write.
+        source: origin of the checkpoint: timm, mctf, deit_distilled, t2t_vit, lv_vit or hf. If
+            unset, hf for a folder or a Hub id; for a file, inferred from the names of the weights.
+        num_heads: number of attention heads, for a file. If unset, 64 channels per head.
+        entry: entry of a file that contains the weights, such as model_ema. If unset, "model" or a
+            similar entry, or else the whole file.
+        labels: file with the class names: one per line (.txt), or a list or {"0": name, …} (.json).
+        processor: folder or Hub id of the image processor. If unset, the checkpoint's own; for a
+            file, DeiT's evaluation: bicubic, centre crop of 87.5% (no crop up to 64 pixels),
+            ImageNet's mean and standard deviation.
     """
     check_folder(output)
     name, settings = parse(checkpoint, OWN)
@@ -144,18 +144,18 @@ def _from_file(
 
 
 def read_labels(file: str, num_labels: int) -> list[str]:
-    """The names of the classes, in order, from a text or JSON file.
+    """Read the class names, in order, from a text or JSON file.
 
     Raises:
-        ValueError: if the file holds something else, or another number of names.
-        OSError: if it cannot be read.
+        ValueError: if the file contains something else, or a different number of names.
+        OSError: if the file cannot be read.
     """
     if Path(file).suffix not in (".txt", ".json"):
         raise ValueError(f"labels={file!r} is not allowed: the file's name ends in .txt or .json")
     try:
         text = Path(file).read_text(encoding="utf-8")
         names = json.loads(text) if file.endswith(".json") else text.rstrip().splitlines()
-    except ValueError as error:  # not of its encoding, or no JSON
+    except ValueError as error:  # not UTF-8, or not JSON
         raise ValueError(f"labels={file!r} cannot be read: {error}") from error
     if isinstance(names, dict) and set(names) == {str(i) for i in range(len(names))}:
         names = [names[str(i)] for i in range(len(names))]
@@ -170,7 +170,7 @@ def read_labels(file: str, num_labels: int) -> list[str]:
 
 
 def _taken(origin: str, config: MCTFViTConfig) -> Any:
-    """The image processor of another folder or Hub id, if it makes images for this model."""
+    """Load the image processor of a folder or Hub id, and check that it fits the model."""
     try:
         processor = load_image_processor(origin)
     except OSError as error:
@@ -191,10 +191,10 @@ def _taken(origin: str, config: MCTFViTConfig) -> Any:
 
 
 def evaluation_processor(config: MCTFViTConfig) -> ViTImageProcessorPil:
-    """What DeiT's images go through when it is evaluated.
+    """The image processor of DeiT's evaluation.
 
     Raises:
-        ValueError: unless images have three channels.
+        ValueError: if the model's images do not have three channels.
     """
     if config.num_channels != 3:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""``mctf demo``: the whole way from a plain model to a faster one, on handwritten digits."""
+"""``mctf demo``: trains, fuses, finetunes and compares small models of handwritten digits."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ def main(args: Sequence[str]) -> None:
 def demo() -> None:
     """Train a small ViT on digits, fuse its tokens, finetune it with MCTF and compare the three.
 
-    Runs in a checkout of the repository; the models are left in outputs/.
+    Run it in a checkout of the repository. It saves the models in outputs/.
     """
     for file in (*CONFIGS.values(), DATASET):
         if not Path(file).exists():
@@ -98,6 +98,6 @@ def demo() -> None:
 
 @torch.inference_mode()
 def accuracy(model: Any, pixel_values: Tensor, labels: Tensor) -> float:
-    """Fraction of images classified right."""
+    """Fraction of images that are classified correctly."""
     predicted = torch.cat([model(batch).logits.argmax(-1) for batch in pixel_values.split(100)])
     return (predicted == labels).float().mean().item()

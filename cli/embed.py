@@ -1,4 +1,4 @@
-"""``mctf embed``: collections of images as vectors, of any size, on any number of devices."""
+"""``mctf embed``: turns image collections of any size into vectors, on any number of devices."""
 
 import signal
 import sys
@@ -36,7 +36,7 @@ from mctf_hf.texts import TextEncoder, Texts
 from .models import load_encoder, parse
 from .options import parser_of, read, refuse
 
-# Of processes that have nothing left to do, until the last one is done.
+# How long processes that are done wait for the last one.
 PATIENCE = timedelta(days=7)
 PACKAGES = ("mctf-hf", "torch", "transformers", "datasets", "pyarrow", "pillow", "lightning")
 SOURCE = ("images", "split", "name", "revision", "streaming", "image_column")
@@ -71,15 +71,15 @@ def make_trainer(
     strategy: str = "auto",
     precision: Literal["32-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed"] = "32-true",
 ) -> L.Trainer:
-    """A trainer that predicts, in as many processes as there are to be.
+    """Create a trainer for prediction in one or more processes.
 
     Args:
-        callbacks: of the trainer.
-        accelerator: cpu, gpu, auto, or another one of Lightning's.
-        devices: how many processors to use on each machine, or the numbers of which.
-        num_nodes: machines; the output folder is one that all of them see.
-        strategy: of Lightning, for several processes: ddp.
-        precision: of numbers.
+        callbacks: callbacks of the trainer.
+        accelerator: accelerator of Lightning: cpu, gpu, auto or another one.
+        devices: number of devices to use on each machine, or a list of device indices.
+        num_nodes: number of machines; all of them must have access to the output folder.
+        strategy: strategy of Lightning; ddp for several processes.
+        precision: numeric precision of the model.
     """
     settings: dict[str, Any] = {
         "accelerator": accelerator,
@@ -122,39 +122,40 @@ def embed(
     ray_address: str | None = None,
     trainer: dict[str, Any] | None = None,
 ) -> None:
-    """Turn a collection of images into vectors, at fused speed: parquet shards and a manifest.
+    """Turn a collection of images into vectors: a folder of parquet shards and a manifest.
 
-    Killed and started again, the same command goes on where it was.
+    If a run was interrupted, run the same command again to embed the remaining images.
 
     Args:
-        model: see above.
-        source: settings of :func:`.open_source`.
-        output: the folder to write, local or mounted.
-        columns: names of columns to carry along, as in label,key; in tar files, endings of names.
-        vector: the class token, what the model pools (the embedding of CLIP and SigLIP, what a
-            classifier's head sees), or the mean of the patches; unset, what the model is known for.
-        normalize: give vectors the length 1.
-        dtype: of their numbers.
-        texts: file of labels for CLIP and SigLIP, one a line: each image gets the score of each.
-        batch_size: images that the model takes at once, in each process.
-        num_workers: processes that decode images, for each that embeds them.
-        shard_size: images of a shard; a tar file or a shard of a stream is one as it is.
+        model: the model, as :func:`main` describes it.
+        source: arguments of :func:`.open_source`.
+        output: folder to write, local or mounted.
+        columns: columns to copy to the output, such as label,key; in tar files, name endings.
+        vector: the class token, the model's pooled output (the embedding of CLIP and SigLIP, the
+            input of a classifier's head), or the mean of the patches. If unset, the model's image
+            embedding or, if it has none, the class token.
+        normalize: scale vectors to length 1.
+        dtype: number type of the vectors.
+        texts: file of labels for CLIP and SigLIP, one per line; each image gets a score per label.
+        batch_size: number of images per model call, in each process.
+        num_workers: number of processes that decode images, per process that embeds them.
+        shard_size: number of images per shard; a tar file or a shard of a stream stays one shard.
         on_bad_image: ``error`` stops at an image that cannot be read, ``skip`` lists it in
             unreadable.csv.
-        compare: settings of fusion to compare with afterwards, such as r=0.
-        sample: images that are compared.
-        engine: lightning for this machine, or several that start the command together; ray for a
-            cluster of Ray.
-        actors: processes of Ray that embed, with a GPU each where it has any.
-        ray_address: of a cluster of Ray; unset, the one around, or one on this machine.
-        trainer: settings of :func:`make_trainer`.
+        compare: fusion settings to compare with afterwards, such as r=0.
+        sample: number of images to compare.
+        engine: lightning for this machine, or for several machines that start the command together;
+            ray for a Ray cluster.
+        actors: number of Ray processes that embed; each has a GPU if the cluster has any.
+        ray_address: address of a Ray cluster. If unset, a running one or a new one on this machine.
+        trainer: arguments of :func:`make_trainer`.
     """
     check_range(0, num_workers=num_workers)
     check_range(1, batch_size=batch_size, shard_size=shard_size, actors=actors)
     check_range(2, sample=sample)
     other = None if compare is None else f"{parse(model)[0]},{compare}"
     if other is not None:
-        parse(other)  # before the work
+        parse(other)  # raises errors before the work
     console, options = Console(), trainer or {}
     run = _open(
         model, source, output,
@@ -201,7 +202,7 @@ def _open(
     num_workers: int,
     on_bad_image: OnBadImage,
 ) -> EmbeddingRun:
-    """The model, the images and the folder of a run, with all that decides what is written."""
+    """Open the model, images and folder of a run; collect all settings that affect its output."""
     folder = VectorFolder(output)
     labels = None if texts is None else Texts(_lines(texts), TextEncoder(parse(model)[0]))
     loaded, processor = load_encoder(model)
@@ -247,7 +248,7 @@ def _open(
 
 
 def _by_lightning(run: EmbeddingRun, options: dict[str, Any], console: Console) -> Embedding:
-    """Embed what is to be embedded; a signal ends it with what is to be done next."""
+    """Embed the remaining images. After SIGTERM, print how to continue, and exit."""
     try:
         return embed_by_lightning(run, lambda calls: make_trainer(calls, **options), console)
     except ToldToStop:
@@ -256,11 +257,11 @@ def _by_lightning(run: EmbeddingRun, options: dict[str, Any], console: Console) 
             f"mctf: told to stop (SIGTERM): {there}, the same command goes on from them",
             file=sys.stderr,
         )
-        sys.exit(128 + signal.SIGTERM)  # the exit status of what a signal ends
+        sys.exit(128 + signal.SIGTERM)  # the exit status after a signal
 
 
 def _lines(file: str) -> list[str]:
-    """The lines of a text file that are not empty."""
+    """The non-empty lines of a text file."""
     if not Path(file).is_file():
         raise FileNotFoundError(f"texts={file!r}: there is no such file")
     try:
@@ -274,13 +275,13 @@ def _lines(file: str) -> list[str]:
 
 
 def _width(embedder: Embedder, reader: ImageReader) -> int:
-    """Channels of the vectors, by those of a black image."""
+    """Number of channels of the vectors, measured with a black image."""
     black = reader(Image.new(MODES[reader.channels], (64, 64)))
     return embedder(black[None]).vectors.shape[1]
 
 
 def _plain(processor: Any) -> dict[str, Any]:
-    """Settings of an image processor that decide what it makes."""
+    """Settings of an image processor that affect its output."""
     return {
         name: value
         for name, value in processor.to_dict().items()
@@ -289,7 +290,7 @@ def _plain(processor: Any) -> dict[str, Any]:
 
 
 def _warn_of_other_versions(earlier: dict[str, Any] | None, record: Mapping[str, Any]) -> None:
-    """Tell if the shards that are there were made by other releases."""
+    """Print a warning if other package versions wrote the existing shards."""
     before = record["versions"] if earlier is None else earlier["versions"]
     other = [f"{name} {before[name]}" for name, now in record["versions"].items()
              if name in before and before[name] != now]  # fmt: skip
@@ -298,7 +299,7 @@ def _warn_of_other_versions(earlier: dict[str, Any] | None, record: Mapping[str,
 
 
 def _result_text(manifest: Mapping[str, Any], output: str) -> str:
-    """What has become of a run."""
+    """Text about the result of a run."""
     counts = manifest["counts"]
     text = f"{counts['vectors']:,} vectors in {counts['shards']:,} shards: {output}"
     if counts["unreadable"]:

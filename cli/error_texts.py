@@ -1,11 +1,11 @@
-"""What the command line says of an error."""
+"""Error messages of the command line."""
 
 import re
 import shlex
 from collections.abc import Sequence
 
-# What a user can mend, a setting, a file, a dataset, the memory, is told by its message alone:
-# of Python's own errors, and by name of those of other libraries, which are not imported for it.
+# Errors that a user can fix, such as a wrong setting or file: only their message is shown. Those of
+# other libraries are listed by name, so that the libraries need not be imported.
 EXPECTED = (ValueError, OSError, RuntimeError, FloatingPointError, ImportError)
 EXPECTED_NAMES = {
     "DatasetsError",
@@ -17,7 +17,7 @@ EXPECTED_NAMES = {
 
 
 def error_text(error: BaseException, words: Sequence[str]) -> str:
-    """What a command says of an error: its message; if unexpected, also its type and the words."""
+    """Text of an error: its message and, if it is unexpected, its type and the command line."""
     message = _message(error)
     if _is_expected(error) and message:
         return f"mctf: error: {message}\n(MCTF_DEBUG=1 shows where)"
@@ -35,13 +35,13 @@ def _is_expected(error: BaseException) -> bool:
 
 
 def named(error: BaseException, message: str | None = None) -> str:
-    """An error's kind and message."""
+    """An error's type and message."""
     message = str(error) if message is None else message
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
 def _message(error: BaseException) -> str:
-    """The error's own words, without the traceback that another process puts before them."""
+    """An error's message, without the traceback that another process puts before it."""
     text = str(error).strip()
     if text.startswith("DataLoader worker"):
         return (

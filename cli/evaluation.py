@@ -1,4 +1,4 @@
-"""What a model costs, how fast and how accurate it is, with its own and with other r."""
+"""Cost, speed and accuracy of a model, with its own and with other amounts of fusion."""
 
 from collections.abc import Callable
 from functools import partial
@@ -34,14 +34,14 @@ def open_labelled(
     image_column: str | None = None,
     label_column: str | None = None,
 ) -> LabelledImages:
-    """A split of a dataset, or evenly spaced rows of it, as the model wants its images.
+    """Open a split of a dataset, or evenly spaced rows of it, for a model.
 
     Args:
         image_column, label_column: see :func:`.find_columns`.
 
     Raises:
-        ValueError: for a split or columns that are missing, labels that are not the model's, or a
-            model without a head for them.
+        ValueError: if the split or a column is missing, the labels do not match the model's, or the
+            model has no head for them.
     """
     if not hasattr(model, "classifier"):
         raise ValueError(
@@ -65,12 +65,12 @@ def evaluate(
     batch_size: int,
     rounds: int = 10,
 ) -> Evaluation:
-    """Measure a model beside the one without fusion, that of transformers if it has it.
+    """Measure a model and the same weights without fusion, as a plain model if there is one.
 
     Args:
-        images: for accuracy, and for speed; unset, speed alone is measured on random numbers.
-        batch_size: images per call when speed is measured.
-        rounds: timings of each setting, whose median counts.
+        images: images for accuracy and speed; ``None`` measures only speed, on random numbers.
+        batch_size: number of images per call, for the speed.
+        rounds: number of timings of each setting; the median is used.
     """
     config = model.config
     settings, described = _named_sweep(config), describe(model)
@@ -115,7 +115,7 @@ def evaluate(
 
 
 def plain_model(model: Any) -> Any:
-    """The model of transformers with the same weights, without fusion; None where it has none."""
+    """The model of transformers with the same weights; ``None`` if transformers has none."""
     config, plain = model.config, plain_class(type(model))
     special = isinstance(config, MCTFViTConfig) and (
         not config.class_token or config.num_prefix_tokens != 1 or config.multi_scale
@@ -128,7 +128,7 @@ def plain_model(model: Any) -> Any:
 
 
 def _named_sweep(config: MCTFViTConfig) -> dict[str, Amount]:
-    """Settings by name: the own one, and those that meet a few budgets."""
+    """The configured amount of fusion, and amounts that meet a few budgets, by name."""
     own, *others = sweep(config)
     return {
         f"**{amount_text(own)}, as configured**": own,
@@ -149,7 +149,7 @@ def _accuracies(
     images: LabelledImages,
     settings: dict[str, Amount],
 ) -> list[float]:
-    """Mean over images of their :class:`.Quality` without fusion, and by setting."""
+    """Mean :class:`.Quality` of the images, without fusion and with each setting."""
     batches = DataLoader(images, batch_size=64, num_workers=2)
     sums, total = add_up(model, batches, [NO_FUSION, *settings.values()])
     return (sums / total).tolist()

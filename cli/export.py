@@ -1,4 +1,4 @@
-"""``mctf export``: a model as ONNX or as a ``.pt2`` of torch, checked against the model."""
+"""``mctf export``: writes a model as ONNX or ``.pt2``, and checks the file against the model."""
 
 import math
 import tempfile
@@ -64,20 +64,20 @@ def export(
 ) -> None:
     """Write a model to a file that runs without this library.
 
-    The file computes in float32, and is checked against torch before it is put in place.
+    The file computes in float32. It is compared with torch before it is put in place.
 
     Args:
-        model: see above.
+        model: the model, as :func:`main` describes it.
         output: file to write, model.onnx or model.pt2.
-        aot_inductor: compile model.pt2 ahead of time, for processors and releases of torch like
-            this one. It takes a minute and a compiler of C++, and is the fastest form on a CPU.
-        images: what to check it on: a folder of images or of a dataset, or a dataset's id on the
-            Hub, whose evenly spaced images are used; unset, random numbers.
-        count: how many images to check it on, in batches of several sizes.
-        batch_size: the largest of these sizes.
-        speed: measure the speed, one image at a time and in batches of that size, beside the same
-            weights with r=0.
-        rounds: timings of each, whose median counts.
+        aot_inductor: compile model.pt2 ahead of time, for this type of processor and this release
+            of torch. It takes a minute, needs a C++ compiler, and is the fastest form on a CPU.
+        images: images for the check: folder of images, dataset folder or dataset id on the Hub;
+            evenly spaced images are used. If unset, random numbers.
+        count: number of images for the check, in batches of several sizes.
+        batch_size: the largest of these batch sizes.
+        speed: measure the speed of single images and of batches of batch_size, with fusion and with
+            r=0.
+        rounds: number of timings of each; the median is used.
     """
     file = check_output(output, ".onnx", ".pt2")
     kind = "onnx" if file.suffix == ".onnx" else "torch_export"
@@ -110,7 +110,7 @@ def export(
 
 
 def _load(words: str) -> tuple[Any, Any]:
-    """A model for inference, and its image processor unless it is a preset."""
+    """A model for inference, and its image processor; ``None`` for a preset."""
     name, settings = parse(words)
     if name not in PRESETS:
         model, processor = load(words)
@@ -124,7 +124,7 @@ def _load(words: str) -> tuple[Any, Any]:
 def _pixel_values(
     model: MCTFViTForImageClassification, processor: Any, images: str | None, count: int
 ) -> Tensor:
-    """(count, channels, height, width), real or random."""
+    """Real or random images, (count, channels, height, width)."""
     height, width = model.config.usual_size
     shape = (model.config.num_channels, height, width)
     if images is None:
@@ -142,7 +142,7 @@ def _pixel_values(
 
 
 def _judge(file: Path, found: Agreement, rounding: Agreement | None) -> None:
-    """Refuse a file that differs in more than rounding can explain."""
+    """Raise RuntimeError if the file differs from the model by more than rounding explains."""
     if not math.isfinite(found.max_difference):
         raise RuntimeError(f"{file} is not written: outputs are infinite or no numbers")
     if rounding is None:
@@ -186,7 +186,7 @@ def _agreement(
 def _speed(
     model: MCTFViTForImageClassification, file: Path, kind: str, pixel_values: Tensor, rounds: int
 ) -> Iterator[Table]:
-    """The file and its model, each beside the same with r=0: of one image, and of all of them."""
+    """Yield tables of the speed of the file and the model, fused and with r=0, for both batches."""
     with tempfile.TemporaryDirectory(prefix="mctf-") as folder:
         base = WRITE[kind](model, Path(folder, f"base{file.suffix}"), r=0)
         fused_file, base_file = exporting.load(file), exporting.load(base)

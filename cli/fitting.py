@@ -1,4 +1,4 @@
-"""``mctf fit``, ``validate``, ``test`` and ``predict``: Lightning's command line on our modules."""
+"""``mctf fit``, ``validate``, ``test`` and ``predict``: Lightning's CLI with our modules."""
 
 import inspect
 import sys
@@ -37,9 +37,9 @@ from .lightning_cli_private import OpenCLI
 from .options import command
 from .parsing import BriefErrors
 
-MONITOR = "val/accuracy"  # of the best checkpoint, unless something else is asked for
+MONITOR = "val/accuracy"  # default metric of the best checkpoint
 
-# Settings of data that a subcommand has a use for; `fit` has one for all but those of others.
+# Data settings that a subcommand uses; `fit` uses all except those in OF_OTHERS.
 _LOADED = ("batch_size", "eval_batch_size", "num_workers", "on_bad_image")
 _LABELLED = ("dataset", "name", "revision", "image_column", "label_column", "streaming", *_LOADED)
 USED = {
@@ -58,7 +58,7 @@ SCHEDULE = (
     "weight_decay",
 )
 OF_OTHERS = {"predict_folder": "predict", "test_split": "test"}
-# What only `fit` has a use for: settings of the model, and groups of settings.
+# Model settings, and groups of settings, that only `fit` uses.
 TRAINED = {
     *SCHEDULE, "freeze", "r_max", "teacher_weight", "consistency_weight", "confidence_threshold",
     "label_smoothing", "class_weights", "distill_from", "distillation", "distillation_weight",
@@ -68,11 +68,11 @@ GROUPS = {"best", "ema", "export", "picture", "summary"}
 
 
 class FinetuningParser(BriefErrors, BriefHelp, LightningArgumentParser):
-    """Lightning's parser with errors of a line or two, and a help that fits a few screens."""
+    """Lightning's parser with short error messages and a short help."""
 
 
 class FinetuningCommandLine(OpenCLI):
-    """LightningCLI with checkpoints, loggers, a Hugging Face folder and predictions built in."""
+    """LightningCLI with built-in checkpoints, loggers, Hugging Face export and predictions."""
 
     def make_subcommand_parser(
         self, klass: type, subcommand: str, **kwargs: Any
@@ -105,10 +105,10 @@ class FinetuningCommandLine(OpenCLI):
             parser.link_arguments("seed_everything", target, compute_fn=int)
 
     def before_instantiate_classes(self) -> None:
-        """Find the checkpoint of ``ckpt_path: last``, if there is one by now, and the model.
+        """Replace ``ckpt_path: last`` by the file, and choose the model of other subcommands.
 
-        A run's file says what a model is made from, which only ``fit`` does. For the other
-        subcommands ``model.pretrained`` is the model, as it is.
+        The settings of a run describe how ``fit`` makes a model. The other subcommands use the
+        model ``model.pretrained`` unchanged.
         """
         settings = self.config[self.subcommand]
         if self.subcommand != "fit" and settings.model.pretrained is not None:
@@ -156,7 +156,7 @@ class FinetuningCommandLine(OpenCLI):
             ) from error
 
     def _by_loss(self, call: Callback) -> Callback:
-        """What keeps the best by an accuracy that regression does not have, by the loss instead."""
+        """For regression: let the best checkpoint monitor the loss instead of the accuracy."""
         if not isinstance(call, BestCheckpoint) or call.monitor != MONITOR:
             return call
         settings = self.config[self.subcommand].best.as_dict()
@@ -164,7 +164,7 @@ class FinetuningCommandLine(OpenCLI):
 
 
 def _check_optimizer(settings: Any) -> None:
-    """Raise ValueError for settings that an optimizer of Lightning's command line leaves unused."""
+    """Raise ValueError for settings without effect with ``--optimizer``, or without it."""
     if not settings.get("optimizer"):
         if settings.get("lr_scheduler"):
             raise ValueError("--lr_scheduler is not allowed without --optimizer: it needs one")
@@ -180,7 +180,7 @@ def _check_optimizer(settings: Any) -> None:
 
 
 def _check_own_head(pretrained: str, num_labels: int | None, **others: Any) -> None:
-    """Raise ValueError if a model has not as many classes as are asked for."""
+    """Raise ValueError if ``num_labels`` differs from the model's number of classes."""
     own = backbone_of(pretrained).config.from_pretrained(pretrained).num_labels
     if num_labels not in (None, own):
         raise ValueError(
@@ -190,13 +190,13 @@ def _check_own_head(pretrained: str, num_labels: int | None, **others: Any) -> N
 
 
 def finetuning(args: Sequence[str] | None = None, imports: Sequence[str] = ()) -> None:
-    """Run the subcommand that ``args``, or the command line, begins with.
+    """Run the subcommand of ``args``, or of the command line if ``None``.
 
     Args:
-        imports: words before it, for a command that is printed to go on with.
+        imports: ``--import`` options, repeated in the printed command that continues a run.
 
     Raises:
-        ValueError: for an option that has no effect there.
+        ValueError: for an option that has no effect in the subcommand.
     """
     words = list(sys.argv[1:] if args is None else args)
     _check_effect(words)
@@ -207,14 +207,14 @@ def finetuning(args: Sequence[str] | None = None, imports: Sequence[str] = ()) -
             args=words,
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
-            # Its table knows no operations of these models; the finetuner tells their weights.
+            # Lightning's table lacks these models' operations; the finetuner logs their weights.
             trainer_defaults={"enable_model_summary": False},
             parser_class=FinetuningParser,
             parser_kwargs={"prog": "mctf"},
         )
     except Stopped as stopped:
         print(f"mctf: {_how_to_go_on(stopped, [*imports, *words])}", file=sys.stderr)
-        sys.exit(128 + stopped.signum)  # the exit status of what a signal ends
+        sys.exit(128 + stopped.signum)  # the exit status after a signal
     except SystemExit as stopped:
         if isinstance(stopped.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from None
@@ -222,7 +222,7 @@ def finetuning(args: Sequence[str] | None = None, imports: Sequence[str] = ()) -
 
 
 def _how_to_go_on(stopped: Stopped, words: Sequence[str]) -> str:
-    """What to say of a run that was told to stop: the command that goes on from there."""
+    """Message for a run that was stopped by a signal, with the command that continues it."""
     if stopped.checkpoint is None:
         return f"{stopped.reason}: no state was saved, for no checkpoints are kept"
     kept, rest = [], iter(words)
@@ -236,7 +236,7 @@ def _how_to_go_on(stopped: Stopped, words: Sequence[str]) -> str:
 
 
 def _check_effect(words: Sequence[str]) -> None:
-    """Raise ValueError for an option of the command line that its subcommand has no use for."""
+    """Raise ValueError for an option that has no effect in its subcommand."""
     command = next((word for word in words if word in ("fit", *USED)), None)
     for word in words:
         option = word.partition("=")[0]
@@ -249,7 +249,7 @@ def _check_effect(words: Sequence[str]) -> None:
 
 
 def _has_effect(command: str, option: str) -> bool:
-    """Whether a subcommand has a use for an option, ``--model.r``."""
+    """Whether an option such as ``--model.r`` has an effect in a subcommand."""
     group, _, name = option.removeprefix("--").partition(".")
     if group == "data" and name in inspect.signature(HFImageDataModule).parameters:
         return name in USED[command] if command in USED else name not in OF_OTHERS

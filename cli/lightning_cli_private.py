@@ -1,4 +1,4 @@
-"""What the command line changes of Lightning's that is private there."""
+"""The private methods of Lightning's command line that this library overrides."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ check_names(
 
 
 class OpenCLI(LightningCLI):
-    """LightningCLI, whose steps are methods that may be overridden."""
+    """LightningCLI with public methods for its private steps, so that they can be overridden."""
 
     def make_subcommand_parser(
         self, klass: type, subcommand: str, **kwargs: Any
@@ -38,4 +38,4 @@ class OpenCLI(LightningCLI):
         return self.make_trainer(*args)
 
     def _parse_ckpt_path(self) -> None:
-        """Leave the settings alone: a checkpoint holds weights and progress, not what to run."""
+        """Do nothing: settings in a checkpoint must not replace those of the command line."""

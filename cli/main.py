@@ -18,16 +18,15 @@ usage: mctf [--import MODULE] COMMAND …
        mctf COMMAND --help
        mctf --version"""
 
-INTERRUPTED = 128 + 2  # of what SIGINT ends
+INTERRUPTED = 128 + 2  # the exit status after SIGINT
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run ``mctf`` with the given words, or those of the command line.
+    """Run ``mctf`` with the words of ``args``, or of the command line if ``None``.
 
-    ``--import MODULE`` before the command imports a module first.
-
-    Any error ends as a line or two on stderr, with exit status 1, or 2 for words that are none of
-    a command's; ``MCTF_DEBUG=1`` shows where it was raised.
+    ``--import MODULE`` before the command imports a module first. An error prints one or two lines
+    to stderr. The exit status is then 1, or 2 for wrong arguments. With ``MCTF_DEBUG=1``, the
+    traceback is shown.
     """
     words = list(sys.argv[1:] if args is None else args)
     try:
@@ -97,7 +96,7 @@ def _no_command(word: str) -> str:
 
 
 def _import(name: str) -> None:
-    """Import a module of the user's, or the file of one, such as one that registers a reducer."""
+    """Import a module or a Python file of the user, such as one that registers a reducer."""
     if not name:
         raise ValueError("--import: name a module, or its file")
     file = Path(name)
@@ -122,7 +121,7 @@ def _import(name: str) -> None:
 
 @contextmanager
 def _extras_told(command: str) -> Iterator[None]:
-    """Let what the command needs and is not installed be told with the extra that brings it."""
+    """If a package is not installed, add the extra that installs it to the error."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -133,12 +132,12 @@ def _extras_told(command: str) -> Iterator[None]:
 
 
 def _underscored(option: re.Match) -> str:
-    """``--dry-run`` is ``--dry_run``."""
+    """Turn ``--dry-run`` into ``--dry_run``."""
     return "--" + option[0][2:].replace("-", "_")
 
 
 def _nobody_reads() -> bool:
-    """Whether stdout is closed at its other end, as by ``head``; what is left is dropped."""
+    """Whether the reader of stdout, such as ``head``, has closed it; then drop further output."""
     try:
         print(flush=True)
     except BrokenPipeError:

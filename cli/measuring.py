@@ -1,4 +1,4 @@
-"""Speed and memory of models, side by side in one process."""
+"""Measures speed and memory of models, side by side in one process."""
 
 import platform
 import re
@@ -18,14 +18,14 @@ Run = Callable[[], object]
 def seconds_in_rounds(
     runs: Sequence[Run], *, rounds: int, warmup: int = 2, device: str = "cpu"
 ) -> list[list[float]]:
-    """Time each of ``runs`` once per round, A B C A B C …, so that all meet the same machine.
+    """Time each of ``runs`` once per round, A B C A B C …, so that all see the same machine load.
 
     Args:
-        rounds: how many timings of each are returned, after ``warmup`` rounds that are not.
+        rounds: number of timings of each that are returned, after ``warmup`` further rounds.
         device: ``cpu``, or ``cuda`` for the GPU's own clock.
 
     Returns:
-        For each of ``runs`` its seconds by round.
+        For each of ``runs``, the seconds of each round.
     """
     seconds: list[list[float]] = [[] for _ in runs]
     for timed in range(-warmup, rounds):
@@ -53,9 +53,9 @@ def _seconds_cuda(run: Run) -> float:
 
 
 def peak_bytes(run: Run, *, device: str = "cpu") -> int:
-    """Most bytes of tensors that live at once while ``run`` runs, beyond those before it.
+    """Peak memory of tensors during ``run``, in bytes, minus the memory in use before it.
 
-    On a CPU they are counted from the allocator's own records, on a GPU by its allocator.
+    On a CPU, it comes from the allocations that the profiler records; on a GPU, from its allocator.
     """
     if device.startswith("cuda"):
         before = torch.cuda.memory_allocated()
@@ -73,12 +73,12 @@ def peak_bytes(run: Run, *, device: str = "cpu") -> int:
 
 
 def images_per_second(runs: Sequence[Run], batch: int, rounds: int = 20) -> list[float]:
-    """Median speed of each of ``runs``, which classify ``batch`` images."""
+    """Median speed of each of ``runs``, which process ``batch`` images."""
     return [batch / statistics.median(times) for times in seconds_in_rounds(runs, rounds=rounds)]
 
 
 def machine_name(device: str = "cpu") -> str:
-    """What a figure was measured on: the processor's or the GPU's own name."""
+    """Name of the processor or of the GPU."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")

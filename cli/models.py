@@ -1,4 +1,4 @@
-"""Models named on the command line with settings of fusion: ``my/model,r=8,tau_info=10``."""
+"""Models named on the command line with fusion settings: ``my/model,r=8,tau_info=10``."""
 
 import copy
 import re
@@ -29,15 +29,15 @@ from .yaml_texts import load_yaml
 
 
 def parse(words: str, more: Sequence[str] = ()) -> tuple[str, dict[str, Any]]:
-    """Take ``NAME[,setting=value…]`` apart; a setting without value is true.
+    """Split ``NAME[,setting=value…]``; a setting without a value is true.
 
     Args:
-        more: settings that are allowed beside those of fusion.
+        more: allowed settings besides the fusion settings.
 
     Raises:
-        ValueError: for an unknown setting, or a value that is none.
+        ValueError: for an unknown or repeated setting, an empty name, or an invalid value.
     """
-    name, *pairs = re.split(r",(?![^\[(]*[\])])", words)  # not at the commas of a list
+    name, *pairs = re.split(r",(?![^\[(]*[\])])", words)  # except at commas inside of brackets
     if not name:
         raise ValueError(f"{words!r} names no model: it is NAME[,setting=value…]")
     settings: dict[str, Any] = {}
@@ -69,7 +69,7 @@ def _value(key: str, text: str) -> Any:
 
 
 def labels(models: Sequence[str]) -> list[str]:
-    """The words of models, without the name where all have the same."""
+    """Labels of models: all words, or only the settings if all have the same name."""
     parts = [words.partition(",") for words in models]
     if len({name for name, _, _ in parts}) > 1:
         return list(models)
@@ -79,10 +79,10 @@ def labels(models: Sequence[str]) -> list[str]:
 def resolve(
     config: EncoderConfigMixin, settings: dict[str, Any], image_size: int | None = None
 ) -> dict[str, Any]:
-    """The settings, with an r or a keep rate that is given as a budget worked out.
+    """The settings, with numbers instead of an ``r`` or ``keep_rate`` such as ``auto:0.56``.
 
     Raises:
-        ValueError: for settings that this model has not, or a value that is not allowed.
+        ValueError: for a setting that the model does not have, or a value that is not allowed.
     """
     config.check_known(settings)
     budgets = {
@@ -104,15 +104,15 @@ def resolve(
 
 
 def load(words: str) -> tuple[Any, Any]:
-    """A model for inference and its image processor, from ``NAME[,setting=value…]``.
+    """Load a model for inference and its image processor, from ``NAME[,setting=value…]``.
 
     Args:
-        words: NAME is a local folder or an id on the Hub, of this library's models or plain ones,
-            which fuse nothing unless a setting of fusion is given.
+        words: NAME is a local folder or Hub id of a model of this library or of a plain model. A
+            plain model fuses nothing unless a fusion setting is given.
 
     Raises:
-        ValueError: for an unknown setting, a value that is not allowed, or weights that are not
-            exactly the model's.
+        ValueError: for an unknown setting, a value that is not allowed, or weights that do not
+            exactly fit the model.
         OSError: if there is no such model, or no image processor.
     """
     name, settings = parse(words)
@@ -120,10 +120,10 @@ def load(words: str) -> tuple[Any, Any]:
 
 
 def load_encoder(words: str) -> tuple[Any, Any]:
-    """The same, where a ViT that was saved without head is an encoder.
+    """Like :func:`load`, but a ViT that was saved without a head is loaded as an encoder.
 
     Raises:
-        ValueError, OSError: as :func:`load` does, and for a model that is not for images.
+        ValueError, OSError: see :func:`load`; ValueError also for a model that is not for images.
     """
     name, settings = parse(words)
     stored = stored_config(name)

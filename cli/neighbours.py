@@ -1,4 +1,4 @@
-"""``mctf neighbours``: the images of a collection that are nearest to one, or to a text."""
+"""``mctf neighbours``: finds the images of a collection that are nearest to an image or a text."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +23,7 @@ from .models import load_encoder, parse
 from .options import parser_of, read
 from .paths import check_output
 
-EDGE = 224  # of a thumbnail, in pixels
+EDGE = 224  # edge of a thumbnail, in pixels
 COLUMNS = 6
 
 
@@ -39,13 +39,13 @@ def neighbours(
 ) -> None:
     """Find the images of a collection that are nearest to an image or to a text.
 
-    The collection is one that `mctf embed` has embedded. The nearest have the largest cosine; they
-    are printed as a table and drawn as a picture.
+    `mctf embed` has written the vectors of the collection. The nearest images have the largest
+    cosine similarity. They are printed as a table and drawn as a picture.
 
     Args:
-        folder: see above.
-        query: an image file; or, of vectors of a CLIP or a SigLIP, a text.
-        count: how many.
+        folder: folder that `mctf embed` has written.
+        query: an image file; for vectors of a CLIP or a SigLIP, also a text.
+        count: number of images.
         output: PNG file to draw; null draws none.
     """
     check_range(1, count=count)
@@ -71,7 +71,7 @@ def neighbours(
 def _read_query(
     query: str, manifest: dict[str, Any], folder: str
 ) -> tuple[Image.Image | None, Tensor]:
-    """The picture of a query, if it is one, and its vector (d)."""
+    """The image of a query, ``None`` for a text, and its vector, (d)."""
     settings = manifest["settings"]
     if Path(query).is_file():
         model, processor = load_encoder(settings["model"])
@@ -101,7 +101,7 @@ def _read_query(
 def _pictures(
     found: Sequence[Neighbour], manifest: dict[str, Any]
 ) -> list[tuple[str, Image.Image]]:
-    """Captions and images of neighbours, which are looked up where they were embedded from."""
+    """Captions and images of neighbours, read from the source that was embedded."""
     opened, settings = manifest["source"], manifest["settings"]
     source = open_source(**opened, unit_size=settings["shard_size"])
     if source.digest() != settings["collection"]:
@@ -129,7 +129,7 @@ def _short(text: str, most: int = 24) -> str:
 
 
 def _sheet(pictures: Sequence[tuple[str, Image.Image]]) -> Image.Image:
-    """Captioned thumbnails in rows."""
+    """A picture of captioned thumbnails, in rows."""
     rows = [pictures[i : i + COLUMNS] for i in range(0, len(pictures), COLUMNS)]
     sheets = [
         contact_sheet(

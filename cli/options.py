@@ -1,4 +1,4 @@
-"""Options of a command line: what was given, and which of it has no effect."""
+"""Parsers of commands, their given options, and errors for options without effect."""
 
 import inspect
 import shlex
@@ -11,13 +11,13 @@ from .parsing import ArgumentParser
 def parser_of(
     name: str, run: Callable[..., Any], skip: Collection[str] = (), **words: Mapping[str, Any]
 ) -> ArgumentParser:
-    """The parser of a command, whose options are the arguments of a function.
+    """Create the parser of a command whose options are the arguments of a function.
 
     Args:
-        name: of the command.
-        run: the function, whose docstring describes the command.
-        skip: its arguments that are no options.
-        words: its arguments that are words without an option's name: what ``add_argument`` takes.
+        name: name of the command.
+        run: the function; its docstring describes the command.
+        skip: arguments of the function that are not options.
+        words: positional arguments by name, with their settings for ``add_argument``.
     """
     described = inspect.cleandoc(run.__doc__ or "").partition("\n\nArgs:")[0]
     parser = ArgumentParser(prog=f"mctf {name}", description=described)
@@ -28,21 +28,21 @@ def parser_of(
 
 
 def read(parser: ArgumentParser, args: Sequence[str]) -> tuple[dict[str, Any], set[str]]:
-    """The settings of a command, and the names of those that the command line gives."""
+    """The settings of a command, and the names of those given on the command line."""
     settings = parser.parse_args(list(args)).as_dict()
     return settings, set(parser.parse_args(list(args), defaults=False).as_dict())
 
 
 def refuse(given: Collection[str], options: Collection[str], reason: str) -> None:
-    """Refuse options that the command line gives.
+    """Refuse options that contradict others or have no effect.
 
     Args:
-        given: names of the settings that it gives.
-        options: names of those that contradict others, or would have no effect.
-        reason: what follows "is not allowed".
+        given: names of the settings given on the command line.
+        options: names of the settings to refuse.
+        reason: text after "is not allowed".
 
     Raises:
-        ValueError: for the options that are both.
+        ValueError: if a setting is in both.
     """
     found = sorted(set(given) & set(options))
     if found:
@@ -50,15 +50,15 @@ def refuse(given: Collection[str], options: Collection[str], reason: str) -> Non
 
 
 def option(name: str) -> str:
-    """A setting as the command line has it: ``dry_run`` is ``--dry-run``."""
+    """The option of a setting: ``--dry-run`` for ``dry_run``."""
     return f"--{name.replace('_', '-')}"
 
 
 def command(*words: object, **options: object) -> str:
-    """A command line of ``mctf`` to copy: words and options, quoted for a shell.
+    """A command line of ``mctf`` to copy, quoted for a shell.
 
     Args:
-        options: by name; true is a switch, false and ``None`` are left out.
+        options: values of options by name; true is a switch, false and ``None`` are left out.
     """
     line = ["mctf", *map(str, words)]
     for name, value in options.items():

@@ -1,4 +1,4 @@
-"""Words of a command taken apart by jsonargparse, whose errors end in a line or two."""
+"""The parser of commands, by jsonargparse, with short error messages."""
 
 import argparse
 import os
@@ -17,7 +17,7 @@ guard()
 
 
 class BriefErrors:
-    """Mixin of a parser that tells what is wrong and the nearest right word, not all its usage."""
+    """Mixin for a parser: errors show the problem and the closest valid word, not the usage."""
 
     def parse_args(self: Any, args: Any = None, *rest: Any, **options: Any) -> Any:
         try:
@@ -37,10 +37,10 @@ class BriefErrors:
 
 
 def brief(message: str, known: Sequence[str]) -> str:
-    """An error of jsonargparse in one line.
+    """Shorten an error of jsonargparse to one line.
 
     Args:
-        known: the options that there are, of which the nearest is told for one that is not.
+        known: existing options; the one closest to an unknown option is suggested.
     """
     unknown = re.match(r"unrecognized arguments: (-\S+)|.* does not accept option '(.+)'$", message)
     if unknown:

@@ -1,4 +1,4 @@
-"""Files in and out: images of any source, and where results may go."""
+"""Images from files, folders and datasets, and checks of output files."""
 
 import os
 from pathlib import Path
@@ -15,11 +15,11 @@ from mctf_hf.images import decode
 
 
 def check_output(file: str, *suffixes: str) -> Path:
-    """The path of a file to be written, if its name and folder are right.
+    """The path of an output file, after checks of its name and folder.
 
     Raises:
-        ValueError: if its name ends otherwise.
-        OSError: if its folder does not exist or takes no files, or it is a folder itself.
+        ValueError: if its name does not end in one of ``suffixes``.
+        OSError: if its folder does not exist or is not writable, or if it is a folder itself.
     """
     path = Path(file)
     if path.suffix not in suffixes:
@@ -39,22 +39,21 @@ def check_output(file: str, *suffixes: str) -> Path:
 def open_images(
     source: str, count: int | None = None, *, exactly: bool = True, split: str | None = None
 ) -> dict[str, Image.Image]:
-    """Images in RGB by their names, evenly spaced ones where there are more: folders are sorted.
+    """Open RGB images, evenly spaced ones if there are more than ``count``.
 
     Args:
-        source: an image file, a folder of images or of parquet files, or a dataset's id on the
-            Hub.
-        count: how many; unset, all of them.
-        exactly: whether fewer will not do.
-        split: of the dataset; unset, its test, validation or only one.
+        source: image file, folder of images or of parquet files, or dataset id on the Hub.
+        count: number of images; ``None`` for all.
+        exactly: whether fewer images are an error.
+        split: split of the dataset; ``None`` for test, else validation, else the first one.
 
     Returns:
-        In their order, each under its file's name or its row.
+        The images in order, by file name or row.
 
     Raises:
-        ValueError: if there is no column of images or more than one, fewer images than asked for,
-            or one that can't be read.
-        OSError: for a source that does not exist.
+        ValueError: if there is not exactly one column of images, if there are too few images, or if
+            one can't be read.
+        OSError: if the source does not exist.
     """
     if not source:
         raise ValueError(
@@ -85,11 +84,11 @@ def open_images(
 
 
 def evenly_spaced(total: int, count: int | None) -> list[int]:
-    """So many of the numbers below a total, or all of them, from 0 on."""
+    """``count`` evenly spaced numbers below ``total``, from 0 on; all if there are not more."""
     taken = min(total if count is None else count, total)
     return np.linspace(0, total, taken, endpoint=False).astype(int).tolist()
 
 
 def _file(stored: dict[str, Any] | None) -> str | None:
-    """Where an image lies that is not in the dataset itself."""
+    """Path of an image that is stored outside of the dataset; ``None`` for others."""
     return stored["path"] if stored is not None and stored["bytes"] is None else None

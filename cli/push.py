@@ -1,4 +1,4 @@
-"""``mctf push``: a model to the Hub, with its code, its card and what was measured of it."""
+"""``mctf push``: pushes a model to the Hub, with its code, model card and measurements."""
 
 import io
 import json
@@ -76,33 +76,33 @@ def push_model(
     message: str = "Upload a model with token fusion",
     dry_run: str | None = None,
 ) -> None:
-    """Measure a model, write its card, and put all that loads it anywhere on the Hub.
+    """Measure a model, write its card, and push all files needed to load it to the Hub.
 
-    All files are one commit. `hf auth login` or HF_TOKEN says who you are.
+    All files are pushed in one commit. Log in with `hf auth login`, or set HF_TOKEN.
 
     Args:
-        model: see above.
-        repo_id: see above.
-        license: of the weights, such as apache-2.0; needed unless as_is.
-        private: see above.
-        as_is: see above.
+        model: the model, as :func:`main` describes it.
+        repo_id: repository on the Hub, organisation/name.
+        license: license of the weights, such as apache-2.0; required without as_is.
+        private: whether a new repository is private.
+        as_is: whether to push the folder unchanged, without measuring or writing anything.
         revision: branch to push to.
-        dataset: local folder or Hub id of a dataset to measure accuracy on; unset, the card says
-            that it was not measured.
+        dataset: dataset folder or dataset id on the Hub to measure accuracy on. If unset, the card
+            says that it was not measured.
         name: configuration of the dataset, if it has several.
         dataset_revision: branch, tag or commit of the dataset on the Hub.
-        split: of the dataset.
-        image_column: column of the images; unset, the only one of type image.
-        label_column: column of the labels; unset, the only one of type class label.
-        max_images: measure accuracy on so many evenly spaced images of it; unset, on all.
-        batch_size: images per call when speed is measured.
-        rounds: timings of each setting, whose median counts.
-        picture: an image, a folder of images or of a dataset, or a dataset's id on the Hub, of
-            which the card shows four evenly spaced images with their fused tokens; unset, none.
-        base_model: Hub id of the model that it was made from; unset, what it was trained from or
-            is read from, if that is on the Hub.
-        message: of the commit.
-        dry_run: folder to write what would go up to, instead of pushing it.
+        split: split of the dataset.
+        image_column: column of the images. If unset, the only one of type image.
+        label_column: column of the labels. If unset, found by its type or its name (label).
+        max_images: number of evenly spaced images to measure accuracy on. If unset, all.
+        batch_size: number of images per call, for the speed.
+        rounds: number of timings of each setting; the median is used.
+        picture: image file, folder of images, dataset folder or dataset id on the Hub. The card
+            shows up to four evenly spaced images with their fused tokens. If unset, none.
+        base_model: Hub id of the model that this one was made from. If unset, the Hub id that it
+            was trained from or is loaded from, if any.
+        message: commit message.
+        dry_run: folder to write the files to, instead of pushing them.
     """
     check_repo_id(repo_id)
     to = {"private": private, "revision": revision, "message": message}
@@ -170,7 +170,7 @@ def push_model(
 
 
 def _send(folder: Path, repo_id: str, to: dict[str, Any]) -> None:
-    """Push a folder as it is; ``to`` holds the further arguments of :func:`push`."""
+    """Push a folder unchanged; ``to`` contains the further arguments of :func:`push`."""
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder} is not a folder, which --as-is pushes as it lies there")
     _list(folder)
@@ -186,7 +186,7 @@ def _send(folder: Path, repo_id: str, to: dict[str, Any]) -> None:
 
 
 def _as_is(folder: Path, repo_id: str, to: dict[str, Any]) -> str:
-    """The command that pushes a folder as it is, to the same place."""
+    """The command that pushes a folder unchanged to the same repository."""
     usual = {name: option.default for name, option in signature(push).parameters.items()}
     asked = {name: value for name, value in to.items() if value != usual[name]}
     return command("push", folder, repo_id, as_is=True, **asked)
@@ -198,7 +198,7 @@ def _list(folder: Path) -> None:
 
 
 def _beside(name: str, file: str) -> Path | None:
-    """A file that lies beside a model, if there is one."""
+    """Path of a file in a model's folder or repository; ``None`` if it does not exist."""
     path = Path(name, file)
     if not Path(name).is_dir():
         try:
@@ -213,7 +213,7 @@ def _beside(name: str, file: str) -> Path | None:
 
 
 def _training(name: str) -> dict[str, Any]:
-    """The record of its training that lies beside a model; empty if there is none."""
+    """The training record in a model's folder; empty if there is none."""
     file = _beside(name, TRAINING)
     if file is None:
         return {}
@@ -225,7 +225,7 @@ def _training(name: str) -> dict[str, Any]:
 
 
 def _tuning(name: str, config: Any) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """How a model's setting was found, and the files that tell it; empty if it is another's."""
+    """The tuning record in a model's folder, and its files; empty if it has other settings."""
     found = {one: _beside(name, one) for one in TUNED}
     files = {one: file.read_bytes() for one, file in found.items() if file is not None}
     record = {} if (file := found[TUNING]) is None else read_object(file)
@@ -237,7 +237,7 @@ def _tuning(name: str, config: Any) -> tuple[dict[str, Any], dict[str, bytes]]:
 
 
 def _picture(model: MCTFViTForImageClassification, processor: Any, source: str) -> bytes:
-    """Up to four images beside their fused tokens, as a PNG file; it tells which."""
+    """Draw up to four images beside their fused tokens, as a PNG file, and print their names."""
     images = open_images(source, 4, exactly=False)
     print(f"The card shows {'; '.join(images)}")
     seen = fused_tokens(model, processor, images.values())
@@ -251,14 +251,14 @@ def _picture(model: MCTFViTForImageClassification, processor: Any, source: str) 
 
 
 def _origin(name: str, training: dict[str, Any], repo_id: str) -> str | None:
-    """Hub id of what a model was trained from, or of where it is read from, if it is another."""
+    """Hub id that a model was trained from or, without a training record, is loaded from."""
     if training:
         return _hub_id(training.get("pretrained"))
     return None if Path(name).exists() or name == repo_id else _hub_id(name)
 
 
 def _hub_id(name: object) -> str | None:
-    """What a file names, if it may be an id on the Hub."""
+    """The name, if it may be an id on the Hub."""
     try:
         check_repo_id(str(name))
     except ValueError:

@@ -1,4 +1,4 @@
-"""What other libraries tell while a command runs, less what nobody can act on."""
+"""Hides messages of other libraries that users cannot act on."""
 
 import logging
 import os
@@ -6,27 +6,27 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-# Loggers, and how the lines begin that they keep to themselves.
+# Loggers, and the beginning of the lines to hide.
 LINES = {
     "lightning.pytorch.utilities.rank_zero": "💡 Tip",  # advertises another product
     "huggingface_hub.repocard": "Repo card metadata block was not found",
-    "transformers.configuration_utils": "You passed `num_labels=",  # which is what was asked for
+    "transformers.configuration_utils": "You passed `num_labels=",  # which was intended
 }
-# Warnings of one library about another, and of what this one has seen to.
+# Warnings of one library about another, or about something that this library handles.
 WARNINGS = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     "LightningCLI's args parameter is intended",
     "Experiment logs directory .* is not empty",
     "Checkpoint directory .* exists and is not empty",
-    r"Image size \(\d+ pixels\) exceeds limit",  # which is refused
+    r"Image size \(\d+ pixels\) exceeds limit",  # such images are refused
 )
-# The profiler that measures memory tells when it starts and stops; read when torch is imported.
+# Hides the memory profiler's start and stop messages; torch reads this variable at import.
 PROFILER_LOG_LEVEL = {"KINETO_LOG_LEVEL": "99"}
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep back, while the block runs, what is noise in every run; all is as before after it."""
+    """Hide these messages while the block runs."""
     with ExitStack() as undo:
         for name, beginning in LINES.items():
             logger, kept = logging.getLogger(name), _Without(beginning)
@@ -43,7 +43,7 @@ def quiet() -> Iterator[None]:
 
 
 class _Without(logging.Filter):
-    """Drops the records that begin with some words."""
+    """Drops the log records that begin with a text."""
 
     def __init__(self, beginning: str):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What no fusion can beat: a model of transformers whose layers lose tokens for nothing."""
+"""An upper bound on the speed of fusion: a plain model whose layers cut off tokens for free."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,11 +12,11 @@ from mctf_hf.reducers import Stage
 
 
 class SlicedLayer(FusedLayer):
-    """A layer that cuts off its last tokens where a method would fuse some; before one.
+    """Mixin before a layer class: cuts off the last tokens where a method would fuse tokens.
 
     Attributes:
-        left: how many tokens leave it.
-        stage: when they are cut off.
+        left: number of tokens that the layer returns.
+        stage: point in the layer at which tokens are cut off.
     """
 
     left: int
@@ -35,12 +35,12 @@ class SlicedLayer(FusedLayer):
 
 
 def slice_tokens(model: nn.Module, counts: Sequence[int], stage: Stage, num_tokens: int) -> None:
-    """Let the layers of a plain model run on as many tokens as those of a model that fuses.
+    """Make each layer of a plain model cut off as many tokens as a fusing model's layer fuses.
 
     Args:
-        counts: tokens that each layer loses.
-        stage: when a layer loses them.
-        num_tokens: that enter the first layer.
+        counts: number of tokens that each layer cuts off.
+        stage: point in a layer at which they are cut off.
+        num_tokens: number of tokens that enter the first layer.
     """
     (encoder,) = find_encoders(model)
     for layer, count in zip(encoder.layers, counts, strict=True):

@@ -1,4 +1,4 @@
-"""``mctf sweep``: methods of fusion at several budgets, by what they lose on real images."""
+"""``mctf sweep``: compares fusion methods at several budgets by their loss on real images."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -45,22 +45,22 @@ def sweep(
     output: str | None = None,
     plot: str | None = None,
 ) -> None:
-    """Compare methods of fusion at several budgets, by what they lose on real images.
+    """Compare fusion methods at several budgets by their loss on real images.
 
-    The loss is against labels, or against the model without fusion.
+    The loss is measured against the labels, or against the model without fusion.
 
     Args:
-        models: see above.
-        images: a folder of images or of a dataset, or a dataset's id on the Hub.
-        budgets: parts of the multiply-accumulates without fusion: 0.7,0.56.
-        methods: some of mctf,mctf_present,tome,pitome,diffrate,token_mergence,evit; unset, all that
-            suit the model; own, none but what each model does by itself.
-        labels: measure accuracy by the labels of the images.
-        split: of the dataset; unset, its test, validation or only one, and with labels test.
-        num_images: so many evenly spaced ones; unset, all.
-        speed: measure speed, too.
-        batch_size: images per call when speed is measured.
-        rounds: timings of each setting, whose median counts.
+        models: the models, as :func:`main` describes them.
+        images: folder of images, dataset folder or dataset id on the Hub.
+        budgets: shares of the multiply-accumulates without fusion, such as 0.7,0.56.
+        methods: some of mctf,mctf_present,tome,pitome,diffrate,token_mergence,evit. If unset, all
+            that suit the model. With own, only each model's own setting.
+        labels: measure accuracy with the labels of the images.
+        split: split of the dataset. If unset, test with labels; else test, validation or the first.
+        num_images: number of evenly spaced images to use. If unset, all.
+        speed: also measure speed.
+        batch_size: number of images per call, for the speed.
+        rounds: number of timings of each setting; the median is used.
         output: CSV file to write.
         plot: PNG file to draw.
     """
@@ -94,7 +94,7 @@ def sweep(
 
 
 def _fractions(budgets: str) -> list[float]:
-    """Parts of the cost, the dearest first."""
+    """Parse budgets to shares of the cost, largest first."""
     try:
         fractions = sorted(map(float, budgets.split(",")), reverse=True)
     except ValueError:
@@ -109,7 +109,7 @@ def _fractions(budgets: str) -> list[float]:
 def _verdicts(
     judging: Judge, methods: Sequence[str], fractions: Sequence[float]
 ) -> dict[str, list[Verdict]]:
-    """What each method loses at each budget that it can meet; the model's own setting besides."""
+    """Verdicts of each method at the budgets that it can meet, and of the model's own setting."""
     model, described = judging.model, judging.described
     found: dict[str, list[Verdict]] = {"unfused": [judge(judging, "unfused", None)]}
     if any(model.config.tokens_fused(described.num_tokens)):

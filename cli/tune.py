@@ -1,4 +1,4 @@
-"""``mctf tune``: the setting of fusion that loses least at a budget, found without training."""
+"""``mctf tune``: finds the fusion setting that loses least at a budget, without training."""
 
 import copy
 import json
@@ -23,9 +23,9 @@ from .models import load
 from .options import parser_of, read, refuse
 from .verdicts import csv_of, draw, measure_speed, methods_of, open_judge, table_of
 
-# Budgets to try, the dearest first, where a loss is given.
+# Budgets to try for max_loss, largest first.
 BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
-# Budgets of the picture, each of which costs as many images as there are methods.
+# Budgets of the picture; at each, every method is run on the ranking images.
 PICTURED = (0.85, 0.7, 0.55, 0.4)
 
 
@@ -60,35 +60,35 @@ def tune_model(
     batch_size: int = 16,
     rounds: int = 10,
 ) -> None:
-    """Find the setting of fusion that loses least at a budget, without training and without labels.
+    """Find the fusion setting that loses least at a budget, without training and without labels.
 
-    The loss is how far a model's outputs move from those without fusion. Exactly one of budget,
-    speed and max_loss is given. Half of the images are for the search, the others for the ranking,
-    which alone is reported. An interrupted search goes on by the same command.
+    The loss is how far fusion moves a model's outputs. Give exactly one of budget, speed and
+    max_loss. Half of the images are used for the search, the others for the ranking. Only the
+    ranking is reported. If a search was interrupted, run the same command again to continue it.
 
     Args:
-        model: see above.
-        images: a folder of images or of a dataset, or a dataset's id on the Hub.
-        output: the folder to write: the model with the setting found, a table (tuning.csv), a
-            picture of what methods lose at several budgets (tuning.png), and a record.
-        budget: part of the multiply-accumulates without fusion.
-        speed: times as fast as without fusion, as measured on this machine.
-        max_loss: points of accuracy (with labels) or of agreement with the model without fusion
-            that may be lost; the cheapest setting is found.
-        methods: some of mctf,mctf_present,tome,pitome,diffrate,token_mergence,evit; unset, all that
-            suit the model.
-        labels: judge by the labels of the images.
-        split: of the dataset; unset, its test, validation or only one, and with labels test.
-        num_images: so many evenly spaced ones.
-        trials: settings to try, at each of the budgets that max_loss tries.
-        seed: of what is tried.
-        study: file that keeps the search; unset, OUTPUT.study.
-        precision: of the search and of the picture; bf16-true is up to three times as fast where
-            the processor has bfloat16. The ranking is in float32.
-        batch_size: images per call when speed is measured.
-        rounds: timings of each setting, whose median counts.
+        model: the model, as :func:`main` describes it.
+        images: folder of images, dataset folder or dataset id on the Hub.
+        output: folder to write. It contains the model with the best setting, the ranking
+            (tuning.csv), a picture of the methods at several budgets (tuning.png), and a record.
+        budget: share of the multiply-accumulates without fusion.
+        speed: speed relative to the model without fusion, measured on this machine.
+        max_loss: percentage points of accuracy (with labels) or of agreement with the model without
+            fusion that may be lost. The cheapest such setting is found.
+        methods: some of mctf,mctf_present,tome,pitome,diffrate,token_mergence,evit. If unset, all
+            that suit the model.
+        labels: use the cross-entropy with the images' labels as the loss.
+        split: split of the dataset. If unset, test with labels; else test, validation or the first.
+        num_images: number of evenly spaced images to use.
+        trials: number of settings to try, at each of the budgets that max_loss tries.
+        seed: random seed of the search.
+        study: file that stores the search. If unset, OUTPUT.study.
+        precision: precision of the search and of the picture; bf16-true is up to three times as
+            fast on processors with bfloat16. The ranking is in float32.
+        batch_size: number of images per call, for the speed.
+        rounds: number of timings of each setting; the median is used.
     """
-    import optuna  # noqa: F401  # which may not be installed: told before the work
+    import optuna  # noqa: F401  # if not installed, fail before the work
 
     goals = {"budget": budget, "speed": speed, "max_loss": max_loss}
     given = {name: value for name, value in goals.items() if value is not None}
@@ -171,7 +171,7 @@ def _check(name: str, value: float | None, above: float, below: float) -> None:
 
 
 class _Bar:
-    """A progress bar of a search, which is told after each trial; lines without a terminal."""
+    """A progress bar of a search, updated after each trial; without a terminal, printed lines."""
 
     def __init__(self, console: Console, what: str, trials: int):
         self.console, self.what, self.trials = console, what, trials
@@ -207,12 +207,12 @@ def _for_speed(
     search: Callable[[float], Tuned],
     timed: Callable[[Sequence[Verdict]], None],
 ) -> Tuned:
-    """The best setting that is as fast as asked for, by measuring."""
+    """Find the best setting whose measured speed is at least ``speed``."""
     fraction = _fraction_for(speed, ranking, timed)
     tuned = search(fraction)
     timed(tuned.ranking)
     verdict = tuned.ranking[0]
-    while (verdict.ratio or 0) < speed:  # the same, reduced further
+    while (verdict.ratio or 0) < speed:  # reduce more with the same candidate
         assert verdict.setting is not None and verdict.ratio is not None
         fraction = verdict.fraction * min(0.98, verdict.ratio / speed)
         budget = budget_of(ranking.model, fraction, ranking.described)
@@ -229,7 +229,7 @@ def _for_speed(
 def _fraction_for(
     speed: float, ranking: Judge, timed: Callable[[Sequence[Verdict]], None]
 ) -> float:
-    """The part of the cost at which ToMe, which chooses fastest, is as fast as asked for."""
+    """The share of the cost at which ToMe, the method that chooses fastest, reaches ``speed``."""
     low, high = 0.1, 1.0
     for _ in range(5):
         middle = math.sqrt(low * high)
@@ -242,9 +242,9 @@ def _fraction_for(
 
 
 def _for_loss(max_loss: float, search: Callable[..., Tuned]) -> Tuned:
-    """The cheapest setting within a loss, of those found at budgets that fall.
+    """Find the cheapest setting within a loss, by searches at falling budgets.
 
-    Each search begins with the best of the one before.
+    Each search starts from the best candidate of the previous one.
     """
     found: Tuned | None = None
     start: dict[str, Any] = {}
@@ -254,7 +254,7 @@ def _for_loss(max_loss: float, search: Callable[..., Tuned]) -> Tuned:
         except ValueError:
             if found is None:
                 raise
-            break  # nothing reduces as much
+            break  # no method can reduce as much
         if lost(tuned.best, tuned.unfused) > max_loss:
             break
         found = tuned
@@ -269,20 +269,20 @@ def _for_loss(max_loss: float, search: Callable[..., Tuned]) -> Tuned:
 
 
 def lost(verdict: Verdict, unfused: Verdict) -> float:
-    """Points of accuracy, or of agreement where there are no labels, that fusion costs."""
+    """Percentage points of accuracy, or without labels of agreement, that fusion loses."""
     kept = verdict.agreement if verdict.right is None else verdict.right
     whole = unfused.agreement if unfused.right is None else unfused.right
     return 100 * float(whole.float().mean() - kept.float().mean())
 
 
 def _curves(drawing: Judge, best: Verdict, methods: Sequence[str]) -> dict[str, list[Verdict]]:
-    """What the best setting and the untuned methods lose at several budgets."""
+    """Verdicts of the best setting and of the untuned methods at several budgets."""
     assert best.setting is not None
     model, described = drawing.model, drawing.described
     curves = {"unfused": [judge(drawing, "unfused", None)], "tuned": [best]}
     for fraction in PICTURED:
         budget = budget_of(model, fraction, described)
-        with suppress(ValueError):  # it cannot reduce as much
+        with suppress(ValueError):  # this candidate cannot reduce as much
             same = meet(model, best.setting.candidate, budget, described)
             curves["tuned"].append(judge(drawing, "tuned", same))
         for method, setting in untuned(model, methods, budget, described).items():

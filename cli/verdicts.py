@@ -1,4 +1,4 @@
-"""What settings of fusion lose on real images: judges, tables and pictures of their verdicts."""
+"""Judges fusion settings on real images; shows the verdicts as tables and pictures."""
 
 import io
 import math
@@ -27,17 +27,17 @@ from .paths import open_images
 def open_judge(
     model: Any, processor: Any, images: str, count: int | None, *, labels: bool, split: str | None
 ) -> Judge:
-    """A judge with evenly spaced images of a folder or dataset.
+    """Create a judge with evenly spaced images of a folder or dataset.
 
     Args:
-        count: of images; unset, all of them.
+        count: number of images; ``None`` for all.
         labels: whether to judge a classifier by the labels of the images.
-        split: of the dataset; unset, its test, validation or only one, and with labels ``test``.
+        split: split of the dataset; ``None`` as in :func:`.open_images`, or ``test`` with labels.
 
     Raises:
-        ValueError: for a head of several labels per image or of regression, fewer than two images,
-            or labels that are missing or not the model's.
-        OSError: for a source that does not exist or holds no images.
+        ValueError: for a head for several labels per image or for regression, too few images, or
+            labels that are missing or do not match the model's.
+        OSError: if the source does not exist.
     """
     problem = problem_type(model.config)
     if problem != SINGLE and hasattr(model, "classifier"):
@@ -59,10 +59,10 @@ def open_judge(
 
 
 def methods_of(words: str | None, model: Any) -> tuple[str, ...]:
-    """The methods that some words name, ``tome,mctf``; unset, all that suit the model.
+    """The methods in a text such as ``tome,mctf``; for ``None``, all that suit the model.
 
     Raises:
-        ValueError: for a name that is none, or one that does not suit the model.
+        ValueError: for an unknown method, or one that does not suit the model.
     """
     known = methods_for(model)
     names = known if words is None else tuple(name.strip() for name in words.split(","))
@@ -79,9 +79,9 @@ def methods_of(words: str | None, model: Any) -> tuple[str, ...]:
 def measure_speed(
     judging: Judge, verdicts: Sequence[Verdict], *, batch_size: int, rounds: int
 ) -> None:
-    """Fill in how many times as fast as the model without fusion settings are, in turns.
+    """Measure the speed of each verdict's setting relative to no fusion, and set its ``ratio``.
 
-    That one computes all tokens everywhere, as transformers' does.
+    All are timed in turns. The model without fusion computes all tokens, as in transformers.
     """
     pixel_values = judging.pixel_values[:batch_size]
     pixel_values = pixel_values.repeat(math.ceil(batch_size / len(pixel_values)), 1, 1, 1)
@@ -102,7 +102,7 @@ def measure_speed(
 
 
 def table_of(verdicts: Sequence[Verdict], title: str, best: Verdict | None = None) -> Table:
-    """Verdicts as a table; with ``best``, how much more than it the others lose."""
+    """Verdicts as a table; with ``best``, also how much more each loses than it."""
     rows = [verdict.row(best) for verdict in verdicts]
     table = Table(title=title)
     shown = [name for name in _HEADINGS if name in rows[0]]
@@ -131,7 +131,7 @@ _FORMATS |= dict.fromkeys(("loss", "more_loss", "change"), ".5f")
 
 
 def _cell(row: dict[str, Any], name: str) -> str:
-    """A figure of a verdict, with its standard error if it has one."""
+    """Text of a value of a verdict, with its standard error if it has one."""
     if name == "setting":
         return row[name]
     form = _FORMATS.get(name, ".2f")
@@ -140,20 +140,20 @@ def _cell(row: dict[str, Any], name: str) -> str:
 
 
 def csv_of(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows of one shape as the text of a CSV file."""
+    """Rows with the same columns as the text of a CSV file."""
     text = io.StringIO(newline="")
     write_csv(text, list(rows[0]), rows)
     return text.getvalue()
 
 
 def draw(curves: Mapping[str, Sequence[Verdict]], title: str) -> bytes:
-    """A picture of what is left over what it costs, and over speed where that was measured.
+    """Plot accuracy or agreement against cost and, if it was measured, against speed.
 
     Args:
         curves: verdicts of each method, at several budgets.
 
     Returns:
-        A PNG file.
+        The content of a PNG file.
     """
     verdicts = [verdict for curve in curves.values() for verdict in curve]
     by_speed = all(verdict.ratio is not None for verdict in verdicts)

@@ -1,4 +1,4 @@
-"""``mctf visualize``: pictures of the tokens that models have fused, side by side."""
+"""``mctf visualize``: draws the tokens that models have fused, side by side."""
 
 from collections.abc import Iterable, Sequence
 
@@ -32,17 +32,17 @@ def visualize(
 ) -> None:
     """Draw images with their fused tokens, one column per model.
 
-    Each group of patches has its mean colour. Regions that share fill and border colour are one
-    token; a patch without a coloured border is a token of its own.
+    Each group of patches is filled with its mean colour. Regions with the same fill and border
+    colour are one token. A patch without a coloured border is a token of its own.
 
     Args:
-        models: see above.
-        images: an image, a folder of images or of a dataset, or a dataset's id on the Hub, whose
-            evenly spaced images are used.
+        models: the models, as :func:`main` describes them.
+        images: image file, folder of images, dataset folder or dataset id on the Hub; evenly spaced
+            images are used.
         output: PNG file to write.
-        count: how many images; unset, 4 or as many as there are.
-        layer: zero-based layer after which the tokens are shown; unset, the last.
-        scale: pixels of the picture per pixel of an image; unset, as many as 448 have room for.
+        count: number of images. If unset, up to 4.
+        layer: zero-based layer after which the tokens are shown. If unset, the last.
+        scale: pixels of the picture per image pixel. If unset, as many as fit into 448 pixels.
     """
     check_range(1, count=count, scale=scale)
     file = check_output(output, ".png")
@@ -70,7 +70,7 @@ def visualize(
 def _check_views(
     first: str, of_first: Sequence[FusedTokens], words: str, of_other: Sequence[FusedTokens]
 ) -> None:
-    """Raise ValueError unless two models see their images in the same sizes."""
+    """Raise ValueError unless two models see the images in the same sizes."""
     for one, other in zip(of_first, of_other, strict=True):
         if one.view.size != other.view.size:
             raise ValueError(
@@ -80,7 +80,7 @@ def _check_views(
 
 
 def _count(by_image: Iterable[FusedTokens]) -> str:
-    """Tokens before and after; the default font has no arrow."""
+    """Text with the tokens before and after fusion; the default font has no arrow."""
     before, after = zip(*((one.num_tokens, one.tokens_left) for one in by_image), strict=True)
     return f"{_span(before)} -> {_span(after)} tokens"
 

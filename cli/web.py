@@ -1,4 +1,4 @@
-"""``mctf web``: a page in the browser that shows what fusion makes of images, or a Space of it."""
+"""``mctf web``: shows in the browser what fusion changes, or writes a Space that does."""
 
 import socket
 from collections.abc import Sequence
@@ -32,17 +32,17 @@ def web(
     device: str = "cpu",
     space: str | None = None,
 ) -> None:
-    """Show in the browser what fusion makes of an image, or write a Space that does.
+    """Show in the browser what fusion changes for an image, or write a Space that does.
 
-    The page shows the fused tokens after each layer, the prediction, cost and time, beside the
-    model without fusion.
+    The page shows the fused tokens after each layer. It compares prediction, cost and time with
+    the model without fusion.
 
     Args:
-        models: see above; several are chosen from on the page.
-        images: an image, a folder of images or of a dataset, or a dataset's id on the Hub, of which
-            twelve evenly spaced ones are examples; unset, those that ship with this library.
-        host: address to listen at; 0.0.0.0 shows the page to other machines, too.
-        port: to listen at; unset, the first free one from 7860 on.
+        models: the models to choose from on the page, as :func:`main` describes them.
+        images: image file, folder of images, dataset folder or dataset id on the Hub; up to twelve
+            evenly spaced images are the examples. If unset, those that ship with this library.
+        host: address to listen on; 0.0.0.0 makes the page available to other machines.
+        port: port to listen on. If unset, the first free one from 7860 on.
         device: cpu or cuda.
         space: folder to write a Space of the Hugging Face Hub to, instead of showing the page.
     """
@@ -63,7 +63,7 @@ def web(
 
 
 def _check_free(host: str, port: int) -> None:
-    """Raise OSError unless nothing else listens at a port."""
+    """Raise OSError if the port is not free."""
     try:
         with socket.create_server((host, port)):
             pass

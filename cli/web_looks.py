@@ -1,4 +1,4 @@
-"""What the demo page shows of an image, without the page: pictures, scores, tokens, cost, time."""
+"""What the demo page shows for an image: pictures, scores, tokens, cost and time."""
 
 import json
 import statistics
@@ -32,12 +32,12 @@ ROUNDS = 5
 
 @dataclass(frozen=True)
 class Answer:
-    """A line of what a model says of an image.
+    """One output of a model for an image.
 
     Attributes:
-        name: of a class, or of an example that is near.
-        plain, fused: without and with fusion: a probability, a value of a regression, or the cosine
-            of the image's embedding to the example's.
+        name: name of the class, or of the example image.
+        plain, fused: value without and with fusion: a probability, a regression value, or the
+            cosine similarity of the image's embedding to the example's.
     """
 
     name: str
@@ -47,14 +47,14 @@ class Answer:
 
 @dataclass(frozen=True, eq=False)
 class Look:
-    """What fusion makes of one image.
+    """The results for one image.
 
     Attributes:
         layers: the tokens after each layer.
-        answers: the best ones first.
+        answers: the best answers first; for regression, all values in order.
         cost: multiply-accumulates without and with fusion.
-        seconds: of one image, without and with fusion, the median of some.
-        words: the model with this setting, as commands take it.
+        seconds: median seconds for the image, without and with fusion.
+        words: the model with this setting, in the form that commands take.
     """
 
     layers: list[FusedTokens]
@@ -65,24 +65,24 @@ class Look:
 
     @property
     def tokens(self) -> list[int]:
-        """Tokens that enter the first layer, and those that each layer leaves."""
+        """Number of tokens before the first layer and after each layer."""
         return [self.layers[0].num_tokens, *(layer.tokens_left for layer in self.layers)]
 
 
 class Viewed:
-    """A model of the page.
+    """A model that the page shows.
 
     Args:
         words: ``NAME[,setting=value…]``, see :func:`.models.load`.
-        examples: images by their names, which an encoder compares others with.
+        examples: example images by name; an encoder compares other images with them.
         device: ``cpu`` or ``cuda``.
 
     Attributes:
-        methods: ways of fusion to choose from, the model's own first if it fuses by itself.
-        classifies: whether it has a head; if not, it tells the nearest examples.
+        methods: fusion methods to choose from; first the model's own setting, if it fuses.
+        classifies: whether the model has a head; if not, the answers are the nearest examples.
 
     Raises:
-        ValueError, OSError: see :func:`.models.load`; for examples that it can't take, too.
+        ValueError, OSError: see :func:`.models.load`; also for examples that the model can't take.
     """
 
     def __init__(self, words: str, examples: Mapping[str, Image.Image], device: str = "cpu"):
@@ -101,15 +101,15 @@ class Viewed:
         """Fuse the tokens of an image, and compare with the model without fusion.
 
         Args:
-            image: of any size and mode.
+            image: image of any size and mode.
             method: one of :attr:`methods`.
-            saved: part of the multiply-accumulates, from 0 for no fusion to below 1; the model's
-                own setting has an amount of its own.
-            name: of the image, for errors.
+            saved: share of the multiply-accumulates to save, from 0 (no fusion) to below 1; unused
+                with the model's own setting.
+            name: name of the image in errors.
 
         Raises:
-            ValueError: for another method, more than it can save, and an image that the model
-                can't take.
+            ValueError: for an unknown method, a saving that it cannot reach, or an image that the
+                model can't take.
         """
         pixels = self._pixels(image, name)
         described = describe(self.model, (pixels.shape[-2], pixels.shape[-1]))
@@ -146,7 +146,7 @@ class Viewed:
 
     @torch.inference_mode()
     def _call(self, pixels: Tensor, settings: Mapping[str, Any] = PLAIN) -> Tensor:
-        """Logits or an embedding, (1, d)."""
+        """The logits or the embedding, (1, d)."""
         resized = tuple(pixels.shape[-2:]) != as_pair(self.model.config.image_size)
         with applied(self.model, dict(settings)):
             output = self.model(pixels, interpolate_pos_encoding=resized)

@@ -1,4 +1,4 @@
-"""The demo page: what fusion makes of an image, side by side with the model without it."""
+"""The demo page: a model with and without fusion on an image, side by side."""
 
 import threading
 from collections.abc import Mapping, Sequence
@@ -20,8 +20,8 @@ from .web_tables import CSS, answers_table, figures_table, layers_chart
 
 EXAMPLES = Path(__file__).parent / "examples"
 MOST_EXAMPLES = 12
-MOST_SAVED, SAVED = 75, 40  # percent: the most, and at first
-KEPT = (3600, 86400)  # seconds: how often to look for files of users, and how old they may get
+MOST_SAVED, SAVED = 75, 40  # percent: the maximum, and the initial value
+KEPT = (3600, 86400)  # seconds: interval between deletions of uploaded files, and their maximum age
 ABOUT = """# Token fusion
 How a Vision Transformer fuses the tokens of an image, layer by layer. Regions with the same fill
 and border are one token. More fusion costs less: see what it changes."""
@@ -34,19 +34,18 @@ def serve(
     port: int | None = None,
     device: str = "cpu",
 ) -> None:
-    """Show the page until somebody interrupts.
+    """Show the page until the process is interrupted.
 
     Args:
         models: ``NAME[,setting=value…]``, see :func:`.models.load`.
         images: examples, see :func:`open_examples`.
-        host: address to listen at; unset, what ``GRADIO_SERVER_NAME`` says, or this machine's own
-            alone.
-        port: to listen at; unset, what ``GRADIO_SERVER_PORT`` says, or the first free one from
-            7860 on.
+        host: address to listen on; ``None`` for ``GRADIO_SERVER_NAME``, or else localhost.
+        port: port to listen on; ``None`` for ``GRADIO_SERVER_PORT``, or else the first free one
+            from 7860 on.
         device: ``cpu`` or ``cuda``.
 
     Raises:
-        ValueError, OSError: see :class:`.web_looks.Viewed`; if the port is taken, too.
+        ValueError, OSError: see :class:`.web_looks.Viewed`; OSError also if the port is taken.
     """
     page = build(models, images, device)
     _, url, _ = page.launch(
@@ -74,11 +73,11 @@ def wait() -> None:
 
 
 def open_examples(images: str | None = None) -> dict[str, Image.Image]:
-    """Example images by their names.
+    """Open example images, by name.
 
     Args:
-        images: an image, a folder of images or of a dataset, or a dataset's id on the Hub, of which
-            evenly spaced ones are taken; unset, those that ship with this library.
+        images: image file, folder of images, dataset folder or dataset id on the Hub; evenly spaced
+            images are used. ``None`` for the images that ship with this library.
 
     Raises:
         ValueError, OSError: see :func:`.paths.open_images`.
@@ -94,7 +93,7 @@ def open_examples(images: str | None = None) -> dict[str, Image.Image]:
 
 
 def build(models: Sequence[str], images: str | None = None, device: str = "cpu") -> gr.Blocks:
-    """The page, for Gradio to launch; see :func:`serve`."""
+    """Build the page with Gradio; see :func:`serve` for the arguments."""
     examples = open_examples(images)
     viewed = {words: Viewed(words, examples, device) for words in models}
     first = viewed[models[0]]
@@ -150,8 +149,8 @@ def build(models: Sequence[str], images: str | None = None, device: str = "cpu")
             "fn": show,
             "inputs": [photo, model, method, saved, layer],
             "outputs": [seen, picture, chart, answers, figures],
-            "preprocess": False,  # images are read as all commands read them
-            "concurrency_id": "model",  # one at a time: settings are changed, and time is measured
+            "preprocess": False,  # images are read as in all commands
+            "concurrency_id": "model",  # one at a time: calls change settings and measure time
             "trigger_mode": "always_last",
         }
         gr.on([page.load, photo.change, method.input, saved.change], **update)

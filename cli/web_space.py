@@ -1,4 +1,4 @@
-"""A folder that is a Space of the Hugging Face Hub: the demo page with some models."""
+"""Writes a Space of the Hugging Face Hub to a folder: the demo page with some models."""
 
 import re
 import sys
@@ -38,22 +38,22 @@ ABOUT = """\
 How a Vision Transformer fuses the tokens of an image, layer by layer, and what that changes.
 Written by `mctf web --space`.
 """
-LARGE = "*.safetensors filter=lfs diff=lfs merge=lfs -text\n"  # for a push by git
+LARGE = "*.safetensors filter=lfs diff=lfs merge=lfs -text\n"  # for pushes with git
 MODELS, EXAMPLES = "models", "examples"
-LONGEST_SIDE = 512  # pixels of an example
+LONGEST_SIDE = 512  # maximum size of an example, in pixels
 
 
 def write_space(folder: str, models: Sequence[str], images: str | None = None) -> None:
-    """Write a Space: its header, program and requirements, and the models that lie here.
+    """Write a Space: README, app and requirements, with copies of local models.
 
     Args:
-        folder: a new or an empty one.
-        models: ``NAME[,setting=value…]``. Local folders are copied, with their settings; those of
+        folder: a new or empty folder.
+        models: ``NAME[,setting=value…]``. Local models are copied with their settings; models of
             the Hub are loaded when the Space starts.
-        images: see :func:`.web_page.open_examples`; copied, too.
+        images: examples to copy, see :func:`.web_page.open_examples`; ``None`` copies none.
 
     Raises:
-        FileExistsError: for a folder that holds something.
+        FileExistsError: if the folder is not empty.
         ValueError, OSError: see :func:`.models.load` and :func:`.web_page.open_examples`; nothing
             is written then.
     """
@@ -81,7 +81,7 @@ def write_space(folder: str, models: Sequence[str], images: str | None = None) -
 
 
 def _names_there(models: Sequence[str]) -> list[str]:
-    """What the models are called in the Space, by its own folder."""
+    """Names of the models in the Space; those of local models are paths in its folder."""
     there = []
     for number, words in enumerate(models, 1):
         path = Path(parse(words)[0])

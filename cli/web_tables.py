@@ -29,18 +29,18 @@ CSS = """
 .fusion p { margin: 6px 0 0; font-size: 12px; opacity: 0.75; }
 .fusion code { overflow-wrap: anywhere; white-space: normal; }
 """
-BAR_HEIGHT = 90  # pixels, of all tokens
+BAR_HEIGHT = 90  # pixels of a bar for all tokens
 
 
 def answers_table(
     answers: Sequence[Answer], heading: str, pictures: Mapping[str, Image.Image], *, parts: bool
 ) -> str:
-    """What the model says, without and with fusion.
+    """A table of the model's answers, without and with fusion.
 
     Args:
-        heading: of the names.
-        pictures: to show beside the names that they are of.
-        parts: whether the numbers are parts of one, and are told in percent.
+        heading: heading of the names.
+        pictures: pictures to show beside names.
+        parts: whether the values are fractions, shown as percentages.
     """
     shown = "{:.1%}" if parts else "{:.3f}"
 
@@ -56,7 +56,7 @@ def answers_table(
 
 
 def layers_chart(tokens: Sequence[int]) -> str:
-    """A bar for each layer, as high as the tokens that it leaves."""
+    """A bar chart of the number of tokens after each layer."""
     bars = [
         f'<div><div>{count}</div><div class="tokens" '
         f'style="height: {BAR_HEIGHT * count / tokens[0]:.0f}px"></div>'
@@ -70,10 +70,10 @@ def layers_chart(tokens: Sequence[int]) -> str:
 
 
 def figures_table(look: Look, measured: str) -> str:
-    """Tokens, cost and time, without and with fusion.
+    """A table of tokens, cost and time, without and with fusion.
 
     Args:
-        measured: on what, and how.
+        measured: text about how and on which machine time was measured.
     """
     plain, fused = look.seconds
     cost = look.cost

@@ -1,4 +1,4 @@
-"""YAML of settings, whose aliases cannot grow into more than anybody means."""
+"""YAML texts of settings, with a limit on what their aliases expand to."""
 
 from contextlib import suppress
 from typing import Any
@@ -6,20 +6,20 @@ from typing import Any
 import yaml
 from jsonargparse import get_loader, set_loader
 
-# How many values a text may stand for by its aliases.
+# Maximum number of values in a text after its aliases are expanded.
 VALUES = 10_000
 
 
 def check_aliases(text: str) -> None:
-    """Check what a YAML text becomes where each alias is replaced by what it stands for.
+    """Check how many values a YAML text has after its aliases are expanded.
 
     Raises:
-        ValueError: for more than ``VALUES`` values, or an alias within what it stands for.
-        yaml.YAMLError: for a text that is no YAML.
+        ValueError: for more than ``VALUES`` values, or an alias that contains itself.
+        yaml.YAMLError: if the text is not valid YAML.
     """
     if "*" not in text:
         return
-    anchors: dict[str, int | None] = {}  # how many values each stands for, None while it is open
+    anchors: dict[str, int | None] = {}  # number of values of each; None while its node is open
     open_nodes: list[tuple[str | None, int]] = [(None, 0)]
     anchor: str | None
     size: int | None
@@ -48,7 +48,7 @@ def check_aliases(text: str) -> None:
 
 
 def load_yaml(text: str) -> Any:
-    """The value of a YAML text; see :func:`check_aliases`."""
+    """Load a YAML text after :func:`check_aliases`."""
     check_aliases(text)
     return yaml.safe_load(text)
 
@@ -65,12 +65,12 @@ def _checked(text: str, path: str = "") -> Any:
 
 
 def guard() -> None:
-    """Let jsonargparse check the aliases of the files that it reads."""
+    """Make jsonargparse check the aliases of the YAML texts that it reads."""
     set_loader("yaml", _checked, exceptions=(yaml.YAMLError,))
 
 
 def check_words(words: Any) -> None:
-    """Check the aliases in the words of a command, some of which are YAML."""
+    """Check the aliases in the words of a command that are YAML."""
     for word in words if isinstance(words, (list, tuple)) else ():
         if isinstance(word, str) and "&" in word:
             with suppress(yaml.YAMLError):
