@@ -1,4 +1,4 @@
-"""The loss by fusion of a real DINOv2, on a probe of its class token and on a dense task.
+"""The loss of a real DINOv2 when tokens are fused, on a class token probe and a dense task.
 
     python benchmarks/encoders.py results.json [TUNED …]
 
@@ -58,7 +58,7 @@ class SaliencyDecoder(nn.Module):
 
 
 class Encoder:
-    """Computes class tokens of photographs, and stores the saliency of the first ``DENSE``."""
+    """Computes class tokens of photographs; stores the saliency of at least the first ``DENSE``."""
 
     def __init__(self) -> None:
         self.model = fuse_tokens(Dinov2Model.from_pretrained(CHECKPOINT).eval(), r=0)
@@ -113,7 +113,7 @@ def settings_by_name(
 
 
 def measure(encoder: Encoder, probe: Any, plain: Tensor) -> dict[str, float]:
-    """Measure the loss by the active fusion settings, with standard errors."""
+    """Measure the loss that the active fusion settings cause, with standard errors."""
     encoder.saliency.clear()
     features: list[Tensor] = []
 

@@ -163,8 +163,8 @@ def compare(
 
     Returns:
         A row for each: GMACs of one image, images per second, latency of a batch in milliseconds
-        (median and 95th percentile), peak memory in MiB without the weights, speed relative to the
-        first contestant, and efficiency: this ratio over the inverse ratio of the GMACs.
+        (median and 95th percentile), peak memory in MiB without the weights, ratio of the speed to
+        the first contestant's, and efficiency: this ratio divided by (first GMACs / own GMACs).
     """
     runs = [lambda model=c.model: model(pixel_values) for c in contestants]
     for run in runs:
@@ -285,7 +285,7 @@ def _environment(
 
 
 def _short(names: Sequence[str], room: int) -> tuple[list[str], list[str]]:
-    """The names, or numbers with lines that explain them if a name is longer than ``room``."""
+    """The names and no lines; if a name exceeds ``room``, numbers and lines that explain them."""
     if max(map(len, names)) <= max(room, len("model")):
         return list(names), []
     keys = [str(number) for number in range(1, len(names) + 1)]

@@ -139,7 +139,7 @@ def _from_preset(
 def _from_checkpoint(
     name: str, settings: dict[str, Any], attention: dict[str, Any], image_size: int | None
 ) -> tuple[nn.Module, Any, int, tuple[str, ...]]:
-    """The same for a folder or Hub id, and the names of weights that the checkpoint lacks."""
+    """Like ``_from_preset`` for a folder or Hub id; also the names of the weights it lacks."""
     own = class_of(name)
     config = own.config_class.from_pretrained(name)
     size: dict[str, Any] = {}

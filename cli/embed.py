@@ -130,10 +130,10 @@ def embed(
         model: the model, as :func:`main` describes it.
         source: arguments of :func:`.open_source`.
         output: folder to write, local or mounted.
-        columns: columns to copy to the output, such as label,key; in tar files, name endings.
+        columns: columns to copy to the output, such as label,key; in tar files, file name endings.
         vector: the class token, the model's pooled output (the embedding of CLIP and SigLIP, the
-            input of a classifier's head), or the mean of the patches. If unset, the model's image
-            embedding or, if it has none, the class token.
+            input of a classifier's head), or the mean of the patches. If unset, the class token;
+            for models with an image embedding or without a class token, the pooled output.
         normalize: scale vectors to length 1.
         dtype: number type of the vectors.
         texts: file of labels for CLIP and SigLIP, one per line; each image gets a score per label.

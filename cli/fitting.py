@@ -107,8 +107,8 @@ class FinetuningCommandLine(OpenCLI):
     def before_instantiate_classes(self) -> None:
         """Replace ``ckpt_path: last`` by the file, and choose the model of other subcommands.
 
-        The settings of a run describe how ``fit`` makes a model. The other subcommands use the
-        model ``model.pretrained`` unchanged.
+        The settings of a run describe how ``fit`` makes a model. The other subcommands use
+        ``model.pretrained`` unchanged.
         """
         settings = self.config[self.subcommand]
         if self.subcommand != "fit" and settings.model.pretrained is not None:
@@ -164,7 +164,7 @@ class FinetuningCommandLine(OpenCLI):
 
 
 def _check_optimizer(settings: Any) -> None:
-    """Raise ValueError for settings without effect with ``--optimizer``, or without it."""
+    """Raise ValueError for SCHEDULE with ``--optimizer``, or for ``--lr_scheduler`` without it."""
     if not settings.get("optimizer"):
         if settings.get("lr_scheduler"):
             raise ValueError("--lr_scheduler is not allowed without --optimizer: it needs one")

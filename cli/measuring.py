@@ -21,7 +21,7 @@ def seconds_in_rounds(
     """Time each of ``runs`` once per round, A B C A B C …, so that all see the same machine load.
 
     Args:
-        rounds: number of timings of each that are returned, after ``warmup`` further rounds.
+        rounds: number of timings returned for each run; ``warmup`` more rounds come first.
         device: ``cpu``, or ``cuda`` for the GPU's own clock.
 
     Returns:

@@ -84,7 +84,7 @@ def open_images(
 
 
 def evenly_spaced(total: int, count: int | None) -> list[int]:
-    """``count`` evenly spaced numbers below ``total``, from 0 on; all if there are not more."""
+    """``count`` evenly spaced numbers below ``total``, from 0 on; all if it is None or larger."""
     taken = min(total if count is None else count, total)
     return np.linspace(0, total, taken, endpoint=False).astype(int).tolist()
 

@@ -26,7 +26,7 @@ PROFILER_LOG_LEVEL = {"KINETO_LOG_LEVEL": "99"}
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hide these messages while the block runs."""
+    """Hide the messages in ``LINES`` and ``WARNINGS``, and the profiler's, in a ``with`` block."""
     with ExitStack() as undo:
         for name, beginning in LINES.items():
             logger, kept = logging.getLogger(name), _Without(beginning)

@@ -12,7 +12,7 @@ from mctf_hf.reducers import Stage
 
 
 class SlicedLayer(FusedLayer):
-    """Mixin before a layer class: cuts off the last tokens where a method would fuse tokens.
+    """First base of a layer class: cuts off the last tokens where a method would fuse tokens.
 
     Attributes:
         left: number of tokens that the layer returns.

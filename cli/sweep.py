@@ -56,7 +56,7 @@ def sweep(
         methods: some of mctf,mctf_present,tome,pitome,diffrate,token_mergence,evit. If unset, all
             that suit the model. With own, only each model's own setting.
         labels: measure accuracy with the labels of the images.
-        split: split of the dataset. If unset, test with labels; else test, validation or the first.
+        split: split of the dataset. If unset, test (without labels: test, validation or the first).
         num_images: number of evenly spaced images to use. If unset, all.
         speed: also measure speed.
         batch_size: number of images per call, for the speed.
@@ -94,7 +94,7 @@ def sweep(
 
 
 def _fractions(budgets: str) -> list[float]:
-    """Parse budgets to shares of the cost, largest first."""
+    """Parse budgets as shares of the cost, largest first."""
     try:
         fractions = sorted(map(float, budgets.split(",")), reverse=True)
     except ValueError:

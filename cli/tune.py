@@ -60,11 +60,11 @@ def tune_model(
     batch_size: int = 16,
     rounds: int = 10,
 ) -> None:
-    """Find the fusion setting that loses least at a budget, without training and without labels.
+    """Find the fusion setting that loses least at a budget, without training. Labels are optional.
 
-    The loss is how far fusion moves a model's outputs. Give exactly one of budget, speed and
-    max_loss. Half of the images are used for the search, the others for the ranking. Only the
-    ranking is reported. If a search was interrupted, run the same command again to continue it.
+    Without labels, the loss is how far fusion moves a model's outputs. Give exactly one of budget,
+    speed and max_loss. Half of the images are used for the search, the others for the reported
+    ranking. If a search was interrupted, run the same command again to continue it.
 
     Args:
         model: the model, as :func:`main` describes it.
@@ -78,7 +78,7 @@ def tune_model(
         methods: some of mctf,mctf_present,tome,pitome,diffrate,token_mergence,evit. If unset, all
             that suit the model.
         labels: use the cross-entropy with the images' labels as the loss.
-        split: split of the dataset. If unset, test with labels; else test, validation or the first.
+        split: split of the dataset. If unset, test (without labels: test, validation or the first).
         num_images: number of evenly spaced images to use.
         trials: number of settings to try, at each of the budgets that max_loss tries.
         seed: random seed of the search.

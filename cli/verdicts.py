@@ -102,7 +102,7 @@ def measure_speed(
 
 
 def table_of(verdicts: Sequence[Verdict], title: str, best: Verdict | None = None) -> Table:
-    """Verdicts as a table; with ``best``, also how much more each loses than it."""
+    """Verdicts as a table; with ``best``, also how much more each loses than ``best``."""
     rows = [verdict.row(best) for verdict in verdicts]
     table = Table(title=title)
     shown = [name for name in _HEADINGS if name in rows[0]]

@@ -38,8 +38,8 @@ def answers_table(
     """A table of the model's answers, without and with fusion.
 
     Args:
-        heading: heading of the names.
-        pictures: pictures to show beside names.
+        heading: heading of the column of names.
+        pictures: pictures by name, to show beside the names.
         parts: whether the values are fractions, shown as percentages.
     """
     shown = "{:.1%}" if parts else "{:.3f}"

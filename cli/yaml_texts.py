@@ -70,7 +70,7 @@ def guard() -> None:
 
 
 def check_words(words: Any) -> None:
-    """Check the aliases in the words of a command that are YAML."""
+    """Check the aliases in those words of a command that are YAML."""
     for word in words if isinstance(words, (list, tuple)) else ():
         if isinstance(word, str) and "&" in word:
             with suppress(yaml.YAMLError):
