@@ -101,7 +101,7 @@ def benchmark(
         allowed = "cpu or cuda" if torch.cuda.is_available() else "cpu (there is no GPU here)"
         raise ValueError(f"device={device!r} is not allowed: it is {allowed}")
     check_range(1, rounds=rounds, threads=threads, image_size=image_size, max_images=max_images)
-    batches = _counts("batch_sizes", batch_sizes)
+    batches = _counts(batch_sizes)
     for file, suffix in ((output, ".json"), (plot, ".png")):
         if file is not None:
             check_output(file, suffix)
@@ -250,11 +250,13 @@ def _judged(contestants: Sequence[Contestant]) -> Quality:
     return next(iter(by_name.values()))
 
 
-def _counts(setting: str, text: str) -> list[int]:
+def _counts(text: str) -> list[int]:
     """Parse numbers such as ``1,16``, ``1 16`` or ``[1, 16]``."""
     words = re.split(r"[\s,]+", text.strip("[] "))
     if not all(word.isdecimal() and int(word) for word in words):
-        raise ValueError(f"{setting}={text!r} is not allowed: it is counts such as 1,16, from 1 on")
+        raise ValueError(
+            f"batch_sizes={text!r} is not allowed: it is counts such as 1,16, from 1 on"
+        )
     return list(dict.fromkeys(map(int, words)))
 
 

@@ -111,7 +111,8 @@ def make(words: str, image_size: int | None, dtype: torch.dtype, device: str) ->
     if sliced:
         cost = counted(classifier, torch.empty(1, 3, size, size))
     if compiled:
-        classifier.model = torch.compile(classifier.model, fullgraph=True, mode=_mode(compiled))
+        mode = None if compiled is True else str(compiled)
+        classifier.model = torch.compile(classifier.model, fullgraph=True, mode=mode)
     if ahead:
         classifier.compile_ahead(torch.zeros(2, 3, size, size, device=device, dtype=dtype))
     folder = None if name in PRESETS else name
@@ -218,7 +219,3 @@ class CompiledAhead(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor]:
         return (self.run(pixel_values),)
-
-
-def _mode(compiled: Any) -> str | None:
-    return None if compiled is True else str(compiled)

@@ -76,9 +76,8 @@ def evaluate(
     settings, described = _named_sweep(config), describe(model)
     pixel_values = _pixel_values(config, images, batch_size)
     plain = plain_model(model)
-    runs: list[Callable[[], object]] = [lambda: plain(pixel_values)]
-    if plain is None:
-        runs = [lambda: model(pixel_values, r=0)]
+    unfused = partial(model, r=0) if plain is None else plain
+    runs: list[Callable[[], object]] = [partial(unfused, pixel_values)]
     amounts = [as_counts(config, pixel_values, amount) for amount in settings.values()]
     runs += [partial(model, pixel_values, **amount) for amount in amounts]
     speeds = images_per_second(runs, len(pixel_values), rounds=rounds)

@@ -57,14 +57,17 @@ SCHEDULE = (
     "layer_decay",
     "weight_decay",
 )
-OF_OTHERS = {"predict_folder": "predict", "test_split": "test"}
-# Model settings, and groups of settings, that only `fit` uses.
+OF_OTHERS = {"predict_folder", "test_split"}
+# Model settings that only `fit` uses, and groups of settings that only one subcommand uses.
 TRAINED = {
     *SCHEDULE, "freeze", "r_max", "teacher_weight", "consistency_weight", "confidence_threshold",
     "label_smoothing", "class_weights", "distill_from", "distillation", "distillation_weight",
     "distillation_temperature", "drop_path_rate", "compile",
 }  # fmt: skip
-GROUPS = {"best", "ema", "export", "picture", "summary"}
+GROUPS = {
+    **dict.fromkeys(("best", "ema", "export", "picture", "summary"), "fit"),
+    "predictions": "predict",
+}
 
 
 class FinetuningParser(BriefErrors, BriefHelp, LightningArgumentParser):
@@ -255,6 +258,4 @@ def _has_effect(command: str, option: str) -> bool:
         return name in USED[command] if command in USED else name not in OF_OTHERS
     if group == "model" and name in TRAINED:
         return command == "fit"
-    if name and (group in GROUPS or group == "predictions"):
-        return command == ("predict" if group == "predictions" else "fit")
-    return True
+    return not name or GROUPS.get(group, command) == command

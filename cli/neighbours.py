@@ -124,8 +124,8 @@ def _pictures(
     ]
 
 
-def _short(text: str, most: int = 24) -> str:
-    return text if len(text) <= most else f"…{text[-most + 1 :]}"
+def _short(text: str) -> str:
+    return text if len(text) <= 24 else f"…{text[-23:]}"
 
 
 def _sheet(pictures: Sequence[tuple[str, Image.Image]]) -> Image.Image:

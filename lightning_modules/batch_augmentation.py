@@ -1,8 +1,8 @@
 """Augmentation and normalisation of whole batches of training images on the model's device.
 
-Workers decode, crop and flip the images. They output bytes, (b, 3, height, width) uint8, and random
-integers for each image (``draws``). The result depends only on these, not on the process that
-computes it or on earlier batches.
+Workers decode, crop and flip the images. They output bytes, (b, channels, height, width) uint8,
+and random integers for each image (``draws``). The result depends only on these, not on the process
+that computes it or on earlier batches.
 """
 
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ class Normalization:
         return cls(scale, mean, std)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Normalise images (b, 3, height, width) with values in [0, 1]."""
+        """Normalise images (b, channels, height, width) with values in [0, 1]."""
         mean, std = (
             on_device(values, images.device, images.dtype)[:, None, None]
             for values in (self.mean, self.std)
@@ -91,7 +91,7 @@ class RandomErasing:
         return found
 
     def __call__(self, images: Tensor, draws: NDArray[np.float64]) -> Tensor:
-        """Erase rectangles of normalised images (b, 3, height, width) in place."""
+        """Erase rectangles of normalised images (b, channels, height, width) in place."""
         generator = torch.Generator(images.device)
         for i, box in enumerate(self.boxes(draws, *images.shape[-2:])):
             if box is not None:
@@ -125,7 +125,7 @@ class Mixing:
         """Mix a batch.
 
         Args:
-            images: (b, 3, height, width).
+            images: (b, channels, height, width).
             labels: (b,) int64, or (b, num_labels) floats.
             draw: random number in [0, 1), the only source of randomness.
             num_labels: number of classes.
@@ -187,7 +187,7 @@ class BatchAugmentation:
         """Augment and normalise a batch.
 
         Args:
-            images: (b, 3, height, width) uint8.
+            images: (b, channels, height, width) uint8.
             labels: (b,) int64, or (b, num_labels) floats.
             draws: (b, ``num_draws``) random integers, or None if ``num_draws`` is 0.
 

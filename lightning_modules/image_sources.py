@@ -37,7 +37,8 @@ def open_source(
             path or fsspec URL; or the id of a dataset on the Hub. Of a folder and its subfolders,
             one kind of files is read: parquet files, otherwise tar files, otherwise images.
         split: split of a dataset; a local folder with a split is opened as a dataset.
-        name, revision: configuration and revision of a dataset on the Hub.
+        name: configuration of a dataset on the Hub.
+        revision: branch, tag or commit of a dataset on the Hub.
         streaming: read a dataset as a stream, without storing it.
         image_column: image column; unset, the only one. For tar files, extension of the images.
         columns: names of the columns to carry along.

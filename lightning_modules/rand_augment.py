@@ -132,7 +132,7 @@ def strength(
         return np.floor(110 * levels) / 255
     if name in ("color", "contrast", "brightness", "sharpness"):
         return np.maximum(0.1, 1 + 0.9 * levels * signs) if increasing else 1.8 * levels + 0.1
-    return levels
+    return levels  # of autocontrast, equalize and invert, which do not use it
 
 
 def operate(

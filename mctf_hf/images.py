@@ -236,10 +236,10 @@ class ImageReader:
         """
         sizes = sorted({tuple(pixels.shape[-2:]) for pixels in made})
         if len(sizes) > 1:
-            made = ", ".join(f"{height} x {width}" for height, width in sizes)
+            listed = ", ".join(f"{height} x {width}" for height, width in sizes)
             raise ValueError(
-                f"the image processor makes images of several sizes ({made}), which are no batch: "
-                "it is to crop them, or to resize them to a height and a width"
+                f"the image processor makes images of several sizes ({listed}), which are no "
+                "batch: it is to crop them, or to resize them to a height and a width"
             )
         return torch.stack(list(made))
 

@@ -18,8 +18,12 @@ from torch import Tensor
 from .fusion import Reduction
 from .matching import attraction, bipartite_soft_matching, cosine_similarity, similarity
 from .pairing import energy, merge_within_ranking, pair_highest
-from .schedule import count_or_fraction
 from .selection import drop_and_merge, keep_most_important, merge_into_most_important
+
+
+def count_or_fraction(amount: int | float, whole: int) -> int:
+    """A count unchanged, or a fraction in (0, 1) times ``whole``, rounded down."""
+    return int(whole * amount) if 0 < amount < 1 else int(amount)
 
 
 class Stage(Enum):

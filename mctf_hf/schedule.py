@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx.experimental.symbolic_shapes import guard_scalar
 
-if TYPE_CHECKING:
-    from .reducers import Reducer
+from .reducers import Reducer, count_or_fraction
 
 # A count or fraction of tokens, a list with one of these per layer, or (r, inflection).
 TokensFused = int | float | list[int | float] | tuple[int | float, int | float]
@@ -217,11 +216,6 @@ class ScheduleMixin:
                 f"{nothing} there"
             )
         return amount
-
-
-def count_or_fraction(amount: int | float, whole: int) -> int:
-    """A count unchanged, or a fraction in (0, 1) times ``whole``, rounded down."""
-    return int(whole * amount) if 0 < amount < 1 else int(amount)
 
 
 def _constant(amount: Any) -> Any:
