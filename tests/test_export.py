@@ -35,7 +35,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "tome": {"reduction": "tome"},
     "pitome": {"reduction": "pitome"},
     "diffrate": {"reduction": "diffrate", "dropped": 4, "restore": False},
-    "none": {"reduction": "none"},
 }
 
 
@@ -67,7 +66,7 @@ def assert_computes(file: str, model: Model) -> None:
 @pytest.mark.parametrize(
     ("kind", "variant"),
     # ONNX goes by torch.export as well: what can't be traced fails there.
-    [("onnx", name) for name in VARIANTS] + [("pt2", "precise, sizes"), ("pt2", "past, mean")],
+    [*(("onnx", name) for name in VARIANTS), ("pt2", "precise, sizes")],
 )
 def test_a_file_computes_what_its_model_does(kind: str, variant: str) -> None:
     attention = "eager" if variant in ("past, mean", "tome") else "sdpa"
