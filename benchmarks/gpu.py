@@ -597,8 +597,8 @@ def measure(bench: Bench, jobs: Sequence[Job], seconds: float, file: str) -> int
                 if not row.get("good", True):
                     results["failed"].append({"job": f"{part}: {name}", "error": "not good"})
         except Exception as error:  # any error: the other jobs still run
-            told = "".join(traceback.format_exception(error))
-            results["failed"].append({"job": f"{part}: {name}", "error": told})
+            text = "".join(traceback.format_exception(error))
+            results["failed"].append({"job": f"{part}: {name}", "error": text})
             print(f"FAILED {part}: {name}: {error!r}", flush=True)
         longest[part] = max(longest.get(part, 0), time.monotonic() - begun)
         gc.collect()

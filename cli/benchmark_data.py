@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain, islice, repeat
 from typing import Any
 
@@ -77,15 +77,21 @@ def images_per_second(
     module = HFImageDataModule(**data)
     processor = ViTImageProcessorPil(size={"height": image_size, "width": image_size})
     module.open("fit", ImageTask(processor, num_labels))
-    made = (
-        module.augment(fabric.to_device(module.on_before_batch_transfer(batch, 0)))
-        for batch in chain.from_iterable(repeat(module.training_loader()))
-    )
-    for _ in islice(made, warmup):
-        pass
-    start = time.perf_counter()
-    images = sum(len(batch["labels"]) for batch in islice(made, batches))
-    if fabric.device.type == "cuda":
-        torch.cuda.synchronize(fabric.device)
-    module.teardown("fit")
-    return images / (time.perf_counter() - start)
+    try:
+        made = (
+            module.augment(fabric.to_device(module.on_before_batch_transfer(batch, 0)))
+            for batch in chain.from_iterable(repeat(module.training_loader()))
+        )
+        _, start = _take(made, warmup, fabric.device)
+        images, end = _take(made, batches, fabric.device)
+    finally:
+        module.teardown("fit")
+    return images / (end - start)
+
+
+def _take(batches: Iterator[dict[str, Any]], count: int, device: torch.device) -> tuple[int, float]:
+    """Take some batches: the number of their images, and the time when the device is done."""
+    images = sum(len(batch["labels"]) for batch in islice(batches, count))
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return images, time.perf_counter()

@@ -153,7 +153,7 @@ class HFImageDataModule(L.LightningDataModule):
         self.seed = seed
         self.label_names: list[str] | None = None
         self._named: NamedDataset | None = None
-        self._task: ImageTask | None = None
+        self._opened_for: tuple[ImageTask, Share] | None = None
         self._sets = {}
         self._policy = None if rand_augment is None else RandAugment.parse(rand_augment)
         self._augmentation: BatchAugmentation | None = None
@@ -183,8 +183,8 @@ class HFImageDataModule(L.LightningDataModule):
             task: pixels and labels that the model takes.
             share: this process's part of a stream.
         """
-        if self._task != task:
-            self._task, self._sets = task, {}
+        if self._opened_for != (task, share):
+            self._opened_for, self._sets = (task, share), {}
         if stage == "predict":
             reader = PixelReader(task.processor, task.num_channels)
             self._sets["predict"] = ImageFolder(self._image_files(), reader, self.on_bad_image)
@@ -354,15 +354,16 @@ class HFImageDataModule(L.LightningDataModule):
         augmented = self.augment(batch)
         # Lightning converted the batch to the weights' precision, and augmentation changed that.
         convert = self.trainer.precision_plugin.convert_input
-        return batch | convert({name: augmented[name] for name in ("pixel_values", "labels")})
+        return augmented | convert({name: augmented[name] for name in ("pixel_values", "labels")})
 
     def augment(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Augment and normalise a batch of training images on its own device."""
         assert self._augmentation is not None
+        rest = {name: value for name, value in batch.items() if name != "draws"}
         images, labels = self._augmentation(
-            batch["pixel_values"], batch["labels"], batch.pop("draws", None)
+            batch["pixel_values"], batch["labels"], batch.get("draws")
         )
-        return {**batch, "pixel_values": images, "labels": labels}
+        return {**rest, "pixel_values": images, "labels": labels}
 
     def train_dataloader(self) -> DataLoader:
         trainer = self.trainer
@@ -379,7 +380,10 @@ class HFImageDataModule(L.LightningDataModule):
         epoch: Callable[[], int] = lambda: 0,
         batches_done: Callable[[], int] = lambda: 0,
     ) -> DataLoader:
-        """Loader of training batches, to be used with :meth:`augment` after :meth:`open`.
+        """Loader of training batches, after :meth:`open`.
+
+        Each batch goes through :meth:`on_before_batch_transfer`, then to the device, then through
+        :meth:`augment`.
 
         Args:
             share: this process's part.
@@ -395,7 +399,7 @@ class HFImageDataModule(L.LightningDataModule):
             steps = self._steps(images, share)
             # The warning does not apply: workers have separate shares, StreamLoader counts batches.
             self._quiet.enter_context(warnings.catch_warnings())
-            warnings.filterwarnings("ignore", message="Your `IterableDataset` has `__len__` define")
+            warnings.filterwarnings("ignore", message="Your `IterableDataset` has `__len__`")
             return StreamLoader(images, steps=steps, epoch=epoch, **options)
         sampler = ResumableSampler(
             images,
@@ -476,5 +480,5 @@ def _check_heads(files: Sequence[Path]) -> None:
     if errors:
         raise ValueError(
             f"{len(errors)} of {len(files)} files can't be read, the first: {errors[0]}. "
-            "--data.on_bad_image skip classifies the others, and tells of these"
+            "--data.on_bad_image skip classifies the others, and reports these"
         )

@@ -3,6 +3,7 @@
 from .checkpoints import AveragedWeights, BestCheckpoint, LastCheckpoint
 from .data import HFImageDataModule
 from .finetuning import MCTFFinetuner
+from .image_task import ImageTask
 from .model_export import HuggingFaceFolder
 from .predictions import PredictionFile
 from .watching import FusedTokensPicture, ProgressLines, Summary, Watch, make_loggers
@@ -13,6 +14,7 @@ __all__ = [
     "FusedTokensPicture",
     "HFImageDataModule",
     "HuggingFaceFolder",
+    "ImageTask",
     "LastCheckpoint",
     "MCTFFinetuner",
     "PredictionFile",

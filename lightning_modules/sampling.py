@@ -69,8 +69,9 @@ def stop_with_parent_only(worker_id: int = 0) -> None:
     """Ignore SIGINT, and SIGTERM unless the parent sends it; for DataLoader's ``worker_init_fn``.
 
     Batch systems send SIGTERM, and terminals send SIGINT (Ctrl-C), to every process of a job. A
-    worker that ended then would stop the training with an error before the state is saved. Where
-    signals do not report their sender (macOS, Windows), any SIGTERM still ends a worker.
+    worker that ended then would stop the training with an error before the state is saved. Any
+    SIGTERM still ends a worker that was not forked, because its imports have started threads, and
+    one on a system where signals do not report their sender (macOS, Windows).
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):

@@ -66,7 +66,7 @@ class UnitBatches(IterableDataset):
             except UnreadableImage as error:
                 if self.on_bad_image == "error":
                     raise UnreadableImage(
-                        f"{error}. --on_bad_image skip leaves such images out, and tells of them"
+                        f"{error}. --on_bad_image skip leaves such images out, and reports them"
                     ) from error
                 warnings.warn(f"{error}: skipped", stacklevel=2)
                 unreadable.append(Unreadable(image.id, str(error)))

@@ -119,9 +119,9 @@ class TokenReductionConsistency(nn.Module):
         distance = (teacher_features.detach() - student_features).square().mean(1)  # [b]
         count = mean_over_processes(passing.sum().float())
         consistency = (distance * passing).sum() / torch.where(count > 0, count, 1)
-        weighted = self.teacher_weight * teacher_loss + self.consistency_weight * consistency
+        total = student_loss + self.teacher_weight * teacher_loss
         return ConsistencyLoss(
-            total=student_loss + weighted,
+            total=total + self.consistency_weight * consistency,
             student=student_loss,
             teacher=teacher_loss,
             consistency=consistency,

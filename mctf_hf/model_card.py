@@ -26,7 +26,7 @@ TEMPLATE = Path(__file__).with_name("model_card.md")
 
 
 @dataclass(frozen=True)
-class Method:
+class Publication:
     """A method of token reduction and its publication."""
 
     name: str
@@ -35,7 +35,7 @@ class Method:
 
 
 CITED = {
-    "mctf": Method(
+    "mctf": Publication(
         "Multi-criteria Token Fusion",
         "2403.10030",
         """@inproceedings{lee2024mctf,
@@ -46,7 +46,7 @@ CITED = {
   year      = {2024}
 }""",
     ),
-    "tome": Method(
+    "tome": Publication(
         "Token Merging",
         "2210.09461",
         """@inproceedings{bolya2023tome,
@@ -57,7 +57,7 @@ CITED = {
   year      = {2023}
 }""",
     ),
-    "pitome": Method(
+    "pitome": Publication(
         "PiToMe",
         "2405.16148",
         """@inproceedings{tran2024pitome,
@@ -69,7 +69,7 @@ CITED = {
   year      = {2024}
 }""",
     ),
-    "diffrate": Method(
+    "diffrate": Publication(
         "DiffRate",
         "2305.17997",
         """@inproceedings{chen2023diffrate,
@@ -80,7 +80,7 @@ CITED = {
   year      = {2023}
 }""",
     ),
-    "evit": Method(
+    "evit": Publication(
         "Token reorganization",
         "2202.07800",
         """@inproceedings{liang2022evit,
@@ -92,7 +92,7 @@ CITED = {
   year      = {2022}
 }""",
     ),
-    "token_mergence": Method(
+    "token_mergence": Publication(
         "Token mergence",
         "2306.04897",
         """@article{bian2023mergence,

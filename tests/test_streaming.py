@@ -288,6 +288,16 @@ def test_the_data_module_streams(folders: dict[str, str]) -> None:
     assert data.label_names == list("0123456789")
 
 
+def test_a_stream_is_opened_anew_for_another_share(folders: dict[str, str]) -> None:
+    data = data_module(folders["uneven"], ALL, streaming=True, val_split="train")
+    task = ImageTask(PROCESSOR, ALL)
+    found = []
+    for share in (Share(0, 2), Share(1, 2), Share(0, 1)):
+        data.open("validate", task, share)
+        found.append(sorted(labels_of(data.val_dataloader())))
+    assert sorted(found[0] + found[1]) == found[2] == list(range(45))
+
+
 def test_many_shards_are_shared_out_and_few_are_all_read(tmp_path: Path) -> None:
     write_shards(tmp_path / "many", [2] * 17)
     for folder, each, all_read in (("many", 16, False), ("few", 2, True)):
