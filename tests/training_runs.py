@@ -13,10 +13,12 @@ import sys
 import time
 from collections.abc import Callable
 from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, distributed
@@ -31,7 +33,7 @@ from lightning_modules import (
     MCTFFinetuner,
 )
 from mctf_hf import fuse_tokens
-from tests.helpers import DIGITS
+from tests.helpers import DIGITS, REPOSITORY
 
 CONFIG = {
     "image_size": 16, "patch_size": 4, "hidden_size": 16, "intermediate_size": 32,
@@ -45,6 +47,9 @@ def forkserver() -> ForkServerContext:
     """Processes that begin with everything imported, and nothing else of this one."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.training_runs"])
+    with pytest.MonkeyPatch.context() as patch:  # its search path is not this process's
+        patch.setenv("PYTHONPATH", str(REPOSITORY))
+        ensure_running()
     return context
 
 
