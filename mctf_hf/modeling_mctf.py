@@ -115,7 +115,7 @@ def check_reads_class_token(model: Any) -> None:
 
 def check_options(model: Any, options: Mapping[str, Any]) -> None:
     """Raise TypeError for keyword arguments that no model of this library accepts."""
-    unknown = sorted(options.keys() - _OPTIONS)
+    unknown = sorted(set(options) - _OPTIONS)
     if unknown:
         raise TypeError(f"{type(model).__name__} takes no arguments {unknown}")
 
