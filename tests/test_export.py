@@ -375,16 +375,16 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.timeout(600)
 def test_real_weights_on_real_images() -> None:
     checkpoint = SHARED / "checkpoints" / "deit-tiny-cifar10"
-    rows = load_dataset(str(SHARED / "data" / "cifar10"), split="test[:100]")
+    rows = load_dataset(str(SHARED / "data" / "cifar10"), split="test[:200]")
     processor = AutoImageProcessor.from_pretrained(checkpoint, backend="pil")
     pixels = processor([np.asarray(image) for image in rows["image"]], return_tensors="pt")
     model = MCTFViTForImageClassification.from_pretrained(
         checkpoint, r=0.35, fusion_layers=[3, 6, 9]
     ).eval()
     to_onnx(model, "model.onnx", image_processor=processor)
-    found = check(model, "model.onnx", pixels["pixel_values"].split([1, 49, 50]))
+    found = check(model, "model.onnx", pixels["pixel_values"].split([1, 49, 150]))
     assert found.top1 == 1
-    assert found.differing <= 0.01  # one; torch in float64 differs in none
+    assert found.differing <= 0.005  # one; torch in float64 differs in none
 
 
 def test_a_full_disk_is_told_with_the_file_that_was_asked_for(

@@ -24,11 +24,11 @@ MOST = 2**30  # bytes
 PRECIOUS = "{outside}/precious"  # a file that is not the folder's
 # Commands, of the hostile FOLDER, of a SOUND one and of a NEW one; with how many examples.
 COMMANDS = {
-    "convert FOLDER --output NEW": 10,
+    "convert FOLDER --output NEW": 15,
     "convert SOUND --output FOLDER": 5,
-    "push FOLDER org/model --license mit --rounds 1 --batch-size 1 --dry-run NEW": 6,
+    "push FOLDER org/model --license mit --rounds 1 --batch-size 1 --dry-run NEW": 10,
     "push SOUND org/model --license mit --rounds 1 --batch-size 1 --dry-run FOLDER": 3,
-    "push FOLDER org/model --as-is": 14,
+    "push FOLDER org/model --as-is": 20,
 }
 
 VALUES = st.recursive(

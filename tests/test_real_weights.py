@@ -1,7 +1,7 @@
 """Real weights on real images: accuracy with fusion is that of the official implementation.
 
-The official accuracy is of 10,000 images, and an eighth of them is classified here: by chance alone
-its accuracy has a standard error of 1.3%. Other tests compare every single number.
+The official accuracy is of 10,000 images, and a quarter of them is classified here: by chance alone
+its accuracy has a standard error of 0.8%. Other tests compare every single number.
 """
 
 import numpy as np
@@ -30,7 +30,7 @@ OFFICIAL = {
 
 @pytest.fixture(scope="module")
 def test_images() -> tuple[torch.Tensor, torch.Tensor]:
-    rows = load_dataset(str(SHARED / "data" / "cifar10"), split="test").select(range(0, 10_000, 8))
+    rows = load_dataset(str(SHARED / "data" / "cifar10"), split="test").select(range(0, 10_000, 4))
     processor = AutoImageProcessor.from_pretrained(CHECKPOINT, backend="pil")
     pixels = processor([np.asarray(image) for image in rows["image"]], return_tensors="pt")
     return pixels["pixel_values"], torch.tensor(rows["label"][:])
@@ -59,6 +59,6 @@ def test_accuracy_is_the_official_one_but_for_chance(
         (model(batch).logits.argmax(-1) == label).sum().item()
         for batch, label in zip(images.split(100), labels.split(100), strict=True)
     )
-    assert 100 * right / len(labels) == pytest.approx(accuracy, abs=2.6)
+    assert 100 * right / len(labels) == pytest.approx(accuracy, abs=1.6)
     model.config.skip_unread = False  # as the official code does
     assert multiply_accumulates(model.config) / 1e9 == pytest.approx(gmacs, rel=0.01)
