@@ -368,14 +368,12 @@ class HFImageDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         trainer = self.trainer
         return self.training_loader(
-            Share(trainer.global_rank, trainer.world_size),
             epoch=lambda: trainer.current_epoch,
             batches_done=lambda: trainer.fit_loop.epoch_loop.batch_progress.current.ready,
         )
 
     def training_loader(
         self,
-        share: Share = _ALONE,
         *,
         epoch: Callable[[], int] = lambda: 0,
         batches_done: Callable[[], int] = lambda: 0,
@@ -386,14 +384,14 @@ class HFImageDataModule(L.LightningDataModule):
         :meth:`augment`.
 
         Args:
-            share: this process's part.
             epoch: returns the number of the epoch that begins, for streams.
             batches_done: returns the number of batches of the epoch that an interrupted run used.
 
         Raises:
             ValueError: for a stream whose length is unknown or too short for one batch.
         """
-        images = self._sets["train"]
+        assert self._opened_for is not None
+        images, (_, share) = self._sets["train"], self._opened_for
         options = self._loader_options() | {"batches_done": batches_done}
         if isinstance(images, StreamedImages):
             steps = self._steps(images, share)
