@@ -68,11 +68,9 @@ class ImageClassifier(L.LightningModule):
 
     def on_validation_start(self) -> None:
         self.check_head()
-        self.val_loss.set_dtype(torch.float32)  # for any dtype of the weights
 
     def on_test_start(self) -> None:
         self.check_head()
-        self.test_loss.set_dtype(torch.float32)
 
     def on_predict_start(self) -> None:
         self.check_head()
@@ -99,6 +97,8 @@ class ImageClassifier(L.LightningModule):
             metrics.update(found, targets)
             if counts is not None:
                 counts.update(found, targets)
+            # Lightning moves metrics, which gives them the dtype of the weights.
+            mean_loss.set_dtype(torch.float32)
             mean_loss.update(
                 label_loss(logits[counted], wanted, self.problem_type, reduction="none")
             )
