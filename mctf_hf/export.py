@@ -9,6 +9,7 @@ import copy
 import io
 import json
 import logging
+import operator
 import os
 import shutil
 import tempfile
@@ -96,13 +97,12 @@ def to_onnx(
     # ONNX holds every attention map in any case; eager attention computes each only once.
     with draft(file) as whole, _quiet(), _attention(model, "eager"), torch.no_grad():
         program = torch.onnx.export(
-            FirstOutput(model, **amount),
-            (_example(model),),
+            _make_quantizable(_program(FirstOutput(model, **amount), _example(model))),
+            (),
             dynamo=True,
             input_names=["pixel_values"],
             output_names=[output],
             dynamic_shapes={"pixel_values": {0: BATCH}},
-            custom_translation_table=_translations(),
             verbose=False,
         )
         assert program is not None
@@ -345,44 +345,37 @@ def _metadata(model: Model, image_processor: Any, amount: dict[str, Any]) -> dic
     return {name: json.dumps(value, ensure_ascii=False) for name, value in metadata.items()}
 
 
-def _translations() -> dict[Any, Callable[..., Any]]:
-    """Replacements for operators whose shapes onnxruntime's quantization tools cannot infer.
+def _make_quantizable(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Replace operators whose shapes onnxruntime's quantization tools cannot infer, in place.
 
     The tools fail on reductions whose axes are an input, except sums and means.
     """
-    from onnxscript import opset18 as op
-
-    def axes(dims: Any) -> Any:
-        return op.Constant(value_ints=[dims] if isinstance(dims, int) else list(dims))
-
-    def norm(x: Any, ord: float = 2.0, dim: Any = None, keepdim: bool = False, **_: Any) -> Any:
-        assert ord == 2 and dim is not None
-        return op.Sqrt(op.ReduceSum(op.Mul(x, x), axes(dim), keepdims=int(keepdim)))
-
-    def extreme(x: Any, dim: int, keepdim: bool, largest: bool) -> tuple[Any, Any]:
-        values, indices = op.TopK(x, axes(1), axis=dim, largest=int(largest))
-        if not keepdim:
-            values, indices = op.Squeeze(values, axes(dim)), op.Squeeze(indices, axes(dim))
-        return values, indices
-
-    def maximum(x: Any, dim: int, keepdim: bool = False) -> tuple[Any, Any]:
-        return extreme(x, dim, keepdim, True)
-
-    def amax(x: Any, dim: Any = (), keepdim: bool = False) -> Any:
-        (dim,) = dim
-        return extreme(x, dim, keepdim, True)[0]
-
-    def amin(x: Any, dim: Any = (), keepdim: bool = False) -> Any:
-        (dim,) = dim
-        return extreme(x, dim, keepdim, False)[0]
-
-    aten = torch.ops.aten
-    return {
-        aten.linalg_vector_norm.default: norm,
-        aten.max.dim: maximum,
-        aten.amax.default: amax,
-        aten.amin.default: amin,
-    }
+    aten, call, erase = torch.ops.aten, program.graph.call_function, program.graph.erase_node
+    for node in list(program.graph.nodes):
+        with program.graph.inserting_before(node):
+            if node.target is aten.linalg_vector_norm.default:
+                x, order, *axes = node.args
+                assert order == 2 and axes
+                squares = call(aten.mul.Tensor, (x, x))
+                total = call(aten.sum.dim_IntList, (squares, *axes))
+                node.replace_all_uses_with(call(aten.sqrt.default, (total,)))
+            elif node.target in (aten.max.dim, aten.amax.default, aten.amin.default):
+                x, dims, *keepdim = node.args
+                (dim,) = dims if isinstance(dims, list) else [dims]
+                top = call(aten.topk.default, (x, 1, dim, node.target is not aten.amin.default))
+                made = [call(operator.getitem, (top, index)) for index in range(2)]
+                if keepdim != [True]:
+                    made = [call(aten.squeeze.dim, (value, dim)) for value in made]
+                if node.target is aten.max.dim:
+                    for user in list(node.users):
+                        user.replace_all_uses_with(made[user.args[1]])
+                        erase(user)
+                else:
+                    node.replace_all_uses_with(made[0])
+            else:
+                continue
+        erase(node)
+    return program
 
 
 @contextmanager
