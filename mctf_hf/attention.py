@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from .anatomy import AttentionNames
 from .fusion import Reduction, fuse, fuse_attention, unfuse
+from .records import replace
 
 # Largest attention map of one image that is held. For a larger map, the received attention is
 # computed in blocks of rows that fit a CPU's cache, and a kernel without a map applies attention.
@@ -248,7 +249,7 @@ class Rotation(NamedTuple):
             return self
         return Rotation(self.cos[:, :, :count], self.sin[:, :, :count])
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def rotate(self, x: Tensor) -> Tensor:
         """Rotate (b, h, n, d / h); the two halves of the channels are the two coordinates."""
         first, second = x.chunk(2, -1)
         return x * self.cos.to(x.dtype) + torch.cat((-second, first), -1) * self.sin.to(x.dtype)
@@ -293,7 +294,7 @@ class FusionAttention:
         ):
             x = self._part(project)(hidden_states if count is None else hidden_states[:, :count])
             x = self._heads(x if norm is None else self._part(norm)(x))
-            made.append(x if rotation is None else rotation.first(count)(x))
+            made.append(x if rotation is None else rotation.first(count).rotate(x))
         return made[0], made[1]
 
     def look_ahead(
@@ -319,7 +320,7 @@ class FusionAttention:
         query, key = self.queries_keys(hidden_states, rotation, num_queries)
         attention = Attention(query, key, bias, self._part(self.names.scaling))
         attention = attention.first(num_queries)
-        return attention._replace(map=attention.rows()) if hold_map else attention
+        return replace(attention, map=attention.rows()) if hold_map else attention
 
     def holds_map(self, hidden_states: Tensor) -> bool:
         """Whether to hold the map among tokens (b, n, d) to compute the received attention.
@@ -369,7 +370,7 @@ class FusionAttention:
         elif reduction.maximum:
             assert attention.map is not None
             shown = fuse_attention(attention.map, reduction)
-            output = self._attend(attention._replace(map=shown).first(num_queries), value)
+            output = self._attend(replace(attention, map=shown).first(num_queries), value)
         elif num_queries is not None:
             output = self._attend(attention.first(num_queries), unfuse(value, reduction))
         else:

@@ -20,6 +20,7 @@ from .anatomy import LayerNames, attention_core, attention_names, check_layer
 from .attention import FusionAttention, Rotation, is_recorded
 from .configuration_mctf import FusionConfigMixin
 from .fused_layer import FusedLayer, Step, Tokens
+from .records import replace
 from .reducers import build_reducer
 from .schedule import KeepRate, TokensFused
 
@@ -190,7 +191,7 @@ class FusedLayerList(nn.ModuleList):
             if fuses or step.num_read is not None:
                 prefix = num_tokens - rotary.coordinates.shape[0]
                 positions = nn.functional.pad(rotary.coordinates, (0, 0, prefix, 0))[None]
-                step = step._replace(frequencies=rotary.frequencies)
+                step = replace(step, frequencies=rotary.frequencies)
         own = {"attention_mask": mask}
         own |= {k: kwargs[k] for k in ("output_attentions",) if k in kwargs}
         shown, last = kwargs.get("output_attentions"), len(counts) - 1
@@ -202,10 +203,10 @@ class FusedLayerList(nn.ModuleList):
             own_way = own_way or by_map
             if layer.runs_as_host and not own_way:
                 output = layer(tokens.hidden_states, *args, **host)
-                tokens = tokens._replace(hidden_states=output)
+                tokens = replace(tokens, hidden_states=output)
             else:
                 # Reentrant checkpointing needs the hidden states as an argument of their own.
-                rest = tokens._replace(hidden_states=None)  # type: ignore[arg-type]
+                rest = replace(tokens, hidden_states=None)
                 own["step"] = step.in_layer(index, len(counts), r)
                 _, tokens = layer(tokens.hidden_states, tokens=rest, **own)
             if history:
@@ -214,8 +215,8 @@ class FusedLayerList(nn.ModuleList):
                 made.append(assignment)
         if track and tokens.sizes is None:
             sizes = hidden_states.new_ones(batch, num_tokens, dtype=torch.float32)
-            tokens = tokens._replace(sizes=sizes)
-        return tokens._replace(assignments=tuple(made)) if history else tokens
+            tokens = replace(tokens, sizes=sizes)
+        return replace(tokens, assignments=tuple(made)) if history else tokens
 
     def _is_shown(self, kwargs: dict[str, Any]) -> bool:
         """Whether attentions or hidden states are requested, or the last layer has hooks."""

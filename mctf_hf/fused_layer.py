@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .anatomy import LayerNames, attention_core
 from .attention import Attention, ColumnMeans, FusionAttention, Rotation, is_recorded
 from .fusion import Reduction, add_up, compose, fuse, fuse_sizes, images_rows
+from .records import replace
 from .reducers import Observation, Reducer, Stage
 
 
@@ -112,13 +113,14 @@ class Step(NamedTuple):
     def in_layer(self, layer: int, num_layers: int, r: int) -> "Step":
         """The instructions to one of the layers; only the last one gets ``num_read``."""
         reducer = self.reducer
-        return self._replace(
+        return replace(
+            self,
             r=r,
             reducer=None if reducer is None else reducer.for_layer(layer, num_layers),
             num_read=self.num_read if layer == num_layers - 1 else None,
         )
 
-    @property
+    # Not a property, which torch.compile of torch 2.7 cannot trace in a named tuple.
     def stage(self) -> Stage | None:
         """When tokens are reduced; ``None`` if they are not, or if no output would depend on it."""
         if self.reducer is None or not self.r:
@@ -178,14 +180,14 @@ class FusedLayer:
             if self.runs_as_host:
                 return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
             return self._run(Tokens(hidden_states), UNFUSED, *args, **kwargs).hidden_states
-        tokens = self._run(tokens._replace(hidden_states=hidden_states), step, *args, **kwargs)
+        tokens = self._run(replace(tokens, hidden_states=hidden_states), step, *args, **kwargs)
         shown = step.shown_restored and self._forward_hooks
         return tokens.restored() if shown else tokens.hidden_states, tokens
 
     def _run(
         self, tokens: Tokens, step: Step, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> Tokens:
-        stage, read = step.stage, step.num_read
+        stage, read = step.stage(), step.num_read
         shown = step.reducer is not None and bool(kwargs.get("output_attentions"))
         normed = self.norm_attention(tokens.hidden_states)
         bias = _size_bias(tokens.sizes, step, normed.dtype)
@@ -258,7 +260,7 @@ class FusedLayer:
         return getattr(self, self.names.mlp)(normed)
 
     def _add(self, tokens: Tokens, branch: Tensor, through: tuple[str, ...]) -> Tokens:
-        return tokens._replace(hidden_states=self.add(tokens.hidden_states, branch, through))
+        return replace(tokens, hidden_states=self.add(tokens.hidden_states, branch, through))
 
     def _look_ahead(
         self,
@@ -279,7 +281,7 @@ class FusedLayer:
         )
         if hold_map or stage is not Stage.AFTER_ATTENTION or is_recorded() or self.training:
             return attention
-        return attention._replace(columns=ColumnMeans() if self._sees_all_rows(step) else None)
+        return replace(attention, columns=ColumnMeans() if self._sees_all_rows(step) else None)
 
     def _sees_all_rows(self, step: Step) -> bool:
         """Whether the reducer needs the attention that each token receives from all tokens."""
@@ -329,9 +331,7 @@ def _acts(part: Any) -> bool:
     """Whether a part of a branch has an effect; a dropout needs training mode or hooks for it."""
     if not isinstance(part, nn.Module):
         return isinstance(part, Tensor) or part != 1
-    idle = isinstance(part, nn.Identity) or (
-        not part.training and next(part.parameters(), None) is None
-    )
+    idle = isinstance(part, nn.Identity) or (not part.training and not list(part.parameters()))
     return not idle or bool(part._forward_hooks or part._forward_pre_hooks)
 
 

@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput
 
 from .fused_layer import Tokens
 from .hosted_layers import Call
+from .records import replace
 
 
 def with_fusion(
@@ -41,7 +42,8 @@ def tracked(tokens: Tokens, call: Call) -> Tokens:
     device = tokens.hidden_states.device
     sizes = torch.ones(batch, num_tokens, device=device)
     places = torch.arange(num_tokens, device=device).expand(batch, -1)
-    return tokens._replace(
+    return replace(
+        tokens,
         sizes=sizes,
         rows=torch.arange(batch * num_tokens, device=device),
         assignments=(places,) * call.settings.num_hidden_layers if call.history else None,

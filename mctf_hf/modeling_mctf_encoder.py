@@ -22,6 +22,7 @@ from .modeling_mctf import (
     mean_patches,
     num_read,
 )
+from .records import replace
 from .reducers import build_reducer
 from .schedule import KeepRate, TokensFused
 
@@ -142,7 +143,7 @@ class MCTFEncoderMixin(MCTFPreTrainedMixin):
             num_read=num_read(self, num_read_tokens),
             **kwargs,
         )
-        tokens = tokens._replace(hidden_states=self.final_norm(tokens.hidden_states))
+        tokens = replace(tokens, hidden_states=self.final_norm(tokens.hidden_states))
         whole = tokens.hidden_states if drops else tokens.restored()
         return MCTFModelOutput(
             last_hidden_state=whole if config.restore else tokens.hidden_states,

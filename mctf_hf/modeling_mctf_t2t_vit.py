@@ -174,10 +174,11 @@ class T2TPatchEmbeddings(nn.Module):
                 f"widths that are multiples of {PATCH}"
             )
         x = pixel_values.permute(0, 2, 3, 1)
-        for step, transform in zip(WINDOWS, self.token_transformers, strict=False):
+        *before, last = WINDOWS
+        for step, transform in zip(before, self.token_transformers, strict=True):
             x = windows(x, *step)  # [b, h, w, c]
             x = transform(x.flatten(1, 2)).unflatten(1, x.shape[1:3])
-        return self.projection(windows(x, *WINDOWS[-1]).flatten(1, 2))
+        return self.projection(windows(x, *last).flatten(1, 2))
 
 
 def sinusoidal_positions(num_positions: int, width: int) -> Tensor:

@@ -44,6 +44,7 @@ from .modeling_mctf import (
     num_read,
     take_over_names,
 )
+from .records import replace
 from .schedule import KeepRate, TokensFused
 
 # Largest feature map that a front end computes at once on a CPU, in bytes.
@@ -440,7 +441,7 @@ class MCTFViTModel(MCTFPreTrainedMixin, ViTModel):
             num_read=num_read(self, num_read_tokens),
             **kwargs,
         )
-        tokens = tokens._replace(hidden_states=self.layernorm(tokens.hidden_states))
+        tokens = replace(tokens, hidden_states=self.layernorm(tokens.hidden_states))
         pooled = None
         if self.pooler is not None:
             pooled = self.pooler(summary(self.config, *tokens[:2])[:, None])

@@ -179,8 +179,9 @@ def _positive(seen: Tensor | None) -> Tensor:
     return seen.clamp(min=torch.finfo(seen.dtype).tiny)
 
 
+# Reducers are no frozen dataclasses: torch.compile before torch 2.10 cannot create those.
 @register("mctf")
-@dataclass(frozen=True)
+@dataclass
 class MCTFReducer(Reducer):
     """Multi-criteria Token Fusion (CVPR 2024, arXiv 2403.10030, section 3).
 
@@ -223,8 +224,9 @@ class MCTFReducer(Reducer):
             "past": Stage.AFTER_MLP,
         }
         share = config.class_share
-        needs = [*["attention_received"] * (share < 1), *["class_attention"] * (share > 0)]
-        needs += ["keys"] * bool(config.tau_sim and config.key_share)
+        needs = ["attention_received"] if share < 1 else []
+        needs += ["class_attention"] if share > 0 else []
+        needs += ["keys"] if config.tau_sim and config.key_share else []
         return cls(
             stage=stages[config.one_step_ahead],
             tau_sim=config.tau_sim,
@@ -289,7 +291,7 @@ class MCTFReducer(Reducer):
 
 
 @register("tome")
-@dataclass(frozen=True)
+@dataclass
 class ToMeReducer(Reducer):
     """Token Merging (ToMe, ICLR 2023, arXiv 2210.09461, section 3).
 
@@ -321,7 +323,7 @@ class ToMeReducer(Reducer):
 
 
 @register("pitome")
-@dataclass(frozen=True)
+@dataclass
 class PiToMeReducer(Reducer):
     """PiToMe (NeurIPS 2024, arXiv 2405.16148, section 3).
 
@@ -370,7 +372,7 @@ class PiToMeReducer(Reducer):
 
 
 @register("diffrate")
-@dataclass(frozen=True)
+@dataclass
 class DiffRateReducer(Reducer):
     """DiffRate (ICCV 2023, arXiv 2305.17997, section 3).
 
@@ -445,7 +447,7 @@ class _KeepRateReducer(Reducer):
 
 
 @register("evit")
-@dataclass(frozen=True)
+@dataclass
 class EViTReducer(_KeepRateReducer):
     """Token reorganization (EViT, ICLR 2022, arXiv 2202.07800, section 3).
 
@@ -481,7 +483,7 @@ class EViTReducer(_KeepRateReducer):
 
 
 @register("token_mergence")
-@dataclass(frozen=True)
+@dataclass
 class TokenMergenceReducer(_KeepRateReducer):
     """Token mergence (arXiv 2306.04897).
 

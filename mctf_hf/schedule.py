@@ -9,7 +9,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.fx.experimental.symbolic_shapes import guard_scalar
 
 from .reducers import Reducer, count_or_fraction
 
@@ -222,11 +221,11 @@ def _constant(amount: Any) -> Any:
     """The same numbers, each as a constant of the compiled program, with a guard.
 
     Otherwise, if a number changes in a second call, the compiler would make it a variable, and the
-    numbers of tokens too.
+    numbers of tokens too. What it hashes becomes a constant.
     """
     if isinstance(amount, (list, tuple)):
         return type(amount)([_constant(number) for number in amount])
-    return guard_scalar(amount) if isinstance(amount, (int, float)) else amount
+    return next(iter({amount})) if isinstance(amount, (int, float)) else amount
 
 
 def _fewer_by_rate(patches: int, rate: int | float, added: int) -> int:

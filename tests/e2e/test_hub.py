@@ -49,6 +49,7 @@ CODE = {
     "matching.py",
     "modeling_mctf_vit.py",
     "own_reducers.py",
+    "records.py",
     "reducers.py",
     "dependencies.py",
     "pairing.py",
