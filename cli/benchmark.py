@@ -52,7 +52,7 @@ def main(args: Sequence[str]) -> None:
     parser = parser_of("benchmark", benchmark, models=models)
     settings, given = read(parser, args)
     if settings["accuracy"] is None:
-        refuse(given, {"split", "max_images"}, "without --accuracy, which it is of")
+        refuse(given, {"split", "max_images"}, "without --accuracy, to which it belongs")
     threads = torch.get_num_threads()
     try:
         benchmark(**settings)

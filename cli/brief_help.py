@@ -44,8 +44,8 @@ FIRST = (
 # Help texts that replace the long ones of Lightning.
 WORDS = {
     "trainer.max_epochs": "epochs to train for",
-    "trainer.devices": "how many processors to use, or the numbers of which",
-    "trainer.precision": "of numbers: 32-true, bf16-mixed, 16-mixed and others",
+    "trainer.devices": "number of devices to use, or a list of their numbers",
+    "trainer.precision": "type of numbers: 32-true, bf16-mixed, 16-mixed and others",
     "ckpt_path": "checkpoint of a run, to go on from or to measure; last is that of last.folder",
 }
 
@@ -76,7 +76,7 @@ class BriefHelp:
 
     def add_help_all(self: Any) -> None:
         """Add the option ``--help_all``."""
-        self.add_argument(ALL, "--help-all", action=HelpAll, help="tell all settings, and exit")
+        self.add_argument(ALL, "--help-all", action=HelpAll, help="show all settings and exit")
 
     def format_help(self: Any, *args: Any, brief: bool = True) -> str:
         whole = super().format_help  # type: ignore[misc]
@@ -85,7 +85,7 @@ class BriefHelp:
         command = self.prog.replace(" [options]", "")
         kept = self.usage, self.epilog
         self.usage = f"{command} [--config FILE] [--SETTING VALUE …]"
-        self.epilog = f"The settings that are used most; `{command} {ALL}` tells all of them."
+        self.epilog = f"The most used settings; `{command} {ALL}` shows all of them."
         try:
             with actions_chosen(self, self._first, _rank):
                 return whole(*args)

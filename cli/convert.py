@@ -35,8 +35,8 @@ def main(args: Sequence[str]) -> None:
     checkpoint = {
         "help": "NAME[,setting=value…]: a file of weights of timm, the official MCTF, T2T-ViT or "
         f"LV-ViT ({', '.join(SUFFIXES)}), or a folder or Hub id of a ViT or DeiT of transformers "
-        "or of this library. Settings are those of fusion (r=16, r=auto:0.56, …) and, for what no "
-        "weight tells, attention_scale and skip_lambda.",
+        "or of this library. Settings are those of fusion (r=16, r=auto:0.56, …) and, for what "
+        "weights do not show, attention_scale and skip_lambda.",
     }
     settings, _ = read(parser_of("convert", convert, checkpoint=checkpoint), args)
     convert(**settings)
@@ -91,7 +91,7 @@ def convert(
     origin = processor or (name if source == "hf" else None)
     image_processor = evaluation_processor(config) if origin is None else _taken(origin, config)
     folder = save(model, image_processor, output)
-    lines |= _summary(model, origin or "DeiT's evaluation on ImageNet, for no other was named")
+    lines |= _summary(model, origin or "DeiT's evaluation on ImageNet, since no other was given")
     for heading, text in {**lines, "written": folder}.items():
         print(f"{heading:<18}{text}")
 

@@ -295,7 +295,8 @@ def _warn_of_other_versions(earlier: dict[str, Any] | None, record: Mapping[str,
     other = [f"{name} {before[name]}" for name, now in record["versions"].items()
              if name in before and before[name] != now]  # fmt: skip
     if other:
-        print(f"The shards that are there are by {', '.join(other)}: others may differ by rounding")
+        by = ", ".join(other)
+        print(f"The existing shards were written by {by}: new ones may differ by rounding")
 
 
 def _result_text(manifest: Mapping[str, Any], output: str) -> str:
@@ -309,7 +310,7 @@ def _result_text(manifest: Mapping[str, Any], output: str) -> str:
 
 def _pace_text(pace: Pace) -> str:
     if not pace.speed:
-        return "too few batches to tell the speed"
+        return "too few batches to measure the speed"
     waited = 100 * (pace.share_waited or 0)
     return (
         f"{pace.speed:,.1f} images/s in this process; the model waited for images {waited:.1f}% "

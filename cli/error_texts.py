@@ -45,8 +45,8 @@ def _message(error: BaseException) -> str:
     text = str(error).strip()
     if text.startswith("DataLoader worker"):
         return (
-            f"a process that loads images has died ({text}): mostly the memory was full, "
-            "then take fewer num_workers, or a smaller batch_size or shuffle_buffer; checkpoints "
+            f"a process that loads images has died ({text}), usually because the memory was "
+            "full: use fewer num_workers, or a smaller batch_size or shuffle_buffer; checkpoints "
             "saved so far are untouched"
         )
     _, traceback, rest = text.rpartition("Traceback (most recent call last):")

@@ -43,7 +43,7 @@ def main(args: Sequence[str]) -> None:
     parser = parser_of("export", export, model=model)
     settings, given = read(parser, args)
     if not settings["speed"]:
-        refuse(given, {"rounds"}, "without --speed true, which it is of")
+        refuse(given, {"rounds"}, "without --speed true, to which it belongs")
         if "batch_size" in given and settings["batch_size"] > settings["count"] - 3:
             raise ValueError(
                 f"batch_size={settings['batch_size']!r} has no effect with "
@@ -165,7 +165,7 @@ def _agreement(
     sizes = ", ".join(map(str, sorted(set(found.batch_sizes))))
     table = Table(title=f"{shown} in batches of {sizes}")
     if rounding is not None:
-        table.caption = "Where two tokens attract all but equally, rounding decides which one fuses"
+        table.caption = "Where two tokens attract almost equally, rounding decides which one fuses"
     table.add_column("compared with torch", overflow="fold")
     top1 = [] if found.top1 is None else ["same top-1"]  # an encoder has none
     for heading in ("max difference", f"images > {TOLERANCE:g}", *top1):

@@ -32,7 +32,7 @@ class BriefErrors:
         parser = getattr(ex, "subcommand_parser", None) or self
         command = parser.prog.replace(" [options]", "")
         print(f"{command}: error: {brief(message, option_strings(parser))}", file=sys.stderr)
-        print(f"({command} {getattr(parser, 'whole_help', '--help')} tells all)", file=sys.stderr)
+        print(f"({command} {getattr(parser, 'whole_help', '--help')} shows all)", file=sys.stderr)
         sys.exit(MISUSED)
 
 

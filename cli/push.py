@@ -36,7 +36,7 @@ def main(args: Sequence[str]) -> None:
     """Read the command line and run :func:`push_model`."""
     flags = {
         "private": "make a new repository private",
-        "as_is": "push the folder as it lies there, measuring and writing nothing",
+        "as_is": "push the folder as it is, without measuring or writing anything",
     }
     parser = parser_of(
         "push",
@@ -51,7 +51,7 @@ def main(args: Sequence[str]) -> None:
     if settings["as_is"]:
         refuse(given - OF_AS_IS, given, "beside --as-is, which measures and writes nothing")
     if settings["dataset"] is None:
-        refuse(given, OF_DATASET, "without --dataset, which it is of")
+        refuse(given, OF_DATASET, "without --dataset, to which it belongs")
     push_model(**settings)
 
 
@@ -172,14 +172,14 @@ def push_model(
 def _send(folder: Path, repo_id: str, to: dict[str, Any]) -> None:
     """Push a folder unchanged; ``to`` contains the further arguments of :func:`push`."""
     if not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is not a folder, which --as-is pushes as it lies there")
+        raise NotADirectoryError(f"{folder} is not a folder: --as-is pushes a folder as it is")
     _list(folder)
     try:
         commit = push(folder, repo_id, **to)
     except (ConnectionError, ValueError) as error:
         kind = ConnectionError if isinstance(error, ConnectionError) else ValueError
         raise kind(
-            f"{error}\nWhat was to go up lies in {folder}. This pushes it without measuring again:"
+            f"{error}\nThe files are in {folder}. This pushes them without measuring again:"
             f"\n{_as_is(folder, repo_id, to)}"
         ) from error
     print(f"{commit.commit_url}\nrevision={commit.oid!r} pins it")

@@ -105,7 +105,7 @@ def tune_model(
     storage = Path(study or f"{output.rstrip('/')}.study")
     if not storage.resolve().parent.is_dir():
         raise FileNotFoundError(
-            f"study={str(storage)!r} cannot be written: its folder is not there"
+            f"study={str(storage)!r} cannot be written: its folder does not exist"
         )
 
     console = Console()

@@ -69,7 +69,7 @@ def find_image_column(
 ) -> str:
     """The given image column, or the only one. Raises the errors of :func:`find_columns`."""
     if rows.features is None:
-        raise ValueError(f"{origin} does not tell its columns: its files can't be streamed")
+        raise ValueError(f"{origin} does not state its columns: its files can't be streamed")
     image = _column(rows, "image_column", image_column, ImageFeature, origin)
     if not isinstance(rows.features[image], ImageFeature):
         raise ValueError(

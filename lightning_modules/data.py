@@ -124,7 +124,7 @@ class HFImageDataModule(L.LightningDataModule):
         if streaming and repeated_augmentation > 1:
             raise ValueError(
                 f"repeated_augmentation={repeated_augmentation!r} is not allowed with streaming: "
-                "a stream tells each image once"
+                "a stream yields each image once"
             )
         self.dataset = dataset
         self.name = name
@@ -420,8 +420,8 @@ class HFImageDataModule(L.LightningDataModule):
         rows = self.train_images or self.named.count(self.train_split)
         if rows is None:
             raise ValueError(
-                f"train_images is not set, and {images.origin} does not tell how many rows it "
-                "has, which the length of an epoch depends on"
+                f"train_images is not set, and {images.origin} does not say how many rows it "
+                "has, and the length of an epoch depends on it"
             )
         steps = rows // (self.batch_size * share.world_size)
         if not steps:

@@ -162,8 +162,8 @@ class WriteShards(Callback):
             trainer.strategy.barrier("mctf embed: all shards are written")
         except RuntimeError as error:
             raise RuntimeError(
-                "another process has ended, by an error that it tells itself: the shards that are "
-                "there are complete, and the same command goes on from them"
+                "another process has ended with an error, which it reports itself: the shards "
+                "written so far are complete, and the same command goes on from them"
             ) from error
         run = self.run
         self.manifest = by_the_first(trainer, lambda: run.folder.finish(run.source.num_units))

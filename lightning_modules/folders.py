@@ -222,5 +222,5 @@ def _metadata(file: Path, images: Sequence[Path], left_out: Counter[str]) -> dic
     for row, name in enumerate(names):
         if name not in known:
             raise ValueError(f"row {row} of {file}: there is no image {name!r} in {folder}")
-    left_out[f"that {file.name} does not tell of"] += len(known - set(names))
+    left_out[f"that {file.name} does not list"] += len(known - set(names))
     return {"image": [str(folder / name) for name in names], **columns}

@@ -102,7 +102,7 @@ def _loaded_or_made(
         _check_names("config", config, (*names, "num_labels"))
         if num_labels is None and not {"num_labels", "id2label"} & config.keys():
             raise ValueError(
-                f"config={config!r} tells no number of classes: set num_labels, there or beside it"
+                f"config={config!r} states no number of classes: set num_labels, there or beside it"
             )
         model_config = config_class(**only_if_asked({**config, **labels, **fusion}))
         return build(model_config), usual_processor(model_config)

@@ -88,7 +88,7 @@ class StreamedImages(TorchIterableDataset):
         image, label = self.columns.image, self.columns.label
         if self.columns.by_name:
             raise ValueError(
-                f"{origin} has names for labels in {label}, whose order a stream does not tell: "
+                f"{origin} has names for labels in {label}, whose order a stream does not show: "
                 "encode them before (datasets' class_encode_column does)"
             )
         rows = rows.select_columns([image, label]).cast_column(image, ImageFeature(decode=False))
@@ -243,7 +243,7 @@ class StreamLoader(ResumableDataLoader):
 
     def __len__(self) -> int:
         if self.steps is None:
-            raise TypeError("a stream does not tell its length")
+            raise TypeError("a stream does not know its length")
         return self.steps
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]

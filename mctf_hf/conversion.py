@@ -125,8 +125,8 @@ def _num_heads(hidden_size: int, num_heads: int | None) -> int:
     if num_heads is None:
         if hidden_size % 64 or hidden_size > 1024:
             raise ValueError(
-                f"num_heads is not set, and {hidden_size} channels do not tell it: set it to the "
-                "number of attention heads"
+                f"num_heads is not set, and {hidden_size} channels do not determine it: set it "
+                "to the number of attention heads"
             )
         return hidden_size // 64
     if num_heads < 1 or hidden_size % num_heads:

@@ -97,7 +97,7 @@ def in_channels(image: Image.Image, channels: int = 3) -> Image.Image:
     if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert(mode)
     if image.mode in ("I", "F"):
-        raise ValueError(f"mode {image.mode} does not tell what is white")
+        raise ValueError(f"mode {image.mode} does not define what is white")
     return image.convert(mode)
 
 

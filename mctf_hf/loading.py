@@ -67,7 +67,7 @@ def load_pretrained(
     if "model_type" not in stored_config(name):
         raise ValueError(
             f"{name} holds no model of transformers, for its config.json has no model_type: if it "
-            "is timm's, convert the model.safetensors that lies there"
+            "is timm's, convert its model.safetensors"
         )
     model_class = class_of(name) if model_class is None else model_class
     model_class.config_class.from_pretrained(name, **settings)  # checks the architecture

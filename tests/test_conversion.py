@@ -158,14 +158,14 @@ def test_an_architecture_is_told_from_its_shapes(dtype: torch.dtype, images: Ten
 
 def test_heads_are_asked_for_where_nothing_tells_them() -> None:
     torch.save(WEIGHTS, "w.pth")
-    told = "w.pth: num_heads is not set, and 24 channels do not tell it"
+    told = "w.pth: num_heads is not set, and 24 channels do not determine it"
     assert told in refused("w.pth")
     for heads in ("5", "0", "-2"):
         message = refused("w.pth", "--num_heads", heads)
         assert f"w.pth: num_heads={heads} is not allowed: it divides the 24 channels" in message
     with torch.device("meta"):  # ViT-H has 80 channels per head
         huge = in_timm_names(tiny_model(hidden_size=1280, num_attention_heads=16).state_dict())
-    with pytest.raises(ValueError, match="num_heads is not set, and 1280 channels do not tell it"):
+    with pytest.raises(ValueError, match="num_heads is not set, and 1280 channels do not"):
         infer_config(huge, "timm")
     assert infer_config(huge, "timm", num_heads=16).num_attention_heads == 16
 

@@ -435,7 +435,7 @@ def test_a_killed_worker_is_one_clear_error(
         main(words)
     (line,) = [line for line in capfd.readouterr().err.splitlines() if "mctf: error:" in line]
     assert "a process that loads images has died (DataLoader worker (pid" in line
-    assert "take fewer num_workers" in line
+    assert "use fewer num_workers" in line
 
 
 def test_processors_that_crop_give_their_crop_in_training_too() -> None:
@@ -459,5 +459,5 @@ def test_sixteen_bits_keep_their_upper_half_and_numbers_without_an_end_are_refus
     assert np.asarray(read_image(io.BytesIO(grey)))[0, :, 0].tolist() == [128, 255]
     for mode in ("I", "F"):
         stored = {"bytes": encoded(Image.new(mode, (4, 4)), "tiff"), "path": None}
-        with pytest.raises(ValueError, match=f"row 3 .*: mode {mode} does not tell what is white"):
+        with pytest.raises(ValueError, match=f"row 3 .*: mode {mode} does not define what"):
             decode(stored, "row 3")

@@ -185,7 +185,7 @@ def test_a_new_head_is_named_after_the_datasets_classes(tmp_path: Path, tiny_fol
         ({"pretrained": None, "config": {**TINY, "num_labels": 0}}, "num_labels=0 of config"),
         (
             {"pretrained": None, "config": {"hidden_size": 24}},
-            "tells no number of classes: set num_labels",
+            "states no number of classes: set num_labels",
         ),
         (
             {"num_labels": 1, "problem_type": "multi_label_classification"},

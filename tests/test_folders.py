@@ -106,7 +106,7 @@ def test_links_are_followed_and_what_is_left_out_is_counted(tmp_path: Path) -> N
 def test_metadata_tells_the_classes(tmp_path: Path) -> None:
     folder = plant(tmp_path / "a", "img/1.png", "img/2.png", "img/3.png")
     (folder / "metadata.csv").write_text("file_name,label\nimg/2.png,dog\nimg/1.png,cat\n")
-    with pytest.warns(UserWarning, match="1 that metadata.csv does not tell of"):
+    with pytest.warns(UserWarning, match="1 that metadata.csv does not list"):
         assert seen(folder) == {"train": [("img/2.png", "dog"), ("img/1.png", "cat")]}
     split = plant(tmp_path / "b", "train/1.png", "test/2.png")
     for name, number in (("train", 1), ("test", 2)):

@@ -39,7 +39,7 @@ def test_help_begins_with_what_people_use(capsys: pytest.CaptureFixture) -> None
     listed = re.findall(r"^  --(\w+)\.", brief, re.MULTILINE)
     assert list(dict.fromkeys(listed))[:3] == ["model", "data", "trainer"]
     assert {"--model.r", "--data.dataset", "--export.folder", "--ckpt_path"} <= options(brief)
-    assert "`mctf fit --help_all` tells all of them" in brief
+    assert "`mctf fit --help_all` shows all of them" in brief
     assert shown(capsys, "fit", "--help-all") == everything
 
 

@@ -133,7 +133,7 @@ def test_numbers_without_an_end_are_refused_in_a_folder_too(
     (tmp_path / "photos" / "a.tiff").write_bytes(encoded(Image.new(mode, (8, 8), 3), "tiff"))
     words = ["visualize", f"{tiny_folder},r=4", "--images", str(tmp_path / "photos")]
     line = fails([*words, "--output", "x.png"], capsys)
-    assert "a.tiff" in line and f"mode {mode} does not tell what is white" in line
+    assert "a.tiff" in line and f"mode {mode} does not define what is white" in line
 
 
 @pytest.mark.parametrize(

@@ -277,7 +277,7 @@ def test_the_data_module_streams(folders: dict[str, str]) -> None:
     data = stream(folders["tar"], label_column="cls", train_images=45)
     assert len(data.train_dataloader()) == 9
     data = stream(folders["tar"], label_column="cls")
-    with pytest.raises(ValueError, match="train_images is not set, and .* does not tell how many"):
+    with pytest.raises(ValueError, match="train_images is not set, and .* does not say how many"):
         data.train_dataloader()
     with pytest.raises(ValueError, match="batch_size=50 is not allowed: .* has 45 rows, less than"):
         stream(folders["uneven"], label_column="label", batch_size=50).train_dataloader()
