@@ -165,7 +165,8 @@ def test_heads_are_asked_for_where_nothing_tells_them() -> None:
         assert f"w.pth: num_heads={heads} is not allowed: it divides the 24 channels" in message
     with torch.device("meta"):  # ViT-H has 80 channels per head
         huge = in_timm_names(tiny_model(hidden_size=1280, num_attention_heads=16).state_dict())
-    with pytest.raises(ValueError, match="num_heads is not set, and 1280 channels do not"):
+    unknown = "num_heads is not set, and 1280 channels do not determine it"
+    with pytest.raises(ValueError, match=unknown):
         infer_config(huge, "timm")
     assert infer_config(huge, "timm", num_heads=16).num_attention_heads == 16
 

@@ -459,5 +459,6 @@ def test_sixteen_bits_keep_their_upper_half_and_numbers_without_an_end_are_refus
     assert np.asarray(read_image(io.BytesIO(grey)))[0, :, 0].tolist() == [128, 255]
     for mode in ("I", "F"):
         stored = {"bytes": encoded(Image.new(mode, (4, 4)), "tiff"), "path": None}
-        with pytest.raises(ValueError, match=f"row 3 .*: mode {mode} does not define what"):
+        refused = f"row 3 .*: mode {mode} does not define what is white"
+        with pytest.raises(ValueError, match=refused):
             decode(stored, "row 3")
