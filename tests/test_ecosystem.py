@@ -15,6 +15,8 @@ from transformers import (
     AutoModelForImageClassification,
     Trainer,
     TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
     ViTImageProcessorPil,
     pipeline,
 )
@@ -24,7 +26,7 @@ from mctf_hf.hub import save
 from mctf_hf.losses import TokenReductionConsistency
 from mctf_hf.teacher import teacher_r
 from mctf_hf.trainer import ConsistencyTrainer
-from tests.helpers import DIGITS, REPOSITORY, tiny_model
+from tests.helpers import DIGITS, REPOSITORY, TINY, tiny_model
 from tests.strangers import BLOCKED, environment_of_a_stranger
 
 pytestmark = pytest.mark.timeout(300)
@@ -282,7 +284,12 @@ accelerator.end_training()
 """
 
 
-def test_accelerate_launches_two_processes(tiny_folder: Path, tmp_path: Path) -> None:
+def test_accelerate_launches_two_processes(tmp_path: Path) -> None:
+    # With the weights of 0.02 that suit a real width, one of 24 learns in 80 steps only by luck.
+    start = ViTConfig(**{**TINY, "num_labels": 10, "initializer_range": 0.15})
+    torch.manual_seed(0)
+    ViTForImageClassification(start).save_pretrained("start")
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained("start")
     (tmp_path / "train.py").write_text(LAUNCHED)
     done = subprocess.run(
         [
@@ -290,7 +297,7 @@ def test_accelerate_launches_two_processes(tiny_folder: Path, tmp_path: Path) ->
             sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu",
             "--num_processes", "2",
             "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-            "--main_process_port", "0", "train.py", str(tiny_folder), DIGITS,
+            "--main_process_port", "0", "train.py", "start", DIGITS,
         ],
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), "ACCELERATE_USE_CPU": "true"},
         capture_output=True,
@@ -302,8 +309,8 @@ def test_accelerate_launches_two_processes(tiny_folder: Path, tmp_path: Path) ->
     assert report["weights"][0] == report["weights"][1]
     losses = report["losses"]
     assert len(losses) == 2 * -(-report["rows"] // 32)
-    assert sum(losses[-10:]) < sum(losses[:10]) - 10 * 0.4
-    assert report["accuracy"] > 0.1
+    assert sum(losses[-10:]) < sum(losses[:10]) - 10 * 0.8
+    assert report["accuracy"] > 0.3
     assert AutoModelForImageClassification.from_pretrained(tmp_path / "trained").config.r == 6
     record = json.loads((tmp_path / "trained" / "training.json").read_text())
     assert (record["r_max"], record["epochs"], record["global_batch_size"]) == (4, 2, 32)
