@@ -136,10 +136,10 @@ class Bench:
     def plain(self, name: str, dtype: torch.dtype | None = None) -> Any:
         """Make the plain model of a preset."""
         own = preset_class(name)
-        plain = plain_class(own)
+        config = preset(name, **(TINY if self.tiny else {}))
+        plain = plain_class(own, config)
         assert plain is not None
-        config = plain_config(own, preset(name, **(TINY if self.tiny else {})))
-        return self.made(plain, config, dtype)
+        return self.made(plain, plain_config(own, config), dtype)
 
     def made(self, kind: Any, config: Any, dtype: torch.dtype | None) -> Any:
         """Make a model of a class for inference, with random weights."""

@@ -223,10 +223,11 @@ def _accuracies(
     """Mean :class:`.Quality` of each contestant over the images."""
     judged = _judged(contestants)
     sums = torch.zeros(len(contestants), dtype=torch.float64)
-    by_processor: dict[str, list[int]] = {}
+    groups: dict[tuple[str, str], list[int]] = {}  # models with the same pixels and labels
     for i, images in enumerate(labelled):
-        by_processor.setdefault(images.reader.processor.to_json_string(), []).append(i)
-    for members in by_processor.values():
+        key = images.reader.processor.to_json_string(), str(images.label_names)
+        groups.setdefault(key, []).append(i)
+    for members in groups.values():
         images = labelled[members[0]]
         for batch in DataLoader(images, batch_size=64, num_workers=2):
             pixels = batch["pixel_values"].to(device, dtype)

@@ -84,10 +84,11 @@ def make(words: str, image_size: int | None, dtype: torch.dtype, device: str) ->
             f"slice={slice_size!r} of {words!r} is not allowed: it is a count of images"
         )
     attention = {k: settings.pop(k) for k in ("attn_implementation",) if k in settings}
-    torch.manual_seed(0)
     missing: tuple[str, ...] = ()
     if name in PRESETS:
-        model, config, cost = _from_preset(name, settings, attention, image_size)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model, config, cost = _from_preset(name, settings, attention, image_size)
     elif Path(name).is_dir() or HUB_ID.fullmatch(name):
         model, config, cost, missing = _from_checkpoint(name, settings, attention, image_size)
     else:
@@ -128,9 +129,8 @@ def _from_preset(
     config = preset(name, **sizes, **chosen)
     config.check_effect(chosen)
     own = preset_class(name)
-    special = getattr(config, "distillation_token", False)
-    plain_of = plain_class(own)
-    if settings or plain_of is None or special:
+    plain_of = plain_class(own, config)
+    if settings or plain_of is None:
         model = own._from_config(config, **attention)
         return model, config, multiply_accumulates(model, image_size=image_size)
     plain = plain_of._from_config(plain_config(own, config), **attention)
@@ -146,7 +146,7 @@ def _from_checkpoint(
     size: dict[str, Any] = {}
     if config.any_size and image_size is None:
         size = settle_size(config, load_image_processor(name))
-    plain = plain_class(own)
+    plain = plain_class(own, config)
     stored = AutoConfig.from_pretrained(name).model_type
     if settings or plain is None or stored in BACKBONES:
         settings = resolve(config, settings_for(name, settings), image_size)
@@ -168,7 +168,7 @@ def _sliced(
 ) -> nn.Module:
     """The plain model, with as many tokens in each layer as in the fusing ``model``."""
     own, reducer = type(model), build_reducer(config)
-    plain = plain_class(own)
+    plain = plain_class(own, config)
     if reducer is None or plain is None:
         raise ValueError(
             f"sliced of {words!r} has no effect: name what is fused, in a model that transformers "

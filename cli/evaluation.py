@@ -115,13 +115,11 @@ def evaluate(
 
 def plain_model(model: Any) -> Any:
     """The model of transformers with the same weights; ``None`` if transformers has none."""
-    config, plain = model.config, plain_class(type(model))
-    special = isinstance(config, MCTFViTConfig) and (
-        not config.class_token or config.num_prefix_tokens != 1 or config.multi_scale
-    )
-    if plain is None or special:
+    own, config = type(model), model.config
+    plain = plain_class(own, config)
+    if plain is None:
         return None
-    made = plain(plain_config(type(model), config))
+    made = plain(plain_config(own, config))
     made.load_state_dict(model.state_dict())
     return made.to(model.dtype).eval()
 

@@ -117,8 +117,9 @@ def _load(words: str) -> tuple[Any, Any]:
         return model.float(), processor
     config = preset(name, **resolve(preset(name), only_if_asked(settings)))
     config.check_effect(settings)
-    torch.manual_seed(0)
-    return preset_class(name)(config).eval(), None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return preset_class(name)(config).eval(), None
 
 
 def _pixel_values(

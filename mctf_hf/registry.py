@@ -248,14 +248,22 @@ def class_of(name: str | os.PathLike) -> type[Any]:
     return entry.further[0] if entry.further and embeds else entry.model
 
 
-def plain_class(own: type[Any]) -> type[Any] | None:
-    """The transformers class with the same weights as a class of this library, if any."""
+def plain_class(own: type[Any], config: Any) -> type[Any] | None:
+    """The transformers class with the same weights as a class of this library, if any.
+
+    A ViT has none if its configuration has other tokens before the patches than a class token, or
+    coarser patches.
+    """
+    if isinstance(config, MCTFViTConfig) and (
+        not config.class_token or config.num_prefix_tokens != 1 or config.multi_scale
+    ):
+        return None
     return next((entry.plain[own] for entry in BACKBONES.values() if own in entry.plain), None)
 
 
 def plain_config(own: type[Any], config: Any) -> Any:
     """The configuration of the plain model of a class, from a configuration of this library."""
-    plain = plain_class(own)
+    plain = plain_class(own, config)
     assert plain is not None
     known = {one.name for one in fields(plain.config_class)}
     kept = {name: value for name, value in config.to_dict().items() if name in known}

@@ -8,9 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import load_dataset
 from matplotlib.figure import Figure
 from PIL import Image
-from transformers import ViTForImageClassification
+from transformers import (
+    DeiTConfig,
+    DeiTForImageClassificationWithTeacher,
+    ViTForImageClassification,
+)
 
 from cli.contestants import make
 from cli.evaluation import open_labelled
@@ -21,7 +26,7 @@ from mctf_hf import MCTFViTForImageClassification
 from mctf_hf.cost import describe, multiply_accumulates, r_for_budget
 from mctf_hf.hub import load_image_processor, save
 from mctf_hf.presets import preset
-from tests.helpers import DIGITS, tiny_model
+from tests.helpers import DIGITS, TINY, tiny_model
 
 
 def test_a_table_a_file_and_a_picture(tiny_folder: Path, capsys: pytest.CaptureFixture) -> None:
@@ -127,7 +132,8 @@ def test_real_images_of_another_size_in_bfloat16(tiny_folder: Path) -> None:
 
 
 def test_accuracy_is_counted_beside_speed(tiny_folder: Path, capsys: pytest.CaptureFixture) -> None:
-    models = [f"{tiny_folder}{settings}" for settings in ("", ",r=8", ",reduction=evit,r=0")]
+    none = ",reduction=evit,keep_rate=1"
+    models = [f"{tiny_folder}{settings}" for settings in ("", ",r=8", none)]
     words = ["--accuracy", DIGITS, "--max_images", "50", "--rounds", "1", "--batch_sizes", "[2]"]
     main(["benchmark", *models, *words, "--output", "o.json"])
     assert "top-1" in capsys.readouterr().out
@@ -175,6 +181,40 @@ def test_each_model_gets_images_from_its_own_processor(tiny_folder: Path, tmp_pa
         rows = json.loads(Path("o.json").read_text())["results"]
         found.append({Path(row["model"]).name: row["accuracy"] for row in rows})
     assert found[0] == found[1] and len(set(found[0].values())) == 2
+
+
+def test_the_order_of_classes_is_that_of_each_model(tiny_folder: Path) -> None:
+    rows = load_dataset(DIGITS, split="test")
+    for i in range(11):
+        file = Path("pets", "cat" if i < 7 else "dog", f"{i}.png")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        rows[i]["image"].save(file)
+    for name, classes in {"one": ["cat", "dog"], "other": ["dog", "cat"]}.items():
+        model = ViTForImageClassification.from_pretrained(
+            tiny_folder,
+            ignore_mismatched_sizes=True,
+            id2label=dict(enumerate(classes)),
+            label2id={label: i for i, label in enumerate(classes)},
+        )
+        model.classifier.weight.data.zero_()
+        model.classifier.bias.data = torch.tensor([float(one == "cat") for one in classes])
+        model.save_pretrained(name)
+        load_image_processor(str(tiny_folder)).save_pretrained(name)
+    words = ["--accuracy", "pets", "--split", "train", "--rounds", "1", "--batch_sizes", "[1]"]
+    main(["benchmark", "./one", "./other", *words, "--output", "o.json"])
+    rows = json.loads(Path("o.json").read_text())["results"]
+    assert [row["accuracy"] for row in rows] == [7 / 11, 7 / 11]
+
+
+def test_a_plain_distilled_deit_has_its_own_weights(tiny_folder: Path) -> None:
+    plain = DeiTForImageClassificationWithTeacher(DeiTConfig(**TINY)).eval()
+    plain.save_pretrained("deit")
+    load_image_processor(str(tiny_folder)).save_pretrained("deit")
+    made = make("./deit", None, torch.float32, "cpu")
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        torch.testing.assert_close(made.model(pixels), plain(pixels).logits)
+    assert made.missing == () and made.model.model.config.num_tokens() == 66
 
 
 @pytest.mark.parametrize(
