@@ -1,6 +1,5 @@
 """``mctf demo``: trains, fuses, finetunes and compares small models of handwritten digits."""
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForImageClassification
 
-from mctf_hf.configuration_mctf import FusionConfigMixin
 from mctf_hf.cost import multiply_accumulates
 from mctf_hf.hub import load_image_processor
 from mctf_hf.images import ImageReader
@@ -55,11 +53,9 @@ def demo() -> None:
     }
     base = AutoModelForImageClassification.from_pretrained(folders["base"])
     finetuned = AutoModelForImageClassification.from_pretrained(folders["finetuned"])
-    settings = {
-        field.name: getattr(finetuned.config, field.name)
-        for field in dataclasses.fields(FusionConfigMixin)
-    }
-    untrained = AutoModelForImageClassification.from_pretrained(folders["base"], **settings)
+    untrained = AutoModelForImageClassification.from_pretrained(
+        folders["base"], **finetuned.config.fusion_settings()
+    )
     models = {
         "base": base.eval(),
         "fused, not finetuned": untrained.eval(),

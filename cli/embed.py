@@ -3,7 +3,7 @@
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +28,6 @@ from lightning_modules.embedding_run import (
 from lightning_modules.image_sources import open_source
 from lightning_modules.vector_folder import UNREADABLE, VectorFolder, row_features
 from mctf_hf.checks import check_range
-from mctf_hf.configuration_mctf import FusionConfigMixin
 from mctf_hf.embedding import Embedder, digest
 from mctf_hf.images import MODES, ImageReader, OnBadImage
 from mctf_hf.texts import TextEncoder, Texts
@@ -217,11 +216,10 @@ def _open(
         names_best=embedder.names_best,
         all_scores=texts is not None or not embedder.names_best,
     )
-    fusion = {one.name: getattr(loaded.config, one.name) for one in fields(FusionConfigMixin)}
     settings = {
         "model": model,
         "weights": digest(loaded),
-        "fusion": fusion,
+        "fusion": loaded.config.fusion_settings(),
         "image_processor": _plain(processor),
         "vector": embedder.vector,
         "normalize": normalize,

@@ -17,14 +17,12 @@ from torch.distributed.fsdp import FSDPModule
 from lightning_modules.checkpoint_files import SafeCheckpointIO
 from lightning_modules.checkpoints import by_the_first, is_there
 from lightning_modules.locks import FolderLock
-from lightning_modules.run_settings import ema_decay
+from lightning_modules.run_settings import AUGMENTATION, ema_decay
 from mctf_hf.hub import check_folder, save
 from mctf_hf.model_card import public_name
 from mctf_hf.model_folder import TRAINING
 from mctf_hf.registry import build
 from mctf_hf.teacher import r_max_of
-
-AUGMENTED = ("rand_augment", "random_erasing", "mixup", "cutmix", "repeated_augmentation")
 
 
 class HuggingFaceFolder(Callback):
@@ -119,8 +117,8 @@ def training_record(trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:
     The record may be published, so it contains only the last name of local folders.
     """
     data = trainer.datamodule
-    names = ("dataset", "name", "revision", "train_split", "batch_size", "crop", "flip", *AUGMENTED)
-    record = {name: getattr(data, name, None) for name in names}
+    names = ("dataset", "name", "revision", "train_split", "batch_size", "repeated_augmentation")
+    record = {name: getattr(data, name, None) for name in (*names, *AUGMENTATION)}
     record |= {name: value for name, value in pl_module.hparams.items() if name[0] != "_"}
     record |= {
         "problem_type": pl_module.problem_type,

@@ -1,7 +1,6 @@
 """Settings that determine the result of a run, and a check of them when the run is resumed."""
 
 import json
-from dataclasses import fields
 from typing import Any
 
 import lightning as L
@@ -40,7 +39,8 @@ _OPTIMIZER = (
 )
 _AVERAGE = "ema.decay"  # if it is set, the weights of a checkpoint are the average
 _NO_MATTER = ("attn_implementation", "compile", "reduction", "r", "keep_rate", "fusion_layers")
-_OF_DATA = ("crop", "flip", "rand_augment", "random_erasing", "mixup", "cutmix", "val_split")
+# Settings of the data module that change the images of a training.
+AUGMENTATION = ("crop", "flip", "rand_augment", "random_erasing", "mixup", "cutmix")
 
 Settings = dict[str, Any]
 
@@ -55,7 +55,9 @@ def training_settings_of(trainer: L.Trainer, pl_module: L.LightningModule) -> Se
     """Settings that determine the result of a training, by their command line names, if any."""
     data = trainer.datamodule
     names = [name.removeprefix("data.") for name in _POSITION if name.startswith("data.")]
-    found: Settings = {f"data.{name}": getattr(data, name, None) for name in (*names, *_OF_DATA)}
+    found: Settings = {
+        f"data.{name}": getattr(data, name, None) for name in (*names, *AUGMENTATION, "val_split")
+    }
     found["data.dataset"] = public_name(found["data.dataset"])  # its folder may have moved
     batch_size = getattr(data, "batch_size", None)
     if batch_size is not None:
@@ -69,9 +71,7 @@ def training_settings_of(trainer: L.Trainer, pl_module: L.LightningModule) -> Se
             found[f"model.{name}"] = value
     config = getattr(getattr(pl_module, "model", None), "config", None)
     if isinstance(config, FusionConfigMixin):
-        found |= {
-            f"model.{one.name}": getattr(config, one.name) for one in fields(FusionConfigMixin)
-        }
+        found |= {f"model.{name}": value for name, value in config.fusion_settings().items()}
         found["model.r_max"] = getattr(pl_module, "r_max", None)
     found |= {
         f"trainer.{name}": getattr(trainer, name)

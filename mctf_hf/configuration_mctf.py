@@ -29,6 +29,9 @@ logger = logging.get_logger(__name__)
 # The better value for the class token with the default method, see docs/encoders.md.
 ROPE_POSITIONS = "kept"
 
+# The amounts with which no tokens are reduced.
+_NOTHING: dict[str | None, int] = {"r": 0, "keep_rate": 1}
+
 
 def _check_reduction(value: str) -> None:
     if value != "none" and value not in REDUCERS:
@@ -127,6 +130,8 @@ class FusionConfigMixin(ScheduleMixin):
             contains the setting, the value and the allowed values.
     """
 
+    further_settings: ClassVar[tuple[str, ...]] = ()
+
     reduction: str = field(default="mctf", metadata={"validator": _check_reduction})
     inflection: float | int = field(default=0.0, metadata={"validator": check_inflection})
     # After inflection, because r=(r, inflection) sets that field too.
@@ -182,13 +187,19 @@ class FusionConfigMixin(ScheduleMixin):
                 ``inflection`` has no single ``r``, or a setting belongs to another method.
         """
         amount = None if self.reducer_class is None else self.reducer_class.amount
-        for name, nothing in (("r", 0), ("keep_rate", 1)):
-            if given.get(name) not in (None, nothing) and name != amount:
-                raise ValueError(
-                    f"{name}={given[name]!r} has no effect with reduction={self.reduction!r}, "
-                    + ("which reduces nothing" if amount is None else f"which goes by {amount}")
-                    + f": choose another reduction, or leave {name} unset"
-                )
+        for name, value in given.items():
+            if name not in _NOTHING or value is None or name == amount:
+                continue
+            if amount is None and value == _NOTHING[name]:
+                continue
+            advice = f"choose another reduction, or leave {name} unset"
+            if value == _NOTHING[name]:
+                advice = f"set {amount}={_NOTHING[amount]} to reduce nothing"
+            raise ValueError(
+                f"{name}={value!r} has no effect with reduction={self.reduction!r}, "
+                + ("which reduces nothing" if amount is None else f"which goes by {amount}")
+                + f": {advice}"
+            )
         if given.get("inflection") and (amount != "r" or isinstance(self.r, list)):
             raise ValueError(
                 f"inflection={given['inflection']!r} has no effect with "
@@ -203,6 +214,11 @@ class FusionConfigMixin(ScheduleMixin):
                     f"{name}={value!r} has no effect with reduction={self.reduction!r}: it is a "
                     f"setting of {others[name]}"
                 )
+
+    def fusion_settings(self) -> dict[str, Any]:
+        """All settings of fusion by name, and those of ``further_settings``."""
+        names = (*(setting.name for setting in fields(FusionConfigMixin)), *self.further_settings)
+        return {name: getattr(self, name) for name in names}
 
     def own_amount(self) -> dict[str, Any]:
         """The amount of reduction as an argument of the model: ``r`` or ``keep_rate``."""
@@ -261,6 +277,8 @@ class TokenFusion(FusionConfigMixin):
         rope_positions: see :class:`RotaryConfigMixin`.
         num_read_tokens: number of prefix tokens read after the last layer; ``None`` for all tokens.
     """
+
+    further_settings: ClassVar = ("rope_positions",)
 
     num_hidden_layers: int
     num_prefix_tokens: int
@@ -333,14 +351,12 @@ class EncoderConfigMixin(FusionConfigMixin):
         auto_classes: classes of the family, by the ``Auto`` class that loads them.
         plain_types: names of the plain models whose checkpoints this class loads, by model type.
         plain_parts: keys of the configurations of such models in larger ones, by the larger type.
-        further_settings: further fields that can be set like the settings of fusion.
         any_size: whether the model accepts images of any size without an option.
     """
 
     auto_classes: ClassVar[dict[str, str]]
     plain_types: ClassVar[dict[str, str]] = {}
     plain_parts: ClassVar[dict[str, str]] = {}
-    further_settings: ClassVar[tuple[str, ...]] = ()
     any_size: ClassVar[bool] = False
     _auto_class = "AutoConfig"
 

@@ -3,14 +3,14 @@
 import json
 import os
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
 
-from .configuration_mctf import EncoderConfigMixin, FusionConfigMixin
+from .configuration_mctf import EncoderConfigMixin
 from .cost import describe
 from .model_folder import TUNING_PICTURE
 from .problems import QUALITIES, problem_type
@@ -235,7 +235,7 @@ def make_card(
         config=config,
         method=CITED.get(config.reduction),
         amount=None if config.reducer_class is None else config.reducer_class.amount,
-        settings={field.name: getattr(config, field.name) for field in fields(FusionConfigMixin)},
+        settings=config.fusion_settings(),
         tokens=_tokens_by_layer(config),
         base_gmacs=described.unfused / 1e9,
         gmacs=described.of(config) / 1e9,

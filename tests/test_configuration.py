@@ -7,7 +7,7 @@ from huggingface_hub.errors import StrictDataclassError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mctf_hf import MCTFViTConfig
+from mctf_hf import MCTFDINOv3ViTConfig, MCTFViTConfig
 
 
 @pytest.mark.parametrize(
@@ -75,6 +75,27 @@ def test_r_of_one_call_replaces_the_setting() -> None:
 def test_what_is_not_allowed_is_refused_by_name(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(StrictDataclassError, match=message):
         MCTFViTConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"reduction": "evit", "r": 0}, "r=0 has no effect with .*: set keep_rate=1 to reduce not"),
+        ({"reduction": "mctf", "keep_rate": 1}, "keep_rate=1 has no effect with .*: set r=0 to re"),
+    ],
+)
+def test_nothing_is_asked_for_in_the_methods_own_amount(given: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MCTFViTConfig(**given).check_effect(given)
+    MCTFViTConfig(reduction="none").check_effect({"r": 0, "keep_rate": 1})
+
+
+def test_settings_of_some_encoders_are_settings_of_fusion() -> None:
+    config = MCTFDINOv3ViTConfig(rope_positions="mean", r=3)
+    found = config.fusion_settings()
+    assert (found["rope_positions"], found["r"]) == ("mean", 3)
+    assert "rope_positions" not in MCTFViTConfig().fusion_settings()
+    assert MCTFViTConfig(multi_scale=[2]).fusion_settings()["multi_scale"] == [2]
 
 
 def test_settings_are_checked_when_they_are_changed() -> None:
