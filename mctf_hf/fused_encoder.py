@@ -310,15 +310,18 @@ def _joined(parts: Sequence[Tokens]) -> Tokens:
 
 def check_mask(mask: Tensor | None) -> None:
     """Raise ValueError if a mask masks something, or its values cannot be read."""
-    if mask is not None and (torch.compiler.is_compiling() or not _masks_nothing(mask)):
+    if may_mask(mask):
         raise ValueError(
             "attention_mask is not allowed where tokens are fused: leave it out, or set r=0 or "
             "reduction='none'"
         )
 
 
-def _masks_nothing(mask: Tensor) -> bool:
-    return bool(mask.all() if mask.dtype == torch.bool else (mask == 0).all())
+def may_mask(mask: Tensor | None) -> bool:
+    """Whether a mask masks something, or its values cannot be read."""
+    if mask is None or torch.compiler.is_compiling():
+        return mask is not None
+    return not bool(mask.all() if mask.dtype == torch.bool else (mask == 0).all())
 
 
 def fuse_layers(

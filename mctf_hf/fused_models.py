@@ -15,7 +15,6 @@ from .files import drop_links, write_text
 from .fused_outputs import with_fusion
 from .hosted_layers import (
     SETTINGS,
-    Call,
     HostedLayerList,
     enter_calls,
     leave_calls,
@@ -112,7 +111,9 @@ def _forward_of(host: type[PreTrainedModel]) -> Callable[..., Any]:
             return run_hosted(self.fused_layers, host.forward, self, *args, **kwargs)
         active = calls
         if (r, keep_rate) != (None, None):
-            calls = [Call(call.settings, r, keep_rate) for call in calls]
+            calls = [
+                dataclasses.replace(call, r=r, keep_rate=keep_rate, tokens=None) for call in calls
+            ]
         if output_fusion:
             calls = [dataclasses.replace(call, history=True) for call in calls]
         if exported:

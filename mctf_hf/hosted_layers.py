@@ -14,13 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_mctf import FusionConfigMixin, TokenFusion
-from .fused_encoder import FusedLayerList, check_mask
+from .fused_encoder import FusedLayerList, check_mask, may_mask
 from .fused_layer import Tokens
 from .reducers import build_reducer
 from .schedule import KeepRate, TokensFused
 
 # Settings that a user can change; the encoder determines the other fields of TokenFusion.
-SETTINGS = (*(field.name for field in dataclasses.fields(FusionConfigMixin)), "rope_positions")
+SETTINGS = (
+    *(field.name for field in dataclasses.fields(FusionConfigMixin)),
+    *TokenFusion.further_settings,
+)
 
 
 @dataclasses.dataclass(eq=False)
@@ -84,29 +87,30 @@ class HostedLayerList(FusedLayerList):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run all layers: (b, n, d) -> (b, n, d), or fewer tokens if some are dropped or unread."""
-        call = self.active()
+        active = call = self.active()
         if kwargs.keys() & {"r", "keep_rate"}:  # the call bypassed the model's own forward
-            call = Call(call.settings, kwargs.pop("r", None), kwargs.pop("keep_rate", None))
+            r, keep_rate = kwargs.pop("r", None), kwargs.pop("keep_rate", None)
+            call = dataclasses.replace(call, r=r, keep_rate=keep_rate)
         refuse(kwargs)
         settings, rotary = call.settings, kwargs.pop("position_embeddings", None)
         counts = settings.tokens_fused(hidden_states.shape[1], call.r, call.keep_rate)
         read = settings.num_read_tokens
-        if not (any(counts) or read):
+        mask = args[0] if args else kwargs.get("attention_mask")
+        if not any(counts) and (not read or (may_mask(mask) and not call.unmasked)):
             if rotary is not None:
                 kwargs["position_embeddings"] = tuple(rotary.rotation)
-            call.tokens = Tokens(hidden_states)
             for layer in self.children():
                 hidden_states = layer(hidden_states, *args, **kwargs)
-            return hidden_states
+            active.tokens = Tokens(hidden_states)
+            return hidden_states[:, :read] if read else hidden_states
         reducer = build_reducer(settings)
         drops = reducer is not None and reducer.drops_tokens
-        if args:
-            mask, args = args[0], (None, *args[1:])
-        else:
-            mask = kwargs.get("attention_mask")
-            kwargs |= {"attention_mask": None} if mask is not None else {}
-        if not call.unmasked and any(counts):
+        if any(counts) and not call.unmasked:
             check_mask(mask)
+        if args:
+            args = (None, *args[1:])
+        elif mask is not None:
+            kwargs["attention_mask"] = None
         tokens = self.encode(
             hidden_states,
             *args,
@@ -120,7 +124,7 @@ class HostedLayerList(FusedLayerList):
             num_read=read,
             **kwargs,
         )
-        call.tokens = tokens
+        active.tokens = tokens
         return tokens.hidden_states if drops else tokens.restored()
 
 

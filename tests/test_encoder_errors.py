@@ -306,6 +306,8 @@ def test_a_refused_call_leaves_no_trace() -> None:
         with pytest.raises(ValueError, match="has not been called in this block of fusion_of"):
             record.assignment  # noqa: B018
         assert torch.equal(model(**inputs).last_hidden_state, expected)
+        model(**inputs, r=3)
+        assert [int(one.max()) + 1 for one in record.assignments] == [65, 62, 59, 56]
     with pytest.raises(ValueError, match="push_to_hub=True is not allowed in save_pretrained"):
         model.save_pretrained("folder", push_to_hub=True)
 

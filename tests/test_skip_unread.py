@@ -171,6 +171,16 @@ def test_image_embeddings_of_clip() -> None:
     assert found.last_hidden_state.shape == (2, 1, 24)
 
 
+@torch.no_grad()
+def test_a_mask_counts_where_nothing_is_fused() -> None:
+    model, inputs = tiny("vit")
+    masked = inputs | {"attention_mask": torch.arange(65).lt(40).expand(2, -1)}
+    expected = model(**masked).last_hidden_state[:, :1]
+    fuse_tokens(model, r=4, skip_unread=True)
+    torch.testing.assert_close(model(**masked, r=0).last_hidden_state, expected)
+    assert not torch.allclose(model(**inputs, r=0).last_hidden_state, expected, atol=1e-3)
+
+
 POOLED = ["dinov2", "dinov2 registers", "clip", "metaclip2", "dinov3", "vit", "deit", "ast"]
 
 
