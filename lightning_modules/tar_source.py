@@ -1,5 +1,6 @@
 """Image source for tar files in WebDataset format; each file is a unit."""
 
+import posixpath
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,8 @@ class TarSource(ImageSource):
 
     Args:
         image_column: extension of the images; unset, any extension of an image format.
-        columns: extensions of other files of a sample, whose text is carried along.
+        columns: extensions of other files of a sample, whose text is carried along. Upper and lower
+            case of extensions are the same.
     """
 
     kind = "tar files"
@@ -33,6 +35,8 @@ class TarSource(ImageSource):
         super().__init__(origin, Features({name: Value("string") for name in columns}))
         self.paths, self.files, self.image_column = paths, files, image_column
         self.num_units = len(paths)
+        common = posixpath.commonpath([posixpath.dirname(path) for path in paths])
+        self.names = [posixpath.relpath(path, common) for path in paths]
 
     def _identity(self) -> Iterable[str]:
         with ThreadPoolExecutor(READERS) as pool:
@@ -40,9 +44,8 @@ class TarSource(ImageSource):
             yield from (f"{path} {size}" for path, size in zip(self.paths, sizes, strict=True))
 
     def read(self, unit: int) -> Iterator[StoredImage]:
-        path = self.paths[unit]
-        name, last = path.rpartition("/")[2], "the beginning"
-        with self.files.open(path, "rb") as opened:
+        name, last = self.names[unit], "the beginning"
+        with self.files.open(self.paths[unit], "rb") as opened:
             samples = _samples(opened)
             while True:
                 try:
@@ -58,12 +61,12 @@ class TarSource(ImageSource):
 
     def _image(self, parts: dict[str, bytes]) -> tuple[Any, dict[str, Any], str | None]:
         texts: dict[str, Any] = {
-            name: parts[name].decode(errors="backslashreplace") if name in parts else None
-            for name in self.features
+            name: parts[key].decode(errors="backslashreplace") if key in parts else None
+            for name, key in ((name, name.lower()) for name in self.features)
         }
         found = [name for name in parts if is_image_name(f"x.{name}")]
         if self.image_column is not None:
-            found = [name for name in parts if name == self.image_column]
+            found = [name for name in parts if name == self.image_column.lower()]
         if len(found) != 1:
             what = "no image" if not found else f"{len(found)} images ({', '.join(found)})"
             return None, texts, f"the sample has {what} among {', '.join(parts)}"

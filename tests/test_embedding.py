@@ -191,7 +191,9 @@ def test_texts_score_images_as_in_transformers(
     assert told["labels"] == texts and told["settings"]["vector"] == "pooled"
 
 
-def test_every_kind_of_source_gives_the_same_vectors(dino: Path, photos: Path) -> None:
+def test_every_kind_of_source_gives_the_same_vectors(
+    dino: Path, photos: Path, tmp_path: Path
+) -> None:
     size = ["--shard-size", "5", "--batch-size", "5"]
     expected = vectors_of(embedded(dino, photos, "files", *size))
     write_parquet(photos, Path("tables"))
@@ -222,6 +224,13 @@ def test_every_kind_of_source_gives_the_same_vectors(dino: Path, photos: Path) -
         assert found[name]["key"].to_pylist() == list(range(100, 123)), name
     assert found["stream"]["id"].to_pylist()[6:9] == ["0-6", "1-0", "2-0"]
     assert found["tars"]["id"].to_pylist()[6:8] == ["0000.tar/000006", "0001.tar/000007"]
+    (tmp_path / "two/b").mkdir(parents=True)
+    shutil.copytree("tars", "two/a")
+    shutil.copy("tars/0000.tar", "two/b")
+    rows = embedded(dino, "two", "out two", *size, "--columns", "CLS", "--image-column", "PNG")
+    assert rows["id"].to_pylist()[0] == "a/0000.tar/000000"
+    assert rows["id"].to_pylist()[-1] == "b/0000.tar/000006"
+    assert rows["CLS"].to_pylist()[:23] == found["tars"]["cls"].to_pylist()
     assert found["tars"]["cls"].to_pylist() == [str(i % 2) for i in range(23)]
     rows = load_dataset("parquet", data_files="out tables/*.parquet", split="train")
     assert rows.features["kind"].names == ["x", "y"]
