@@ -112,7 +112,7 @@ def _source(name: str, source: str | None) -> str | None:
 
 def _from_folder(name: str, settings: dict[str, Any], processor: str | None) -> tuple[Any, Lines]:
     config = backbone_of(name).config.from_pretrained(name)
-    size = settle_size(config, load_image_processor(processor or name))
+    size = settle_size(config, _processor(processor or name))
     settings = resolve(config, settings_for(name, settings))
     model = load_pretrained(name, **settings, **size)
     return model, {"read": f"{len(model.state_dict())} weights of {name}"}
@@ -169,15 +169,20 @@ def read_labels(file: str, num_labels: int) -> list[str]:
     return [name.strip() for name in names]
 
 
-def _taken(origin: str, config: MCTFViTConfig) -> Any:
-    """Load the image processor of a folder or Hub id, and check that it fits the model."""
+def _processor(origin: str) -> Any:
+    """Load the image processor of a folder or Hub id."""
     try:
-        processor = load_image_processor(origin)
+        return load_image_processor(origin)
     except OSError as error:
         raise OSError(
             f"{origin} has no image processor that could be read: set processor to a folder "
             "or Hub id that has one"
         ) from error
+
+
+def _taken(origin: str, config: MCTFViTConfig) -> Any:
+    """Load the image processor of a folder or Hub id, and check that it fits the model."""
+    processor = _processor(origin)
     height, width = config.usual_size
     image = np.zeros((config.num_channels, 2 * height, 3 * width), np.uint8)
     options = {"input_data_format": "channels_first", "return_tensors": "np"}

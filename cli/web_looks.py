@@ -18,6 +18,7 @@ from mctf_hf.cost import Description, describe
 from mctf_hf.images import ImageReader
 from mctf_hf.judging import applied, embedding_of
 from mctf_hf.problems import REGRESSION, problem_type, scores
+from mctf_hf.reducers import REDUCERS
 from mctf_hf.registry import output_of
 from mctf_hf.visualization import FusedTokens, fused_by_layer
 
@@ -136,9 +137,17 @@ class Viewed:
         return meet(self.model, Candidate.untuned(method), budget, described).settings
 
     def _words(self, settings: Mapping[str, Any]) -> str:
-        name, chosen = parse(self.words)
+        if not settings:
+            return self.words
+        name, given = parse(self.words)
         config = self.model.config
-        chosen |= {key: new for key, new in settings.items() if new != getattr(config, key)}
+        reducer = REDUCERS.get(settings["reduction"])
+        of_methods = {name for method in REDUCERS.values() for name in method.settings}
+        own = set() if reducer is None else set(reducer.settings)
+        unused = {"r", "keep_rate", "inflection"} | of_methods - own
+        chosen = {key: value for key, value in given.items() if key not in unused} | {
+            key: new for key, new in settings.items() if key in given or new != getattr(config, key)
+        }
         return ",".join([name, *(f"{key}={_written(value)}" for key, value in chosen.items())])
 
     def _pixels(self, image: Image.Image, name: str) -> Tensor:

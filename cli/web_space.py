@@ -99,7 +99,11 @@ def _write_examples(folder: Path, images: str) -> None:
     folder.mkdir()
     for name, image in open_examples(images).items():
         image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
-        image.save(folder / (re.sub(r"[^\w-]+", "-", name) + ".png"))
+        stem = re.sub(r"[^\w-]+", "-", name)
+        file, number = folder / f"{stem}.png", 2
+        while file.exists():  # of a name that differs in other signs alone
+            file, number = folder / f"{stem}-{number}.png", number + 1
+        image.save(file)
 
 
 def _readme(models: Sequence[str]) -> str:

@@ -118,7 +118,8 @@ class Stopped(SIGTERMException):
 
     def __init__(self, signum: int, step: int, checkpoint: Path | None):
         self.signum, self.step, self.checkpoint = signum, step, checkpoint
-        super().__init__(f"{self.reason}: go on from there with --ckpt_path {checkpoint}")
+        advice = f"go on from there with --ckpt_path {checkpoint}"
+        super().__init__(f"{self.reason}: {advice if checkpoint else 'no checkpoint was kept'}")
 
     @property
     def reason(self) -> str:

@@ -7,6 +7,7 @@ have only the meanings that :func:`open_image_folder` describes.
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -88,7 +89,9 @@ def _walk(folder: Path, above: tuple[tuple[int, int], ...], found: Found) -> Ite
         if entry.name.startswith((".", "__")):
             below = _walk(folder / entry.name, (*above, identity), Found())
             files = [Path(entry.name)] if not entry.is_dir() else below
-            found.left_out["hidden"] += sum(is_image_name(file.name) for file in files)
+            with suppress(OSError):  # of a hidden folder that nobody may read
+                for file in files:
+                    found.left_out["hidden"] += is_image_name(file.name)
         elif entry.is_dir():
             yield from _walk(folder / entry.name, (*above, identity), found)
         elif entry.is_file():

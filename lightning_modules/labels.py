@@ -53,7 +53,8 @@ def encode(values: Sequence[Any], feature: Any, row_name: Callable[[int], str]) 
         and 0 for several classes, (rows, 1) for floats, (rows, numbers) for lists of numbers.
 
     Raises:
-        ValueError: for a row without label, or lists of different lengths.
+        ValueError: for a row without label, a class that there is not, or lists of different
+            lengths.
     """
     missing = next((i for i, value in enumerate(values) if value is None), None)
     if missing is not None:
@@ -65,6 +66,12 @@ def encode(values: Sequence[Any], feature: Any, row_name: Callable[[int], str]) 
     if is_classes(feature):
         labels = np.zeros((len(values), len(_inner(feature).names)), dtype=np.float32)
         for row, classes in enumerate(values):
+            wrong = [one for one in classes if not 0 <= one < labels.shape[1]]
+            if wrong:
+                raise ValueError(
+                    f"{row_name(row)} has the label {wrong[0]}: the classes are 0 to "
+                    f"{labels.shape[1] - 1}"
+                )
             labels[row, classes] = 1
         return labels
     for i, value in enumerate(values):
@@ -125,7 +132,9 @@ def settle(
         )
     wrong = np.flatnonzero(~np.isfinite(labels).all(1))
     if len(wrong):
-        raise ValueError(f"{row_name(wrong[0])} has the label {labels[wrong[0]]}: it is finite")
+        raise ValueError(
+            f"{row_name(wrong[0])} has the label {labels[wrong[0]]}: labels must be finite"
+        )
     return labels
 
 

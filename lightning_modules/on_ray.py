@@ -3,6 +3,7 @@
 The rows are the same as with one process of Lightning: same units, batches and model.
 """
 
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -76,18 +77,17 @@ def embed_by_ray(
     begun = not ray.is_initialized()
     if begun:
         ray.init(address=address, log_to_driver=False)
-    lock = FolderLock(run.folder.path, "output")
-    lock.acquire()
-    try:
+    with ExitStack() as stack:
+        if begun:
+            stack.callback(ray.shutdown)
+        lock = FolderLock(run.folder.path, "output")
+        lock.acquire()
+        stack.callback(lock.release)
         pending = run.folder.begin(run.settings, run.record, run.source.num_units)
         console.print(f"{len(pending):,} shards to write", highlight=False)
         if pending:
             _embed(run, pending, actors)
         return run.folder.finish(run.source.num_units)
-    finally:
-        lock.release()
-        if begun:
-            ray.shutdown()
 
 
 def _embed(run: EmbeddingRun, pending: list[int], actors: int) -> None:

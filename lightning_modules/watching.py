@@ -169,13 +169,13 @@ class ProgressLines(Callback):
         last, epochs = trainer.estimated_stepping_batches, trainer.max_epochs
         parts = [
             f"{epoch} of {epochs}" if epochs is not None and epochs > 0 else epoch,
-            f"step {step} of {last}",
+            f"step {step} of {last}" if math.isfinite(last) else f"step {step}",
             *(f"{name} {float(found[name]):.4g}" for name in names if name in found),
         ]
         if (speed := found.get("train/images_per_second")) is not None:
             parts.append(f"{float(speed):,.0f} images/s")
         done = step - self._first_step
-        if done and last > step:
+        if done and step < last < math.inf:
             left = (last - step) / done * (self._told - self._begun)
             parts.append(f"{timedelta(seconds=round(left))} left")
         print(", ".join(parts), flush=True)

@@ -68,21 +68,19 @@ class Reduction:
         )
 
     @classmethod
-    def from_assignment(
-        cls, assignment: Tensor, num_tokens: int, num_dropped: int = 0
-    ) -> "Reduction":
-        """Create a reduction to ``num_tokens`` tokens from the new position (b, n) of each token.
+    def from_assignment(cls, assignment: Tensor, num_new: int, num_dropped: int = 0) -> "Reduction":
+        """Create a reduction to ``num_new`` tokens from the new position (b, n) of each token.
 
         Each new position occurs at least once. Each image has ``num_dropped`` entries of -1.
         """
         batch, num_old = assignment.shape
         positions = torch.arange(num_old, device=assignment.device).expand(batch, -1)
         dropped = assignment < 0
-        slots = assignment.masked_fill(dropped, num_tokens)
-        kept = positions.new_full((batch, num_tokens + 1), num_old)
-        kept = kept.scatter_reduce(1, slots, positions, "amin")[:, :num_tokens]
+        slots = assignment.masked_fill(dropped, num_new)
+        kept = positions.new_full((batch, num_new + 1), num_old)
+        kept = kept.scatter_reduce(1, slots, positions, "amin")[:, :num_new]
         rank = dropped.long().scatter(1, kept, 2)  # merged, dropped, kept
-        merged = rank.argsort(dim=1, stable=True)[:, : num_old - num_tokens - num_dropped]
+        merged = rank.argsort(dim=1, stable=True)[:, : num_old - num_new - num_dropped]
         return cls.from_positions(kept, merged, assignment.gather(1, merged), num_old)
 
     @property

@@ -254,7 +254,8 @@ def label_probability(logits: Tensor, labels: Tensor, problem_type: str = SINGLE
         labels: see :func:`label_loss`.
 
     Returns:
-        (b,): probability of the label, or of both labels together for mixed images. With several
+        (b,): probability of the label, or of both labels together for mixed images; 0 for an image
+        whose label is -100. With several
         labels per image, the mean of their probabilities; for an image without labels, the mean
         probability that a class is absent. In regression 1.
     """
@@ -268,5 +269,6 @@ def label_probability(logits: Tensor, labels: Tensor, problem_type: str = SINGLE
         return (probability * counted).sum(1) / counted.sum(1)
     probability = logits.softmax(-1)
     if labels.ndim == 1:
-        return probability.gather(1, labels[:, None]).squeeze(1)
+        there = labels >= 0
+        return probability.gather(1, labels.clamp(min=0)[:, None]).squeeze(1) * there
     return (probability * (labels > 0)).sum(1)

@@ -177,16 +177,19 @@ def _stranger(text: str, module: str, reduction: str) -> str | None:
         place.mkdir()
         (place / f"{module}.py").write_text(text, encoding="utf-8")
         words = [str(place), str(_HERE), module, reduction]
-        done = subprocess.run(
-            [sys.executable, "-c", _LOAD, *words],
-            cwd=folder,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            timeout=_SECONDS,
-        )
+        try:
+            done = subprocess.run(
+                [sys.executable, "-c", _LOAD, *words],
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                timeout=_SECONDS,
+            )
+        except subprocess.TimeoutExpired:
+            return f"importing it takes more than {_SECONDS:.0f} seconds"
     if not done.returncode:
         return None
     said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]

@@ -70,7 +70,8 @@ def drop_and_merge(
     """Drop the least important tokens, and merge the next ones into those that stay.
 
     DiffRate (arXiv 2305.17997, section 3). Each merged token joins the token of highest cosine, in
-    a plain mean; its size counts times that cosine. The new order is by descending importance.
+    a plain mean; its size counts times that cosine, or not at all if that is negative. The new
+    order is by descending importance.
 
     Args:
         tokens: (b, n, d).
@@ -88,7 +89,7 @@ def drop_and_merge(
         kept, merged, partner + num_prefix_tokens, importance.shape[1]
     )
     reduction.weigh(torch.ones_like(importance))
-    reduction.size_factors = likeness.flatten()
+    reduction.size_factors = likeness.clamp(min=0).flatten()  # sizes have logarithms
     return reduction
 
 

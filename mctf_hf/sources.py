@@ -254,7 +254,9 @@ def ours(name: str, table: Source) -> list[str]:
 
 
 def theirs(name: str, table: Source) -> str:
-    return translate(name, tuple((ours, theirs) for theirs, ours in table.names))[0]
+    """The original name of a weight; its own name if the other code has no such weight."""
+    found = translate(name, tuple((ours, theirs) for theirs, ours in table.names))
+    return found[0] if found else name
 
 
 def refuse(names: Iterable[str], table: Source) -> None:

@@ -205,6 +205,12 @@ def test_all_that_does_not_fit_is_told_at_once() -> None:
     )
 
 
+def test_settings_that_need_weights_that_the_file_lacks() -> None:
+    torch.save(WEIGHTS, "w.pth")
+    message = refused("w.pth,multi_scale=[2]", *TWO_HEADS)
+    assert "missing: ['vit.embeddings." in message
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

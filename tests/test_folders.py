@@ -103,6 +103,21 @@ def test_links_are_followed_and_what_is_left_out_is_counted(tmp_path: Path) -> N
         assert reason in str(told[0].message)
 
 
+def test_hidden_folders_that_nobody_may_read_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = plant(tmp_path / "pets", "cat/1.png", ".Trash-0/2.png")
+    scandir = os.scandir
+
+    def refusing(path: Any) -> Any:  # root may read all
+        if os.path.basename(path) == ".Trash-0":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    assert seen(folder) == {"train": [("cat/1.png", "cat")]}
+
+
 def test_metadata_tells_the_classes(tmp_path: Path) -> None:
     folder = plant(tmp_path / "a", "img/1.png", "img/2.png", "img/3.png")
     (folder / "metadata.csv").write_text("file_name,label\nimg/2.png,dog\nimg/1.png,cat\n")

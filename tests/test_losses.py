@@ -71,6 +71,17 @@ def test_the_teacher_is_not_drawn_to_the_student() -> None:
     assert student.grad is not None
 
 
+def test_images_without_a_label_do_not_count() -> None:
+    logits, labels = torch.tensor([[5.0, 0.0], [5.0, 0.0]]), torch.tensor([0, -100])
+    student, teacher = torch.zeros(2, 4), torch.tensor([[1.0] * 4, [9.0] * 4])
+    loss = TokenReductionConsistency()(logits, student, logits, teacher, labels)
+    alone = TokenReductionConsistency()(
+        logits[:1], student[:1], logits[:1], teacher[:1], labels[:1]
+    )
+    torch.testing.assert_close(loss.total, alone.total)
+    assert loss.passing == 0.5 and label_probability(logits, labels)[1] == 0
+
+
 def test_both_labels_of_a_mixed_image_count_together() -> None:
     logits = torch.log(torch.tensor([[0.3, 0.25, 0.45]]))
     mixed = torch.tensor([[0.6, 0.4, 0.0]])

@@ -222,6 +222,15 @@ def test_what_a_stranger_cannot_load_is_refused(
     assert UNFIT[line] in str(refused.value) and not (tmp_path / "model").exists()
 
 
+def test_a_module_that_takes_forever_is_refused(
+    odd: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mctf_hf.own_reducers._SECONDS", 0.01)
+    odd("odd.py", "odd", f"{BODY}\n# slow")
+    with pytest.raises(ValueError, match="odd.py, which defines Odd: importing it takes more than"):
+        save(tiny_model(reduction="odd", r=0), PROCESSOR, tmp_path / "model")
+
+
 def test_what_is_only_talked_of_is_no_import(by_norm: Any, tmp_path: Path) -> None:
     (tmp_path / "by_norm.py").write_text(f'"""\nimport mctf_hf\n"""\n{EXAMPLES[0]}')
     tiny_model(reduction="by_norm").save_pretrained(tmp_path / "model")

@@ -212,6 +212,15 @@ TAGS = List(ClassLabel(names=["cat", "dog", "bird"]))
 SEVERAL_TAGS: list[Any] = [[0, 2], [1], [], [0], [0, 1, 2], [2]] * 2
 
 
+def test_a_class_that_there_is_not_among_several(tiny_folder: Path, capsys: Any) -> None:
+    tags = [[0], [0, -1], *SEVERAL_TAGS[2:]]
+    words = {"model.pretrained": tiny_folder, "model.num_labels": 3, "model.problem_type": MULTI}
+    with pytest.raises(SystemExit):
+        run("fit", capsys, **QUICK, **words, **{"data.dataset": photos(tags, TAGS)})
+    message = "row 1 of photos, split test has the label -1: the classes are 0 to 2"
+    assert message in capsys.readouterr().err
+
+
 def run(command: str, capsys: pytest.CaptureFixture, **options: Any) -> str:
     words = [command] + [f"--{name}={value}" for name, value in options.items()]
     main(words)
@@ -337,7 +346,7 @@ def told(out: str, name: str) -> float:
             [[0, 1]] * 12, List(Value("int8")),
             {"num_labels": 3, "problem_type": MULTI}, "are 2 numbers for each image, the model ha",
         ),
-        ([math.nan] * 12, Value("float32"), {"num_labels": 1}, "row 0 .* it is finite"),
+        ([math.nan] * 12, Value("float32"), {"num_labels": 1}, "row 0 .* must be finite"),
     ],
 )  # fmt: skip
 def test_labels_of_another_problem_than_the_models(

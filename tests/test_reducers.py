@@ -237,6 +237,12 @@ def test_diffrate_by_hand() -> None:
     torch.testing.assert_close(sizes, torch.tensor([[1.0, 1 + 3 / 2**0.5, 1.0, 2.0]]))
 
 
+def test_a_token_that_is_merged_into_its_opposite_has_no_size() -> None:
+    tokens = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0], [0.0, 0.0]]])
+    reduction = drop_and_merge(tokens, torch.tensor([[0.0, 9.0, 1.0]]), 1, 0, num_prefix_tokens=1)
+    assert fuse_sizes(torch.tensor([[1.0, 1.0, 3.0]]), reduction).tolist() == [[1.0, 1.0]]
+
+
 @given(
     seed=st.integers(0, 2**16),
     patches=st.integers(2, 30),

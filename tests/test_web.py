@@ -35,7 +35,7 @@ from cli.web_tables import answers_table
 from mctf_hf.cost import multiply_accumulates
 from mctf_hf.problems import MULTI
 from mctf_hf.visualization import fused_tokens
-from tests.helpers import DIGITS, REPOSITORY, tiny_model
+from tests.helpers import REPOSITORY, tiny_model
 
 # Flags of a browser that asks for nothing by itself.
 FLAGS = (
@@ -132,6 +132,18 @@ def test_a_model_that_fuses_by_itself_is_shown_as_configured(
     assert OWN not in Viewed(str(tiny_folder), examples).methods
 
 
+@pytest.mark.parametrize("method", ["tome", "evit", "mctf", OWN])
+@pytest.mark.parametrize("saved", [0, 0.3])
+def test_words_of_a_model_with_settings_load(
+    method: str, saved: float, tiny_folder: Path, examples: dict[str, Image.Image]
+) -> None:
+    for settings in ("r=(4,-1),tau_info=10", "reduction=pitome,margin=0.5,r=4,restore=true"):
+        look = Viewed(f"{tiny_folder},{settings}", examples).look(examples["cat"], method, saved)
+        model, processor = load(look.words)
+        (seen,) = fused_tokens(model, processor, [examples["cat"]])
+        assert np.array_equal(seen.groups, look.layers[-1].groups)
+
+
 def test_an_encoder_tells_the_nearest_examples(
     encoder: str, examples: dict[str, Image.Image]
 ) -> None:
@@ -218,9 +230,15 @@ def test_mistakes_are_told_in_one_line(
 
 
 def test_a_space_has_what_the_hub_wants(
-    tiny_folder: Path, encoder: str, capsys: pytest.CaptureFixture
+    tiny_folder: Path,
+    encoder: str,
+    examples: dict[str, Image.Image],
+    capsys: pytest.CaptureFixture,
 ) -> None:
-    main(["web", f"{tiny_folder},r=8", encoder, "a/b,r=4", "--images", DIGITS, "--space", "new/s"])
+    for name in ("a b", "a-b"):
+        examples["cat"].save(f"{name}.png")
+    main(["web", f"{tiny_folder},r=8", encoder, "a/b,r=4", "--images", ".", "--space", "new/s"])
+    assert len(open_examples("new/s/examples")) == 2
     _, header, _ = Path("new/s/README.md").read_text(encoding="utf-8").split("---\n")
     told = yaml.safe_load(header)
     assert (told["sdk"], told["app_file"], told["models"]) == ("gradio", "app.py", ["a/b"])
