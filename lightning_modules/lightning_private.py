@@ -4,6 +4,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.utilities import combined_loader
 from torch import Tensor
 
 from mctf_hf.dependencies import check_names
@@ -22,6 +23,7 @@ check_names(
         "lightning.pytorch.loops._FitLoop": ("_data_fetcher", "_should_accumulate"),
         "lightning.pytorch.loops._TrainingEpochLoop": ("_is_training_done", "_should_check_val_fx"),
         "lightning.pytorch.strategies.ModelParallelStrategy": ("_save_distributed_checkpoint",),
+        "lightning.pytorch.utilities.combined_loader": ("_shutdown_workers_and_reset_iterator",),
         "lightning.pytorch.trainer.connectors.logger_connector._LoggerConnector": (
             "should_update_logs",
         ),
@@ -54,6 +56,11 @@ def epoch_goes_on(trainer: L.Trainer) -> bool:
     fetcher: Any = loop._data_fetcher
     epoch = loop.epoch_loop
     return not (epoch._is_training_done or epoch._should_check_val_fx(fetcher))
+
+
+def stop_workers(loader: Any) -> None:
+    """Stop the persistent workers of a loader, which would otherwise wait until it is deleted."""
+    combined_loader._shutdown_workers_and_reset_iterator(loader)
 
 
 def saves_shards(strategy: Any) -> bool:

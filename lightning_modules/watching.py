@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor
 
 from lightning_modules.amounts import add_up, amount_text, sweep
-from lightning_modules.lightning_private import accumulates, logs
+from lightning_modules.lightning_private import accumulates, logs, stop_workers
 from mctf_hf.checks import check_range
 from mctf_hf.configuration_mctf import as_pair
 from mctf_hf.cost import multiply_accumulates
@@ -272,7 +272,10 @@ class Summary(Callback):
         if not self.enabled or trainer.fast_dev_run or trainer.interrupted or loader is None:
             return
         log_dir = trainer.log_dir or trainer.default_root_dir
-        rows = self._measure(trainer, pl_module, loader)
+        try:
+            rows = self._measure(trainer, pl_module, loader)
+        finally:
+            stop_workers(loader)
         if trainer.is_global_zero:
             Console().print(_table(rows, quality(pl_module.model.config)))
             write_json(Path(log_dir, "summary.json"), rows)
