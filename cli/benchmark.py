@@ -96,10 +96,10 @@ def benchmark(
         plot: PNG file to draw.
     """
     if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} is not allowed: it is one of {', '.join(DTYPES)}")
+        raise ValueError(f"dtype={dtype!r} is not allowed: it must be one of {', '.join(DTYPES)}")
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         allowed = "cpu or cuda" if torch.cuda.is_available() else "cpu (there is no GPU here)"
-        raise ValueError(f"device={device!r} is not allowed: it is {allowed}")
+        raise ValueError(f"device={device!r} is not allowed: it must be {allowed}")
     check_range(1, rounds=rounds, threads=threads, image_size=image_size, max_images=max_images)
     batches = _counts(batch_sizes)
     for file, suffix in ((output, ".json"), (plot, ".png")):
@@ -256,7 +256,7 @@ def _counts(text: str) -> list[int]:
     words = re.split(r"[\s,]+", text.strip("[] "))
     if not all(word.isdecimal() and int(word) for word in words):
         raise ValueError(
-            f"batch_sizes={text!r} is not allowed: it is counts such as 1,16, from 1 on"
+            f"batch_sizes={text!r} is not allowed: it must be counts such as 1,16, from 1 on"
         )
     return list(dict.fromkeys(map(int, words)))
 

@@ -74,14 +74,14 @@ def make(words: str, image_size: int | None, dtype: torch.dtype, device: str) ->
     ahead, sliced = settings.pop("aot", False), settings.pop("sliced", False)
     for key, value in {"aot": ahead, "sliced": sliced}.items():
         if not isinstance(value, bool):
-            raise ValueError(f"{key}={value!r} of {words!r} is not allowed: it stands by itself")
+            raise ValueError(f"{key}={value!r} of {words!r} is not allowed: it takes no value")
     if compiled and ahead:
         raise ValueError(f"compile and aot of {words!r} are not allowed together")
     if slice_size is not None and (
         slice_size is True or not isinstance(slice_size, int) or slice_size < 1
     ):
         raise ValueError(
-            f"slice={slice_size!r} of {words!r} is not allowed: it is a count of images"
+            f"slice={slice_size!r} of {words!r} is not allowed: it must be a count of images"
         )
     attention = {k: settings.pop(k) for k in ("attn_implementation",) if k in settings}
     missing: tuple[str, ...] = ()
@@ -95,8 +95,8 @@ def make(words: str, image_size: int | None, dtype: torch.dtype, device: str) ->
         check_exists(name)
         near = nearest(name, tuple(PRESETS))
         raise ValueError(
-            f"model {name!r} is not known{f', did you mean {near!r}?' if near else ''}: it is a "
-            f"folder, an id on the Hub such as org/name, or a preset ({', '.join(PRESETS)})"
+            f"model {name!r} is not known{f', did you mean {near!r}?' if near else ''}: it must be "
+            f"a folder, an id on the Hub such as org/name, or a preset ({', '.join(PRESETS)})"
         )
     height, width = config.usual_size
     if height != width or config.num_channels != 3:

@@ -103,7 +103,7 @@ def _source(name: str, source: str | None) -> str | None:
         return "hf" if path.is_dir() or (is_id and not path.exists()) else None
     if source not in (*SOURCES, "hf"):
         raise ValueError(
-            f"source={source!r} is not allowed: it is one of {', '.join((*SOURCES, 'hf'))}"
+            f"source={source!r} is not allowed: it must be one of {', '.join((*SOURCES, 'hf'))}"
         )
     if source == "hf" and path.is_file():
         raise ValueError(f"source='hf' reads a folder or a Hub id, and {name} is a file")
@@ -161,7 +161,8 @@ def read_labels(file: str, num_labels: int) -> list[str]:
         names = [names[str(i)] for i in range(len(names))]
     if not isinstance(names, list) or not all(isinstance(n, str) and n.strip() for n in names):
         raise ValueError(
-            f"labels={file!r} is not allowed: it holds a name per line, or a JSON list of names "
+            f"labels={file!r} is not allowed: it must hold a name per line, or a JSON list of "
+            "names "
             'or names by their numbers ({"0": name, …}), none of them empty'
         )
     if len(names) != num_labels:

@@ -39,7 +39,7 @@ def parse(words: str, more: Sequence[str] = ()) -> tuple[str, dict[str, Any]]:
     """
     name, *pairs = re.split(r",(?![^\[(]*[\])])", words)  # except at commas inside of brackets
     if not name:
-        raise ValueError(f"{words!r} names no model: it is NAME[,setting=value…]")
+        raise ValueError(f"{words!r} names no model: it must be NAME[,setting=value…]")
     settings: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
@@ -49,7 +49,7 @@ def parse(words: str, more: Sequence[str] = ()) -> tuple[str, dict[str, Any]]:
             raise ValueError(
                 f"setting {key!r} of {words!r} is not known"
                 + (f", did you mean {near!r}?" if near else "")
-                + f": it is one of {', '.join(allowed)}"
+                + f": it must be one of {', '.join(allowed)}"
             )
         if key in settings:
             raise ValueError(f"setting {key!r} of {words!r} is given twice")
@@ -63,7 +63,8 @@ def _value(key: str, text: str) -> Any:
         value = load_yaml(f"[{text[1:-1]}]" if in_brackets else text)
     except yaml.YAMLError as error:
         raise ValueError(
-            f"{key}={text!r} is not allowed: it is a number, a word, or a list such as [8, 4, 0]"
+            f"{key}={text!r} is not allowed: it must be a number, a word, or a list such as [8, 4, "
+            "0]"
         ) from error
     return tuple(value) if in_brackets else value
 

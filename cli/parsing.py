@@ -57,7 +57,7 @@ def brief(message: str, known: Sequence[str]) -> str:
     kinds = re.findall(r"Expected an? (?!path but)(.+?)(?:\. Got value.*|: .*)?$", message, re.M)
     named = [re.sub(r"<class '(?:\w+\.)*(\w+)'>|typing\.", r"\1", kind) for kind in kinds]
     allowed = " or ".join(named).replace("NoneType", "null")
-    return f"{setting[1]}={value[1]} is not allowed: it is {allowed}"
+    return f"{setting[1]}={value[1]} is not allowed: it must be {allowed}"
 
 
 class ArgumentParser(BriefErrors, jsonargparse.ArgumentParser):

@@ -111,7 +111,7 @@ def push_model(
         return
     if license is None or not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
         raise ValueError(
-            f"license={license!r} is not allowed: it is an identifier of the Hub, such as "
+            f"license={license!r} is not allowed: it must be an identifier of the Hub, such as "
             "apache-2.0, mit, cc-by-4.0 or other"
         )
     if base_model is not None:

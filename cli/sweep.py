@@ -101,7 +101,7 @@ def _fractions(budgets: str) -> list[float]:
         fractions = []
     if not fractions or not all(0 < fraction < 1 for fraction in fractions):
         raise ValueError(
-            f"budgets={budgets!r} is not allowed: they are above 0 and below 1, as in 0.7,0.56"
+            f"budgets={budgets!r} is not allowed: they must be above 0 and below 1, as in 0.7,0.56"
         )
     return fractions
 

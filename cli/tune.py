@@ -167,7 +167,9 @@ def tune_model(
 
 def _check(name: str, value: float | None, above: float, below: float) -> None:
     if value is not None and not above < value < below:
-        raise ValueError(f"{name}={value!r} is not allowed: it is above {above} and below {below}")
+        raise ValueError(
+            f"{name}={value!r} is not allowed: it must be above {above} and below {below}"
+        )
 
 
 class _Bar:

@@ -48,7 +48,7 @@ def web(
     """
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         allowed = "cpu or cuda" if torch.cuda.is_available() else "cpu, as there is no GPU"
-        raise ValueError(f"device={device!r} is not allowed: it is {allowed}")
+        raise ValueError(f"device={device!r} is not allowed: it must be {allowed}")
     if port is not None:
         _check_free(host, port)
     if space is not None:

@@ -312,7 +312,7 @@ class AveragedWeights(BegunAverage):
         check_range(1, every_n_steps=every_n_steps)
         check_range(0, from_step=from_step)
         if decay is not None and not 0 <= decay < 1:
-            raise ValueError(f"decay={decay!r} is not allowed: it is at least 0 and below 1")
+            raise ValueError(f"decay={decay!r} is not allowed: it must be at least 0 and below 1")
         self.decay = decay
         super().__init__(
             decay=decay or 0.0,

@@ -115,7 +115,9 @@ class HFImageDataModule(L.LightningDataModule):
     ):
         super().__init__()
         if not 0 < val_fraction < 1:
-            raise ValueError(f"val_fraction={val_fraction!r} is not allowed: it is between 0 and 1")
+            raise ValueError(
+                f"val_fraction={val_fraction!r} is not allowed: it must be between 0 and 1"
+            )
         check_range(0, 1, random_erasing=random_erasing)
         check_range(0, num_workers=num_workers, mixup=mixup, cutmix=cutmix)
         check_range(1, batch_size=batch_size, eval_batch_size=eval_batch_size)

@@ -66,7 +66,7 @@ def open_source(
     if split is None:
         if len(named.splits) > 1:
             raise ValueError(
-                f"split is not set, and {images} has several: it is one of "
+                f"split is not set, and {images} has several: it must be one of "
                 f"{', '.join(named.splits)}"
             )
         (split,) = named.splits

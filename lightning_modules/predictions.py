@@ -33,7 +33,7 @@ class PredictionFile(BasePredictionWriter):
     def __init__(self, path: str = "predictions.csv", top_k: int = 1):
         super().__init__(write_interval="epoch")
         if Path(path).suffix not in (".csv", ".jsonl"):
-            raise ValueError(f"path={path!r} is not allowed: it ends in .csv or .jsonl")
+            raise ValueError(f"path={path!r} is not allowed: it must end in .csv or .jsonl")
         check_range(1, top_k=top_k)
         self.path = Path(path)
         self.top_k = top_k

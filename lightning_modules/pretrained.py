@@ -94,7 +94,7 @@ def _loaded_or_made(
         model_type = config.pop("model_type", MCTFViTConfig.model_type)
         if model_type not in BACKBONES:
             raise ValueError(
-                f"config: model_type={model_type!r} is not allowed: it is one of "
+                f"config: model_type={model_type!r} is not allowed: it must be one of "
                 f"{', '.join(BACKBONES)}"
             )
         config_class = BACKBONES[model_type].config

@@ -61,7 +61,7 @@ class RandAugment:
         )
         if not fine:
             raise ValueError(
-                f"rand_augment={policy!r} is not allowed: it is 'rand' and what differs from "
+                f"rand_augment={policy!r} is not allowed: it must be 'rand' and what differs from "
                 "-m9 (magnitude, 0 to 10), -mstd0 (its standard deviation), -inc0 (1: every "
                 "operation gets stronger with it), -n2 (operations) and -p0.5 (their probability), "
                 "such as rand-m9-mstd0.5-inc1"

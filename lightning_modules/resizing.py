@@ -26,8 +26,8 @@ def resize(model: Any, processor: Any, image_size: int | list[int]) -> Any:
         side < 1 or side % part for side, part in zip(size, patch, strict=True)
     ):
         raise ValueError(
-            f"image_size={image_size!r} is not allowed: it is height and width, or one number for "
-            f"both, and a multiple of patch_size={model.config.patch_size!r}"
+            f"image_size={image_size!r} is not allowed: it must be height and width, or one number "
+            f"for both, and a multiple of patch_size={model.config.patch_size!r}"
         )
     _resize_processor(processor, *size)
     config = copy.deepcopy(model.config)

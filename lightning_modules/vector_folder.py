@@ -90,7 +90,7 @@ def row_features(
         ValueError: for a carried column with a name of :data:`OWN_COLUMNS`, or another dtype.
     """
     if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} is not allowed: it is one of {', '.join(DTYPES)}")
+        raise ValueError(f"dtype={dtype!r} is not allowed: it must be one of {', '.join(DTYPES)}")
     taken = sorted(set(carried) & set(OWN_COLUMNS))
     if taken:
         raise ValueError(
@@ -119,8 +119,8 @@ class VectorFolder:
     def __init__(self, path: str | os.PathLike):
         if "://" in str(path):
             raise ValueError(
-                f"output={str(path)!r} is not allowed: it is a folder, of this machine or one that "
-                "is mounted. Copy it where it is to go when it is finished"
+                f"output={str(path)!r} is not allowed: it must be a folder, of this machine or one "
+                "that is mounted. Copy it where it is to go when it is finished"
             )
         self.path = Path(path)
 

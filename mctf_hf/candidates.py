@@ -278,5 +278,5 @@ def budget_of(model: Any, fraction: float, described: Description | None = None)
         ValueError: if the fraction is not above 0 and below 1.
     """
     if isinstance(fraction, bool) or not 0 < fraction < 1 or not math.isfinite(fraction):
-        raise ValueError(f"budget={fraction!r} is not allowed: it is above 0 and below 1")
+        raise ValueError(f"budget={fraction!r} is not allowed: it must be above 0 and below 1")
     return int(fraction * (described or describe(model)).unfused)

@@ -22,7 +22,7 @@ def check_range(least: float, most: float = math.inf, /, **settings: float | Non
         if value is not None and not (least <= value <= most and math.isfinite(value)):
             limit = f" and at most {most}" if math.isfinite(most) else ""
             limit += "" if math.isfinite(value) else ", and finite"
-            raise ValueError(f"{name}={value!r} is not allowed: it is at least {least}{limit}")
+            raise ValueError(f"{name}={value!r} is not allowed: it must be at least {least}{limit}")
 
 
 def check_weights(weights: nn.Module | Mapping[str, Tensor], owner: object) -> None:

@@ -36,9 +36,9 @@ _NOTHING: dict[str | None, int] = {"r": 0, "keep_rate": 1}
 def _check_reduction(value: str) -> None:
     if value != "none" and value not in REDUCERS:
         raise ValueError(
-            f"reduction={value!r} is not allowed: it is one of {', '.join(REDUCERS)}, none. (One "
-            "of your own is known once its module is imported; a model that brings one along loads "
-            "with trust_remote_code=True where this library is not imported.)"
+            f"reduction={value!r} is not allowed: it must be one of {', '.join(REDUCERS)}, none. "
+            "(One of your own is known once its module is imported; a model that brings one along "
+            "loads with trust_remote_code=True where this library is not imported.)"
         )
 
 
@@ -53,7 +53,7 @@ def one_of(name: str, *allowed: str | None) -> Any:
     def check(value: str | None) -> None:
         if value not in allowed:
             named = ", ".join(map(str, filter(None, allowed)))
-            raise ValueError(f"{name}={value!r} is not allowed: it is one of {named}")
+            raise ValueError(f"{name}={value!r} is not allowed: it must be one of {named}")
 
     return {"validator": check}
 
@@ -65,7 +65,7 @@ def number(name: str, low: float, high: float = math.inf, *, below: bool = False
         if not is_number(value) or value < low or value > high or (below and value == high):
             limit = "" if high == math.inf else f" and {'below' if below else 'at most'} {high:g}"
             raise ValueError(
-                f"{name}={value!r} is not allowed: it is a number of at least {low:g}{limit}"
+                f"{name}={value!r} is not allowed: it must be a number of at least {low:g}{limit}"
             )
 
     return {"validator": check}

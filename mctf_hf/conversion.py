@@ -131,7 +131,7 @@ def _num_heads(hidden_size: int, num_heads: int | None) -> int:
         return hidden_size // 64
     if num_heads < 1 or hidden_size % num_heads:
         raise ValueError(
-            f"num_heads={num_heads!r} is not allowed: it divides the {hidden_size} channels"
+            f"num_heads={num_heads!r} is not allowed: it must divide the {hidden_size} channels"
         )
     return num_heads
 

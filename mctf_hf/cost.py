@@ -357,7 +357,7 @@ def keep_rate_for_budget(model: Any, fraction: float, *, image_size: int | None 
 
 def _check_budget(settings: FusionConfigMixin, fraction: float, amount: str) -> None:
     if isinstance(fraction, bool) or not 0 < fraction <= 1:
-        raise ValueError(f"budget {fraction!r} is not allowed: it is above 0 and at most 1")
+        raise ValueError(f"budget {fraction!r} is not allowed: it must be above 0 and at most 1")
     reducer = settings.reducer_class
     if reducer is None:
         raise ValueError("reduction='none' meets no budget: choose a reduction")
@@ -395,8 +395,8 @@ def resolve_budget(model: Any, setting: str, value: Any, *, image_size: int | No
         budget = float(fraction)
     except ValueError:
         raise ValueError(
-            f"{setting}={value!r} is not allowed: it is a number, a list of numbers with one per "
-            "layer, or auto:FRACTION, such as auto:0.56 for what leaves 56% of the "
+            f"{setting}={value!r} is not allowed: it must be a number, a list of numbers with one "
+            "per layer, or auto:FRACTION, such as auto:0.56 for what leaves 56% of the "
             "multiply-accumulates"
         ) from None
     if setting == "keep_rate":

@@ -86,7 +86,7 @@ class Embedder(nn.Module):
         name = type(self.model).__name__
         if self.vector not in VECTORS:
             raise ValueError(
-                f"vector={self.vector!r} is not allowed: it is one of {', '.join(VECTORS)}"
+                f"vector={self.vector!r} is not allowed: it must be one of {', '.join(VECTORS)}"
             )
         if self.vector == "class_token" and not self.model.config.class_token:
             raise ValueError(
@@ -134,7 +134,7 @@ class Embedder(nn.Module):
         if pooled is None and (self.vector == "pooled" or self.texts is not None):
             raise ValueError(
                 f"vector='pooled' is not allowed with this {type(self.model).__name__}, which "
-                "pools nothing: it is class_token or mean_patches"
+                "pools nothing: it must be class_token or mean_patches"
             )
         if self.vector == "pooled":
             return pooled, pooled, None

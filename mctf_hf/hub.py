@@ -169,7 +169,7 @@ def check_repo_id(repo_id: str) -> None:
     """Raise ValueError unless ``repo_id`` is a valid ``organisation/name`` of the Hub."""
     validate_repo_id(repo_id)
     if "/" not in repo_id:
-        raise ValueError(f"repo_id={repo_id!r} is not allowed: it is organisation/name")
+        raise ValueError(f"repo_id={repo_id!r} is not allowed: it must be organisation/name")
 
 
 def _open(api: HfApi, repo_id: str, private: bool) -> None:

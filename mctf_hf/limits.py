@@ -66,21 +66,21 @@ def check_setting(name: str, value: Any) -> None:
     if name == "id2label" and value is not None:
         _check_labels(value)
     elif name == "num_labels" and (not isinstance(value, int) or isinstance(value, bool)):
-        raise ValueError(f"num_labels={value!r} is not allowed: it is a whole number")
+        raise ValueError(f"num_labels={value!r} is not allowed: it must be a whole number")
     elif name in ACTIVATIONS and value not in ACT2FN:
-        raise ValueError(f"{name}={value!r} is not allowed: it is one of {', '.join(ACT2FN)}")
+        raise ValueError(f"{name}={value!r} is not allowed: it must be one of {', '.join(ACT2FN)}")
     elif name == "dtype" and value is not None:
         dtype = getattr(torch, value, None) if isinstance(value, str) else value
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ValueError(
-                f"dtype={value!r} is not allowed: it is float32, bfloat16, float16 or float64"
+                f"dtype={value!r} is not allowed: it must be float32, bfloat16, float16 or float64"
             )
     elif name == "_attn_implementation":
         for part in value.values() if isinstance(value, Mapping) else [value]:
             if not (part is None or isinstance(part, str)):
-                raise ValueError(f"attn_implementation={value!r} is not allowed: it is a name")
+                raise ValueError(f"attn_implementation={value!r} is not allowed: it must be a name")
     elif name == "quantization_config" and isinstance(value, (int, float, str, list)):
-        raise ValueError(f"{name}={value!r} is not allowed: it is settings by name")
+        raise ValueError(f"{name}={value!r} is not allowed: it must be settings by name")
     elif name in LIMITS:
         _check_numbers(name, value)
 
@@ -89,13 +89,14 @@ def _check_numbers(name: str, value: Any) -> None:
     several = isinstance(value, (list, tuple))
     if several and name in PAIRS and len(value) != 2:
         raise ValueError(
-            f"{name}={value!r} is not allowed: it is one number, or a height and a width"
+            f"{name}={value!r} is not allowed: it must be one number, or a height and a width"
         )
     least, most = LIMITS[name]
     for number in value if several else [value]:
         if isinstance(number, (int, float)) and not least <= number <= most:
             raise ValueError(
-                f"{name}={value!r} is not allowed: it is at least {least:,} and at most {most:,}"
+                f"{name}={value!r} is not allowed: it must be at least {least:,} and at most "
+                f"{most:,}"
             )
 
 

@@ -74,8 +74,8 @@ class TokenReductionConsistency(nn.Module):
             wrong = [one for one in weights if not (one >= 0 and math.isfinite(one))]
             if len(weights) != num_labels or wrong or not any(weights):
                 raise ValueError(
-                    f"class_weights={list(weights)!r} is not allowed: it is one number of at least "
-                    f"0 for each of {num_labels} classes, not all 0"
+                    f"class_weights={list(weights)!r} is not allowed: it must be one number of at "
+                    f"least 0 for each of {num_labels} classes, not all 0"
                 )
         if self.label_smoothing and problem_type == REGRESSION:
             raise ValueError(
@@ -216,7 +216,7 @@ class Distillation(nn.Module):
     ):
         super().__init__()
         if kind not in ("soft", "hard"):
-            raise ValueError(f"distillation={kind!r} is not allowed: it is soft or hard")
+            raise ValueError(f"distillation={kind!r} is not allowed: it must be soft or hard")
         self.kind = kind
         self.weight = weight
         self.temperature = temperature

@@ -63,8 +63,8 @@ def _check_multi_scale(value: list[int] | None) -> None:
         not value or len(set(value)) != len(value) or any(scale < 2 for scale in value)
     ):
         raise ValueError(
-            f"multi_scale={value!r} is not allowed: it lists different whole numbers of at least "
-            "2, how many patches high and wide the coarser ones are"
+            f"multi_scale={value!r} is not allowed: it must list different whole numbers of at "
+            "least 2, how many patches high and wide the coarser ones are"
         )
 
 

@@ -263,7 +263,7 @@ def _find(name: str) -> tuple[str, tuple[int, int, int, int], dict[str, Any]]:
     for model_type, sizes, common in _FAMILIES:
         if name in sizes:
             return model_type, sizes[name], common
-    raise ValueError(f"preset {name!r} is not known: it is one of {', '.join(PRESETS)}")
+    raise ValueError(f"preset {name!r} is not known: it must be one of {', '.join(PRESETS)}")
 
 
 def diffrate_schedule(model: str, gmacs: float) -> dict[str, Any]:

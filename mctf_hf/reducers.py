@@ -148,7 +148,7 @@ def register(name: str) -> Callable[[_Class], _Class]:
             raise ValueError(f"reduction {name!r} cannot be registered: it is that of {owner}")
         if not hasattr(reducer, "stage") and "stage" not in reducer.__annotations__:
             raise ValueError(
-                f"{reducer.__qualname__} has no stage: it is one of "
+                f"{reducer.__qualname__} has no stage: it must be one of "
                 f"{', '.join(f'Stage.{stage.name}' for stage in Stage)}"
             )
         unknown = [need for need in reducer.needs if need not in _OBSERVABLE]

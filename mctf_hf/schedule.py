@@ -40,7 +40,7 @@ def check_dropped(value: int | float | list[int | float]) -> None:
     for entry in value if isinstance(value, list) else [value]:
         if not is_number(entry) or entry < 0 or (entry >= 1 and entry != int(entry)):
             raise ValueError(
-                f"dropped={value!r} is not allowed: it is a count of tokens (0, 1, 2, …), a "
+                f"dropped={value!r} is not allowed: it must be a count of tokens (0, 1, 2, …), a "
                 "fraction between 0 and 1 of those that a layer loses, or a list with one of these "
                 "for each layer"
             )
@@ -48,15 +48,15 @@ def check_dropped(value: int | float | list[int | float]) -> None:
 
 def check_inflection(value: float) -> None:
     if not is_number(value) or not -1 <= value <= 1:
-        raise ValueError(f"inflection={value!r} is not allowed: it is a number from -1 to 1")
+        raise ValueError(f"inflection={value!r} is not allowed: it must be a number from -1 to 1")
 
 
 def check_keep_rate(value: KeepRate) -> None:
     for entry in value if isinstance(value, list) else [value]:
         if not is_number(entry) or not 0 < entry <= 1:
             raise ValueError(
-                f"keep_rate={value!r} is not allowed: it is above 0 and at most 1, or a list with "
-                "one such number for each layer"
+                f"keep_rate={value!r} is not allowed: it must be above 0 and at most 1, or a list "
+                "with one such number for each layer"
             )
 
 

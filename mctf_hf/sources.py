@@ -232,7 +232,9 @@ def detect_source(names: Iterable[str]) -> str:
 
 def table_of(source: str, names: Iterable[str]) -> Source:
     if source not in SOURCES:
-        raise ValueError(f"source={source!r} is not allowed: it is one of {', '.join(SOURCES)}")
+        raise ValueError(
+            f"source={source!r} is not allowed: it must be one of {', '.join(SOURCES)}"
+        )
     if source == "t2t_vit" and any(".kqv." in name for name in names):
         return _T2T_PERFORMER
     return SOURCES[source]

@@ -50,14 +50,15 @@ def teacher_limit(config: MCTFViTConfig, r_max: int | None) -> int:
         if r_max not in (None, 0):
             raise ValueError(
                 f"r_max={r_max!r} is not allowed with reduction={config.reduction!r}, whose "
-                "teacher keeps more by its keep_rate: it is 0 (no teacher), or unset"
+                "teacher keeps more by its keep_rate: it must be 0 (no teacher), or unset"
             )
         return int(most > 0 and r_max is None)
     if r_max is None:
         return most // 2
     if not 0 <= r_max <= most:
         raise ValueError(
-            f"r_max={r_max!r} is not allowed: it is at least 0 (no teacher) and at most {most}, "
+            f"r_max={r_max!r} is not allowed: it must be at least 0 (no teacher) and at most "
+            f"{most}, "
             "what the student's layers fuse"
         )
     return r_max

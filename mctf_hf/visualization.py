@@ -223,7 +223,7 @@ def _scale(image: Image.Image, scale: int | None) -> int:
     if scale is None:
         return max(1, DISPLAY_SIZE // max(image.size))
     if scale < 1:
-        raise ValueError(f"scale={scale!r} is not allowed: it is a whole number of at least 1")
+        raise ValueError(f"scale={scale!r} is not allowed: it must be a whole number of at least 1")
     return scale
 
 
