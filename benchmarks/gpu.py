@@ -242,7 +242,7 @@ def correctness(bench: Bench, name: str, settings: dict[str, Any]) -> Iterator[R
     amount = {} if "keep_rate" in settings else {"r": 0.12}
     config = preset(name, **bench.small, **amount, **settings)
     model = preset_class(name)(config).eval()
-    images = torch.randn(4, 3, config.image_size, config.image_size)
+    images = torch.randn(2 if bench.tiny else 4, 3, config.image_size, config.image_size)
     choices = Choices()
     with torch.no_grad(), choices.recorded():
         expected = model(images)[0]
@@ -601,8 +601,8 @@ def measure(bench: Bench, jobs: Sequence[Job], seconds: float, file: str) -> int
             results["failed"].append({"job": f"{part}: {name}", "error": text})
             print(f"FAILED {part}: {name}: {error!r}", flush=True)
         longest[part] = max(longest.get(part, 0), time.monotonic() - begun)
-        gc.collect()
         if bench.on_gpu:
+            gc.collect()
             torch.cuda.empty_cache()
         write_results(file, results, time.monotonic() - start)
     write_results(file, results, time.monotonic() - start)

@@ -252,7 +252,11 @@ def test_positions_of_a_t2t_vit_are_fixed() -> None:
     ("config_class", "wrong", "message"),
     [
         (MCTFT2TViTConfig, {"patch_size": 8}, "patch_size=8 is not allowed: a T2T-ViT's is 16"),
-        (MCTFT2TViTConfig, {"tokens_type": "x"}, "tokens_type='x' is not allowed: it is one of"),
+        (
+            MCTFT2TViTConfig,
+            {"tokens_type": "x"},
+            "tokens_type='x' is not allowed: it must be one of",
+        ),
         (MCTFLVViTConfig, {"patch_size": 7}, "patch_size=7 is not allowed"),
         (MCTFLVViTConfig, {"skip_lambda": 0}, "skip_lambda=0 is not allowed"),
         (MCTFViTConfig, {"distillation_head": True}, "not allowed without distillation_token"),

@@ -58,11 +58,15 @@ def test_r_of_one_call_replaces_the_setting() -> None:
         ({"fusion_layers": 3}, "'fusion_layers' with value 3"),
         (
             {"reduction": "prune"},
-            "reduction='prune' is not allowed: it is one of mctf, tome, pitome, diffrate, evit",
+            "reduction='prune' is not allowed: it must be one of mctf, tome, pitome, diffrate, "
+            "evit",
         ),
-        ({"pooling": "sum"}, "pooling='sum' is not allowed: it is one of attention_size"),
-        ({"one_step_ahead": "future"}, "one_step_ahead='future' is not allowed: it is one of appr"),
-        ({"tau_sim": -1}, "tau_sim=-1 is not allowed: it is a number of at least 0"),
+        ({"pooling": "sum"}, "pooling='sum' is not allowed: it must be one of attention_size"),
+        (
+            {"one_step_ahead": "future"},
+            "one_step_ahead='future' is not allowed: it must be one of appr",
+        ),
+        ({"tau_sim": -1}, "tau_sim=-1 is not allowed: it must be a number of at least 0"),
         ({"tau_info": -0.5}, "tau_info=-0.5 is not allowed"),
         ({"tau_size": float("inf")}, "tau_size=inf is not allowed"),
         ({"min_tokens": 0}, "min_tokens=0 is not allowed"),

@@ -162,7 +162,7 @@ def test_heads_are_asked_for_where_nothing_tells_them() -> None:
     assert told in refused("w.pth")
     for heads in ("5", "0", "-2"):
         message = refused("w.pth", "--num_heads", heads)
-        assert f"w.pth: num_heads={heads} is not allowed: it divides the 24 channels" in message
+        assert f"w.pth: num_heads={heads} is not allowed: it must divide the 24 channels" in message
     with torch.device("meta"):  # ViT-H has 80 channels per head
         huge = in_timm_names(tiny_model(hidden_size=1280, num_attention_heads=16).state_dict())
     unknown = "num_heads is not set, and 1280 channels do not determine it"
@@ -298,8 +298,9 @@ def test_files_of_something_else() -> None:
     assert "google.npz is not allowed: a checkpoint's name ends in" in refused("google.npz")
     message = refused("lost.pth,speed=3")
     assert "setting 'speed' of 'lost.pth,speed=3' is not known" in message
-    assert "source='keras' is not allowed: it is one of timm, mctf, deit_distilled, " in refused(
-        "lost.pth", "--source", "keras"
+    assert (
+        "source='keras' is not allowed: it must be one of timm, mctf, deit_distilled, "
+        in refused("lost.pth", "--source", "keras")
     )
     torch.save(WEIGHTS, "w.pth")
     assert "source='hf' reads a folder or a Hub id" in refused("w.pth", "--source", "hf")
@@ -525,9 +526,9 @@ def test_classes_are_named(file: str, text: str, tiny_folder: Path) -> None:
     [
         ("labels.txt", "a\n\nb\nc\nd\n", "none of them empty"),
         ("labels.json", '["a", "b"', "labels='labels.json' cannot be read"),
-        ("labels.json", "3", "is not allowed: it holds a name per line"),
-        ("labels.json", "[1, 2, 3, 4, 5]", "is not allowed: it holds a name per line"),
-        ("labels.json", '{"1": "a", "2": "b", "3": "c"}', "is not allowed: it holds a name"),
+        ("labels.json", "3", "is not allowed: it must hold a name per line"),
+        ("labels.json", "[1, 2, 3, 4, 5]", "is not allowed: it must hold a name per line"),
+        ("labels.json", '{"1": "a", "2": "b", "3": "c"}', "is not allowed: it must hold a name"),
         ("labels.yaml", "", "the file's name ends in .txt or .json"),
         ("lost.txt", None, "No such file"),
     ],
@@ -559,5 +560,7 @@ def test_what_conversion_does_not_know_is_listed() -> None:
         convert_state_dict({"head_dist.bias": torch.zeros(2)}, source="timm")
     with pytest.raises(ValueError, match=r"blocks.0.attn.qkv.bias of shape \(7,\) cannot be split"):
         convert_state_dict({"blocks.0.attn.qkv.bias": torch.zeros(7)}, source="timm")
-    with pytest.raises(ValueError, match="source='keras' is not allowed: it is one of timm, mctf"):
+    with pytest.raises(
+        ValueError, match="source='keras' is not allowed: it must be one of timm, mctf"
+    ):
         convert_state_dict(weights, source="keras")

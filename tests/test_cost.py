@@ -116,10 +116,10 @@ def test_a_budget_of_the_layers_that_fuse_and_of_another_image_size() -> None:
     ("r", "settings", "message"),
     [
         ("auto:0.1", {}, r"budget 0.1 is not allowed: with r=98, the most .* 0\.214 of the cost"),
-        ("auto:1.5", {}, "budget 1.5 is not allowed: it is above 0 and at most 1"),
+        ("auto:1.5", {}, "budget 1.5 is not allowed: it must be above 0 and at most 1"),
         ("auto:0.5", {"reduction": "none"}, "reduction='none' meets no budget"),
-        ("half", {}, "r='half' is not allowed: it is a number, a list"),
-        ("auto:much", {}, "r='auto:much' is not allowed: it is a number, a list"),
+        ("half", {}, "r='half' is not allowed: it must be a number, a list"),
+        ("auto:much", {}, "r='auto:much' is not allowed: it must be a number, a list"),
     ],
 )
 def test_budgets_that_cannot_be_met_are_refused(r: str, settings: Any, message: str) -> None:
@@ -128,5 +128,7 @@ def test_budgets_that_cannot_be_met_are_refused(r: str, settings: Any, message: 
 
 
 def test_unknown_presets_are_refused() -> None:
-    with pytest.raises(ValueError, match="preset 'deit_x' is not known: it is one of deit_t, "):
+    with pytest.raises(
+        ValueError, match="preset 'deit_x' is not known: it must be one of deit_t, "
+    ):
         preset("deit_x")

@@ -406,7 +406,7 @@ def test_the_input_pipeline_is_timed(capsys: pytest.CaptureFixture[str]) -> None
     assert all(int(speed.replace(",", "")) > 1 for _, speed in speeds)
     with pytest.raises(SystemExit):
         main([*command, "--batches", "0"])
-    assert "batches=0 is not allowed: it is at least 1" in capsys.readouterr().err
+    assert "batches=0 is not allowed: it must be at least 1" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")

@@ -283,11 +283,10 @@ def test_a_damaged_tar_file_has_its_record_too(dino: Path, photos: Path) -> None
     assert "0002.tar/," in told and "0003.tar/alone" in told and "no image among cls" in told
 
 
-@pytest.fixture
-def many(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """400 images, of which one can't be read."""
-    folder = tmp_path / "many"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("many")
     for i in range(400):
         noise = np.random.default_rng(i).integers(0, 256, (12, 12, 3), dtype=np.uint8)
         Image.fromarray(noise).save(folder / f"{i:03}.png")
@@ -298,14 +297,22 @@ def many(tmp_path: Path) -> Path:
 OFTEN = ["--shard-size", "5", "--batch-size", "2", "--on-bad-image", "skip"]
 
 
-@pytest.fixture
-def uninterrupted(tiny_folder: Path, many: Path) -> pa.Table:
+@pytest.fixture(scope="module")
+def whole(tiny_folder: Path, many: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The vectors of a run that nobody interrupted."""
+    folder = tmp_path_factory.mktemp("vectors") / "whole"
     with pytest.warns(UserWarning, match="077"):
-        return embedded(f"{tiny_folder},r=4", many, "whole", *OFTEN)
+        embedded(f"{tiny_folder},r=4", many, str(folder), *OFTEN)
+    return folder
+
+
+@pytest.fixture
+def uninterrupted(whole: Path) -> pa.Table:
+    return rows_of(whole)
 
 
 def test_a_run_killed_at_random_moments_ends_with_the_rows_of_one_that_was_not(
-    tiny_folder: Path, many: Path, uninterrupted: pa.Table
+    tiny_folder: Path, many: Path, whole: Path, uninterrupted: pa.Table
 ) -> None:
     given = embed_words(f"{tiny_folder},r=4", many, "out", *OFTEN)
     chance, killed = random.Random(), 0
@@ -334,7 +341,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_rows_of_one_that_was_not(
     assert {file: file.stat().st_mtime_ns for file in shards} == dates, "nothing is made twice"
     left = {file.name for file in Path("out").iterdir() if file.suffix != ".parquet"}
     assert left == {"manifest.json", "unreadable.csv"}
-    assert Path("out/unreadable.csv").read_text() == Path("whole/unreadable.csv").read_text()
+    assert Path("out/unreadable.csv").read_text() == (whole / "unreadable.csv").read_text()
 
 
 def test_a_run_that_is_told_to_stop_does(
@@ -375,7 +382,7 @@ def by_two(given: list[str]) -> list[int | None]:
 
 
 def test_two_processes_write_the_rows_of_one(
-    tiny_folder: Path, many: Path, uninterrupted: pa.Table
+    tiny_folder: Path, many: Path, whole: Path, uninterrupted: pa.Table
 ) -> None:
     given = embed_words(f"{tiny_folder},r=4", many, "out", *OFTEN)
     assert by_two([*given, "--on-bad-image", "error"]) == [1, 1]
@@ -383,7 +390,7 @@ def test_two_processes_write_the_rows_of_one(
     assert "mctf: error: 077.png of " in said and "error: another process has ended" in said
     assert by_two(given) == [0, 0], Path("said0").read_text()
     assert rows_of("out").equals(uninterrupted)
-    assert manifest_of("out")["counts"] == manifest_of("whole")["counts"]
+    assert manifest_of("out")["counts"] == manifest_of(whole)["counts"]
     assert "399 vectors in 80 shards" in Path("said0").read_text()
     assert "vectors" not in Path("said1").read_text()
 

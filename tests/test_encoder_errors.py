@@ -137,7 +137,7 @@ WRONG: dict[str, dict[str, Any]] = {
         "fuse": True,
     },
     r"settings \['num_prefix_tokens'\] are not known": {"num_prefix_tokens": 3},
-    "reduction='pca' is not allowed: it is one of mctf, tome, pitome, diffrate, evit, ": {
+    "reduction='pca' is not allowed: it must be one of mctf, tome, pitome, diffrate, evit, ": {
         "reduction": "pca"
     },
     "r=-1 is not allowed: r is a count": {"r": -1},
@@ -157,12 +157,11 @@ WRONG: dict[str, dict[str, Any]] = {
         "fusion_layers": [9]
     },
     r"fusion_layers=\[1, 1\] is not allowed: it names a layer twice": {"fusion_layers": [1, 1]},
-    "tau_sim=-1 is not allowed: it is a number of at least 0": {"tau_sim": -1},
-    "min_tokens=0 is not allowed: it is a number of at least 1": {"min_tokens": 0},
-    "one_step_ahead='future' is not allowed: it is one of approximate, precise, present, past": {
-        "one_step_ahead": "future"
-    },
-    "pooling='median' is not allowed: it is one of attention_size, size, mean, max": {
+    "tau_sim=-1 is not allowed: it must be a number of at least 0": {"tau_sim": -1},
+    "min_tokens=0 is not allowed: it must be a number of at least 1": {"min_tokens": 0},
+    "one_step_ahead='future' is not allowed: it must be one of approximate, precise, present, "
+    "past": {"one_step_ahead": "future"},
+    "pooling='median' is not allowed: it must be one of attention_size, size, mean, max": {
         "pooling": "median"
     },
     "'restore' expected bool, got str": {"restore": "yes"},
@@ -217,7 +216,7 @@ def test_settings_that_are_wrong_or_without_effect(message: str) -> None:
 
 def test_places_of_rotary_encoders_that_do_not_exist() -> None:
     model, _ = tiny("dinov3")
-    message = "rope_positions='first' is not allowed: it is one of mean, kept"
+    message = "rope_positions='first' is not allowed: it must be one of mean, kept"
     assert_refused(model, message, rope_positions="first")
     fuse_tokens(model, rope_positions="kept")
 

@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import resource
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 import torch
 from datasets import load_dataset
 from torch import Tensor, nn
-from transformers import ViTImageProcessorPil
+from transformers import ViTForImageClassification, ViTImageProcessorPil
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from cli import export as command
@@ -44,6 +45,15 @@ def small_model(attention: str = "sdpa", **settings: Any) -> MCTFViTForImageClas
     model = tiny_model(**{**layers, **settings})
     model.set_attn_implementation(attention)
     return model
+
+
+@pytest.fixture(scope="module")
+def flat_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of two layers."""
+    folder = shutil.copytree(tiny_folder, tmp_path_factory.mktemp("flat") / "flat-vit")
+    model = ViTForImageClassification.from_pretrained(tiny_folder, num_hidden_layers=2)
+    model.save_pretrained(folder)
+    return folder
 
 
 def random_images(count: int) -> Tensor:
@@ -169,7 +179,7 @@ def test_a_package_compiled_ahead_of_time(
 def test_weights_too_many_for_one_file_lie_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
     limit = "torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD"
     monkeypatch.setattr(limit, 1000)  # bytes, instead of 1.5 GiB
-    model = small_model(r=0)
+    model = tiny_model(r=0, num_hidden_layers=1)
     Path("there").mkdir()
     to_onnx(model, "there/model.onnx")
     assert sorted(path.name for path in Path("there").iterdir()) == [
@@ -213,7 +223,7 @@ def test_models_that_are_not_exported() -> None:
 
 
 def test_a_check_counts_what_differs(tmp_path: Path) -> None:
-    model = small_model(r=0)
+    model = tiny_model(r=0, num_hidden_layers=1)
     to_torch_export(model, "model.pt2")
     batches = random_images(10).split([1, 2, 7])
     assert check(model, "model.pt2", batches) == ((1, 2, 7), 0, 0, 1)
@@ -246,17 +256,17 @@ def run_command(*words: Any) -> None:
 
 
 def test_the_command_checks_on_real_images(
-    tiny_folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    flat_folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(exporting, "TOLERANCE", 1e-9)  # rounding does more, in any runtime
     options = ["--output", "model.onnx", "--images", DIGITS, "--count", 24, "--batch_size", 8]
-    run_command(f"{tiny_folder},r=[0,0,0,0,9]", *options)
+    run_command(f"{flat_folder},r=[0,9]", *options)
     shown = capsys.readouterr().out
     assert f"24 images of {DIGITS} in batches of 1, 2, 5, 8" in " ".join(shown.split())
     for name in ("model.onnx in onnxruntime", "torch in float64"):
         assert re.search(rf"{name} +│ +\d\.\de-0[5-9] │ +[\d.]+% │ +100.0%", shown), shown
     assert [path.name for path in Path().iterdir()] == ["model.onnx"]
-    model = MCTFViTForImageClassification.from_pretrained(tiny_folder, r=[0, 0, 0, 0, 9])
+    model = MCTFViTForImageClassification.from_pretrained(flat_folder, r=[0, 9])
     run = load("model.onnx")
     torch.testing.assert_close(
         run(random_images(4)), expected(model, random_images(4)), rtol=0, atol=1e-5
@@ -265,7 +275,7 @@ def test_the_command_checks_on_real_images(
 
 
 def test_the_command_measures_speed(
-    tiny_folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    flat_folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fused = []
 
@@ -275,7 +285,7 @@ def test_the_command_measures_speed(
 
     monkeypatch.setitem(command.WRITE, "torch_export", write)
     options = ["--count", "3", "--batch_size", "4", "--speed", "true", "--rounds", "1"]
-    run_command(f"{tiny_folder},r=[0,0,0,0,9]", "--output", "model.pt2", *options)
+    run_command(f"{flat_folder},r=[0,9]", "--output", "model.pt2", *options)
     shown = capsys.readouterr().out
     assert "3 random images in batches of 1, 2 " in " ".join(shown.split())
     assert shown.index("batches of 1;") < shown.index("batches of 4;")
@@ -334,12 +344,12 @@ def test_the_command_refuses_a_file_that_is_wrong(
     [
         (["--output", "model.bin"], "model.bin is not allowed: .* ends in .onnx or .pt2"),
         (["--output", "no/model.onnx"], "no/model.onnx cannot be written: its folder does not"),
-        (["--count", "2"], "count=2 is not allowed: it is at least 3"),
-        (["--batch_size", "1"], "batch_size=1 is not allowed: it is at least 2"),
-        (["--speed", "true", "--rounds", "0"], "rounds=0 is not allowed: it is at least 1"),
+        (["--count", "2"], "count=2 is not allowed: it must be at least 3"),
+        (["--batch_size", "1"], "batch_size=1 is not allowed: it must be at least 2"),
+        (["--speed", "true", "--rounds", "0"], "rounds=0 is not allowed: it must be at least 1"),
         (["--images", DIGITS, "--count", "99999"], "not the 99999 that are needed"),
         (["deit_t,reduction=none,r=8"], "r=8 has no effect with reduction='none'"),
-        (["deit_t,speed=9"], "setting 'speed' of 'deit_t,speed=9' is not known: it is one of"),
+        (["deit_t,speed=9"], "setting 'speed' of 'deit_t,speed=9' is not known: it must be one of"),
         (["no/such/model"], "no/such/model"),
     ],
 )
@@ -366,7 +376,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         run_command("deit_t", "--output", "model.onnx")
     with pytest.raises(ImportError, match=message):
         to_onnx(small_model(), "model.onnx")
-    to_torch_export(small_model(r=0), "model.pt2")
+    to_torch_export(tiny_model(r=0, num_hidden_layers=1), "model.pt2")
     assert [path.name for path in Path().iterdir()] == ["model.pt2"]
 
 

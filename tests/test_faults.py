@@ -1,12 +1,9 @@
 """What kills, signals, full disks and damage leave behind: a run that ends as if nothing was."""
 
-import multiprocessing
 import os
 import random
 import resource
 import signal
-import subprocess
-import sys
 import time
 import zipfile
 from collections.abc import Iterator
@@ -20,8 +17,8 @@ from torch import Tensor
 from cli.main import main
 from lightning_modules.checkpoint_files import SafeCheckpointIO
 from lightning_modules.locks import FolderLock
-from lightning_modules.sampling import stop_with_parent_only
 from tests.helpers import DIGITS
+from tests.loader_workers import parent_of_a_worker
 from tests.training_runs import (
     EPOCHS,
     STEPS_PER_EPOCH,
@@ -147,27 +144,6 @@ def test_told_to_stop_together_with_its_workers_it_loses_nothing(
     shown = output.read_text()
     assert process.exitcode == 1 and "told to stop (SIGTERM) at step" in shown, shown
     assert not differing(resume(tmp_path), final(uninterrupted))
-
-
-def work(ready: Any) -> None:
-    stop_with_parent_only()
-    ready.set()
-    time.sleep(20)
-    sys.exit("nobody stopped it")
-
-
-def parent_of_a_worker(method: str) -> None:
-    context: Any = multiprocessing.get_context(method)
-    ready = context.Event()
-    worker = context.Process(target=work, args=(ready,))
-    worker.start()
-    ready.wait()
-    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)  # somebody else's
-    worker.join(0.3)
-    assert worker.is_alive()
-    worker.terminate()
-    worker.join()
-    assert worker.exitcode == 0
 
 
 @pytest.mark.parametrize("method", ["fork", "forkserver"])

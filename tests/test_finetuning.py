@@ -172,16 +172,16 @@ def test_a_new_head_is_named_after_the_datasets_classes(tmp_path: Path, tiny_fol
         ({"r_max": -1}, "r_max=-1 is not allowed"),
         (
             {"r_max": 7, "r": 6},
-            "r_max=7 is not allowed: it is at least 0 .no teacher. and at most 6",
+            "r_max=7 is not allowed: it must be at least 0 .no teacher. and at most 6",
         ),
         ({"reduction": "none", "r": 4}, "r=4 has no effect with reduction='none'"),
         ({"fusion": {"to_dict": 1}}, r"there are no settings \['to_dict'\]"),
         ({"pretrained": None, "config": {"hiden_size": 24}}, r"no settings \['hiden_size'\]"),
-        ({"learning_rate": -1.0}, "learning_rate=-1.0 is not allowed: it is at least 0"),
+        ({"learning_rate": -1.0}, "learning_rate=-1.0 is not allowed: it must be at least 0"),
         ({"label_smoothing": 2.0}, "label_smoothing=2.0 is not allowed: .* at most 1"),
         ({"learning_rate": float("1e400")}, "learning_rate=inf is not allowed: .* and finite"),
         ({"min_learning_rate": math.nan}, "min_learning_rate=nan is not allowed"),
-        ({"num_labels": 0}, "num_labels=0 is not allowed: it is at least 1"),
+        ({"num_labels": 0}, "num_labels=0 is not allowed: it must be at least 1"),
         ({"pretrained": None, "config": {**TINY, "num_labels": 0}}, "num_labels=0 of config"),
         (
             {"pretrained": None, "config": {"hidden_size": 24}},
@@ -372,7 +372,7 @@ def test_r_can_be_a_budget(tiny_folder: Path) -> None:
     assert isinstance(config.r, list) and len(config.r) == config.num_hidden_layers
     cost = multiply_accumulates(config) / describe(config).unfused
     assert 0.58 < cost <= 0.6
-    with pytest.raises(ValueError, match="r='most' is not allowed: it is a number, a list"):
+    with pytest.raises(ValueError, match="r='most' is not allowed: it must be a number, a list"):
         MCTFFinetuner(str(tiny_folder), r="most")
     tiny_model(r=[0, 2, 4, 4, 4]).save_pretrained("list")
     shutil.copy(tiny_folder / "preprocessor_config.json", "list")

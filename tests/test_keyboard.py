@@ -66,8 +66,8 @@ print({"torch", "transformers", "lightning", "datasets", "numpy"} & set(sys.modu
             "there is no option --model.lerning_rate: did you mean --model.learning_rate?",
         ),
         (["benchmark", "m", "--rouds=3"], "there is no option --rouds: did you mean --rounds?"),
-        (["benchmark", "m", "--rounds", "x"], "rounds=x is not allowed: it is int"),
-        (["benchmark", "m", "--threads", "x"], "threads=x is not allowed: it is int or null"),
+        (["benchmark", "m", "--rounds", "x"], "rounds=x is not allowed: it must be int"),
+        (["benchmark", "m", "--threads", "x"], "threads=x is not allowed: it must be int or null"),
         (["fit", "--optimizer", "SGD", "--optimizer.lrr", "3"], "Option 'lrr' is not accepted"),
         (["fit", "--trainer.callbacks", "foo.Bar"], "foo.Bar: No module named 'foo'"),
         (["fit", "--config", "nowhere.yaml"], "File does not exist"),
@@ -94,7 +94,10 @@ def test_a_mistyped_setting_of_a_file_is_told_with_the_nearest(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["benchmark", "m,r=[1,2"], "r='[1' is not allowed: it is a number, a word, or a list"),
+        (
+            ["benchmark", "m,r=[1,2"],
+            "r='[1' is not allowed: it must be a number, a word, or a list",
+        ),
         (["benchmark", "m,r={1: ["], "r='{1: [' is not allowed"),
         (["benchmark", "m,redction=tome"], "did you mean 'reduction'?"),
         (["benchmark", "m,r=1,r=2"], "setting 'r' of 'm,r=1,r=2' is given twice"),

@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,7 +22,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification, MCTFViTModel
 from mctf_hf.hub import load_image_processor, save
 from tests.helpers import REPOSITORY, TINY, tiny_model
-from tests.strangers import BLOCKED, environment_of_a_stranger, load_as_stranger
+from tests.strangers import load_as_stranger, run_as_stranger
 
 
 @torch.no_grad()
@@ -70,14 +68,9 @@ def test_a_folder_of_the_version_before_loads(tmp_path: Path) -> None:
 
 def test_an_older_transformers_is_told_in_one_line(tmp_path: Path) -> None:
     folder = save(tiny_model(r=7), ViTImageProcessorPil(), tmp_path / "model")
-    code = f"{BLOCKED}import transformers; transformers.__version__ = '4.57.6'\n"
+    code = "import sys, transformers; transformers.__version__ = '4.57.6'\n"
     code += "transformers.AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)"
-    done = subprocess.run(
-        [sys.executable, "-c", code, folder],
-        env=environment_of_a_stranger(tmp_path / "home"),
-        capture_output=True,
-        text=True,
-    )
+    done = run_as_stranger(code, folder, status=1)
     required = (REPOSITORY / "pyproject.toml").read_text()
     (floor,) = re.findall(r'"transformers>=([^,]*),', required)
     assert done.stderr.splitlines()[-1] == (
@@ -203,7 +196,9 @@ def test_settings_from_the_future_are_told(tmp_path: Path, images: Tensor) -> No
     assert torch.equal(found["logits"], expected)
 
     (folder / "config.json").write_text(json.dumps({**settings, "reduction": "spiral"}))
-    with pytest.raises(StrictDataclassError, match="reduction='spiral' is not allowed: it is one"):
+    with pytest.raises(
+        StrictDataclassError, match="reduction='spiral' is not allowed: it must be one"
+    ):
         AutoModelForImageClassification.from_pretrained(folder)
 
 
@@ -243,16 +238,7 @@ def test_a_tampered_auto_map_runs_nothing_without_consent(tmp_path: Path) -> Non
     assert AutoModelForImageClassification.from_pretrained(folder).config.r == 7  # our own classes
     assert MCTFViTForImageClassification.from_pretrained(folder).config.r == 7
 
-    load = BLOCKED + (
-        "from transformers import AutoModelForImageClassification as Auto\n"
-        "Auto.from_pretrained(sys.argv[1])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", load, folder],
-        env=environment_of_a_stranger(tmp_path / "home"),
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
-    assert done.returncode == 1 and "trust_remote_code=True" in done.stderr
+    code = "import sys; from transformers import AutoModelForImageClassification as Auto\n"
+    done = run_as_stranger(f"{code}Auto.from_pretrained(sys.argv[1])", folder, status=1)
+    assert "trust_remote_code=True" in done.stderr
     assert not harm.exists()

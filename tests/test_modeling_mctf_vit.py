@@ -316,14 +316,6 @@ def test_one_model_serves_many_threads(images: Tensor) -> None:
 
 
 @torch.no_grad()
-def test_the_whole_model_compiles_as_one_graph(images: Tensor) -> None:
-    model = tiny_model(r=8)
-    expected = model(images).logits
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(images).logits, expected)
-
-
-@torch.no_grad()
 def test_the_bare_encoder(images: Tensor) -> None:
     model = MCTFViTModel(MCTFViTConfig(**TINY, r=8)).eval()
     output = model(images, output_fusion=True)
@@ -413,7 +405,7 @@ def test_two_passes_can_share_their_embedding(images: Tensor) -> None:
 @torch.no_grad()
 def test_a_batch_of_another_size_recompiles_nothing(images: Tensor) -> None:
     torch._dynamo.reset()
-    model = tiny_model(r=8)
+    model = tiny_model(r=8, num_hidden_layers=3)
     graphs = []
 
     def backend(graph: torch.fx.GraphModule, _: Any) -> Any:

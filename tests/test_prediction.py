@@ -152,7 +152,7 @@ def test_no_cell_is_a_formula(tiny_folder: Path, tmp_path: Path) -> None:
         (["fit", "--predictions.top_k", "2"], "--predictions.top_k is not allowed with `mctf fit`"),
         (["test", "--model.learning_rate", "1"], "--model.learning_rate is not allowed with"),
         (["predict", "--export.folder", "x"], "--export.folder is not allowed with `mctf predict`"),
-        (["predict", "--predictions.top_k", "0"], "top_k=0 is not allowed: it is at least 1"),
+        (["predict", "--predictions.top_k", "0"], "top_k=0 is not allowed: it must be at least 1"),
     ],
 )
 def test_options_without_an_effect_are_refused(

@@ -113,7 +113,7 @@ def test_weights_of_classes_and_smoothing_in_each_loss() -> None:
         ({"num_labels": 1}, {"label_smoothing_factor": 0.1}, "has no effect with problem_type=reg"),
         ({"num_labels": 1}, {"class_weights": [1.0]}, r"class_weights=\[1.0\] has no effect"),
         ({}, {"class_weights": [1.0, 2.0]}, "it is one number of at least 0 for each of 5 classes"),
-        ({}, {"class_weights": [1, 1, 1, 1, math.nan]}, "is not allowed: it is one number"),
+        ({}, {"class_weights": [1, 1, 1, 1, math.nan]}, "is not allowed: it must be one number"),
         ({}, {"learning_rate": math.inf}, "learning_rate=inf is not allowed"),
         (
             {"reduction": "evit", "keep_rate": 0.5},

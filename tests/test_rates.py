@@ -86,7 +86,10 @@ def test_the_teachers_keep_rate_is_drawn_above_the_students() -> None:
     [
         ({"keep_rate": 0.5}, "keep_rate=0.5 has no effect with reduction='mctf'"),
         ({"reduction": "evit", "r": 4}, "r=4 has no effect with reduction='evit'"),
-        ({"reduction": "evit", "keep_rate": "half"}, "keep_rate='half' is not allowed: it is a nu"),
+        (
+            {"reduction": "evit", "keep_rate": "half"},
+            "keep_rate='half' is not allowed: it must be a nu",
+        ),
         ({"fusion": {"keep_rate": 0.3}}, "keep_rate=0.3 has no effect with reduction='mctf'"),
         ({"reduction": "evit", "fusion": {"r": 3}}, "r=3 has no effect with reduction='evit'"),
         ({"reduction": "evit", "fusion": {"inflection": 1}}, "inflection=1 has no effect with"),

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -48,13 +49,16 @@ INSTEAD = {
     "deit_s ": "deep ",
     "deit_s,": "deep,",
     "deit_s.onnx": "deit_s.pt2",
-    "1,16,64": "1,2,4",
+    "--split test --labels true": "--split test --labels true --num_images 24",
+    "1,16,64": "1,2",
     "slice=16": "slice=2",
     "1,16": "1,2",
 }
 SHORTENED = {
-    "fit": "--trainer.max_epochs 2 --trainer.limit_train_batches 2 --trainer.limit_val_batches 1",
-    "test": "--trainer.limit_test_batches 1",
+    "fit": "--trainer.max_epochs 2 --trainer.limit_train_batches 2 --trainer.limit_val_batches 1 "
+    "--data.batch_size 8 --data.eval_batch_size 8 --data.num_workers 0",
+    "test": "--trainer.limit_test_batches 1 --data.num_workers 0",
+    "predict": "--data.num_workers 0",
     "benchmark": "--rounds 1",
     "benchmark-data": "--batches 2 --warmup 1 --data.num_workers 0",
     "convert": "--num_heads 2",
@@ -101,12 +105,17 @@ def python_blocks(page: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (REPOSITORY / page).read_text(), re.DOTALL)
 
 
-@pytest.fixture
-def checkout(tiny_folder: Path) -> Iterator[None]:
-    """A folder with what a checkout has, and stand-ins for what the pages download."""
-    for name in ("configs", "data"):
-        Path(name).symlink_to(REPOSITORY / name)
-    Path("plain").symlink_to(tiny_folder)
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stand-ins for what the pages download."""
+    folder = tmp_path_factory.mktemp("prepared")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        prepare()
+    return folder
+
+
+def prepare() -> None:
     dino = Dinov2Config(
         hidden_size=24, num_attention_heads=2, num_hidden_layers=4, image_size=32, patch_size=4
     )
@@ -127,6 +136,15 @@ def checkout(tiny_folder: Path) -> Iterator[None]:
     torch.save(weights, "deit_small_patch16_224.pth")
     names = [f"class {i}" for i in range(len(weights["head.bias"]))]
     Path("imagenet_classes.txt").write_text("\n".join(names))
+
+
+@pytest.fixture
+def checkout(prepared: Path, tiny_folder: Path) -> Iterator[None]:
+    """A folder with what a checkout has, and the stand-ins."""
+    shutil.copytree(prepared, ".", dirs_exist_ok=True)
+    for name in ("configs", "data"):
+        Path(name).symlink_to(REPOSITORY / name)
+    Path("plain").symlink_to(tiny_folder)
     yield
     for name in ("configs", "data", "plain"):
         Path(name).unlink()

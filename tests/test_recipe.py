@@ -131,8 +131,11 @@ def test_averaged_weights_are_what_is_validated_kept_and_exported(tmp_path: Path
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"decay": 1.0}, "decay=1.0 is not allowed: it is at least 0 and below 1"),
-        ({"decay": 0.9, "every_n_steps": 0}, "every_n_steps=0 is not allowed: it is at least 1"),
+        ({"decay": 1.0}, "decay=1.0 is not allowed: it must be at least 0 and below 1"),
+        (
+            {"decay": 0.9, "every_n_steps": 0},
+            "every_n_steps=0 is not allowed: it must be at least 1",
+        ),
     ],
 )
 def test_averages_that_make_no_sense(settings: dict[str, Any], message: str) -> None:
@@ -277,9 +280,12 @@ def test_a_guide_of_other_classes_is_refused_in_one_clear_error(
     ("settings", "message"),
     [
         ({"layer_decay": 1.5}, "layer_decay=1.5 is not allowed: .* at most 1"),
-        ({"distillation": "medium"}, "distillation='medium' is not allowed: it is soft or hard"),
+        (
+            {"distillation": "medium"},
+            "distillation='medium' is not allowed: it must be soft or hard",
+        ),
         ({"distillation_weight": 2.0}, "distillation_weight=2.0 is not allowed"),
-        ({"cooldown_epochs": -1.0}, "cooldown_epochs=-1.0 is not allowed: it is at least 0"),
+        ({"cooldown_epochs": -1.0}, "cooldown_epochs=-1.0 is not allowed: it must be at least 0"),
     ],
 )
 def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:

@@ -4,7 +4,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import datasets
 import lightning as L
 import pytest
 import torch
@@ -94,10 +93,7 @@ def test_resuming_from_any_step_ends_with_the_same_weights(
     assert not differing
 
 
-def test_a_stream_is_resumed_too(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
+def test_a_stream_is_resumed_too(tiny_folder: Path, tmp_path: Path) -> None:
     stream = {"streaming": True, "val_split": "test", "repeated_augmentation": 1}
     expected = train(tmp_path / "whole", tiny_folder, **stream)
     resumed = train(tmp_path / "rest", tiny_folder, tmp_path / "whole" / "step=6.ckpt", **stream)

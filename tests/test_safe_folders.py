@@ -5,6 +5,7 @@ import json
 import re
 import resource
 import shlex
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,14 @@ PROCESSOR = ViTImageProcessorPil(size={"height": 32, "width": 32})
 DRY = ["--license", "mit", "--rounds", "1", "--batch-size", "1", "--dry-run"]
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tiny_model(r=7), PROCESSOR, tmp_path_factory.mktemp("saved") / "model")
+
+
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return save(tiny_model(r=7), PROCESSOR, tmp_path / "model")
+def folder(saved: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(saved, tmp_path / "model")
 
 
 @pytest.fixture

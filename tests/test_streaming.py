@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 from datasets import load_dataset
@@ -23,12 +22,6 @@ from tests.image_sets import BROKEN, PROCESSOR, data_module, numbered_png, write
 
 EVEN, UNEVEN = (6, 6, 6, 6, 6, 6, 6, 6), (7, 5, 9, 2, 3, 8, 11)
 ALL = 1000
-
-
-@pytest.fixture(autouse=True)
-def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Newer releases of datasets wait for seconds after each pass, for remote files' threads."""
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
 
 
 def write_tar(folder: Path, sizes: Sequence[int]) -> str:

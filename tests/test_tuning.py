@@ -49,7 +49,9 @@ def test_a_budget_that_cannot_be_met() -> None:
     with pytest.raises(ValueError, match=r"GMACs cannot be met by tome, which leaves 0\.\d+ of 0"):
         meet(model, Candidate.untuned("tome"), budget_of(model, 0.1))
     for budget in (0, 1, 1.5, True, float("nan")):
-        with pytest.raises(ValueError, match=f"budget={budget!r} is not allowed: it is above 0"):
+        with pytest.raises(
+            ValueError, match=f"budget={budget!r} is not allowed: it must be above 0"
+        ):
             budget_of(model, budget)
 
 
@@ -319,11 +321,14 @@ def test_the_command_sweeps(tiny_folder: Path, capsys: pytest.CaptureFixture[str
     [
         ([], r"budget=None, speed=None, max_loss=None is not allowed: give exactly one"),
         (["--budget", "0.5", "--speed", "2"], "budget=0.5, speed=2.0, max_loss=None is not allow"),
-        (["--budget", "1.5"], "budget=1.5 is not allowed: it is above 0 and below 1"),
+        (["--budget", "1.5"], "budget=1.5 is not allowed: it must be above 0 and below 1"),
         (["--budget", "0.05"], "a budget of .* GMACs cannot be met by"),
         (["--budget", "0.5", "--methods", "mtf"], "methods='mtf' is not allowed: 'mtf' is none of"),
-        (["--budget", "0.5", "--trials", "0"], "trials=0 is not allowed: it is at least 1"),
-        (["--budget", "0.5", "--num_images", "3"], "num_images=3 is not allowed: it is at least 4"),
+        (["--budget", "0.5", "--trials", "0"], "trials=0 is not allowed: it must be at least 1"),
+        (
+            ["--budget", "0.5", "--num_images", "3"],
+            "num_images=3 is not allowed: it must be at least 4",
+        ),
         (["--budget", "0.5", "--split", "no"], "has no split 'no': it has t"),
         (["--budget", "0.5", "--rounds", "2"], "--rounds is not allowed without --speed"),
         (["--budget", "0.5", "--study", "no/s"], "study='no/s' cannot be written"),

@@ -282,9 +282,9 @@ def test_one_image_file_and_models_of_two_names(
     [
         (["--layer", "5"], "layer=5 is not allowed: the model has the layers 0 to 4"),
         (["--layer", "-1"], "layer=-1 is not allowed: the model has the layers 0 to 4"),
-        (["--count", "0"], "count=0 is not allowed: it is at least 1"),
+        (["--count", "0"], "count=0 is not allowed: it must be at least 1"),
         (["--count", "9999"], "has 500 images, not the 9999 that are needed"),
-        (["--scale", "0"], "scale=0 is not allowed: it is at least 1"),
+        (["--scale", "0"], "scale=0 is not allowed: it must be at least 1"),
         (["--output", "o.jpg"], "o.jpg is not allowed: the file's name ends in .png"),
         (["--output", "no/o.png"], "no/o.png cannot be written: its folder does not exist"),
         (["--images", "nowhere/at/all"], "nowhere/at/all"),
@@ -301,7 +301,7 @@ def test_mistakes_of_models_are_told(tiny_folder: Path) -> None:
     tiny_model(image_size=64).save_pretrained("larger")
     ViTImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained("larger")
     for words, message in (
-        ([f"{tiny_folder},speed=9"], "setting 'speed' of '.*' is not known: it is one of"),
+        ([f"{tiny_folder},speed=9"], "setting 'speed' of '.*' is not known: it must be one of"),
         ([f"{tiny_folder},reduction=none,r=8"], "r=8 has no effect with reduction='none'"),
         (
             [f"{tiny_folder},r=8", "larger"],

@@ -161,8 +161,8 @@ def test_weights_and_biases_is_asked_for_by_name(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"every_n_epochs": -1}, "every_n_epochs=-1 is not allowed: it is at least 0"),
-        ({"images": 0}, "images=0 is not allowed: it is at least 1"),
+        ({"every_n_epochs": -1}, "every_n_epochs=-1 is not allowed: it must be at least 0"),
+        ({"images": 0}, "images=0 is not allowed: it must be at least 1"),
     ],
 )
 def test_pictures_that_make_no_sense(settings: dict[str, int], message: str) -> None:

@@ -61,6 +61,7 @@ def start(run: Callable[..., None], *args: Any, **options: Any) -> ForkServerPro
 
 def _quietly(run: Callable[..., None], args: tuple[Any, ...], options: dict[str, Any]) -> None:
     torch.set_num_threads(1)
+    multiprocessing.set_start_method(None, force=True)  # the default, as in a process of a user
     sys.stdout = sys.stderr = open(options.pop("output", os.devnull), "w", buffering=1)  # noqa: SIM115
     os.dup2(sys.stdout.fileno(), 1)
     os.dup2(sys.stdout.fileno(), 2)

@@ -87,31 +87,62 @@ with torch.no_grad():
 """
 
 
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+@pytest.fixture(scope="module")
+def running_hub() -> Iterator[LocalHub]:
     with LocalHub(tokens={TOKEN}) as hub:
         yield hub
 
 
 @pytest.fixture
-def mctf(hub: LocalHub, tmp_path: Path) -> Iterator[Callable[..., subprocess.CompletedProcess]]:
-    """Commands of a user of this Hub, each in a process of its own."""
-    with warm_commands(hub.environment(tmp_path / "home", TOKEN)) as warm:
-        yield partial(warm.run, COMMAND)
+def hub(running_hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
+    """A Hub that holds nothing."""
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    running_hub.begin()
+    yield running_hub
+    running_hub.check()
 
 
-@pytest.fixture
-def stranger(hub: LocalHub, tmp_path: Path) -> Iterator[Warm]:
-    """Processes of somebody without this library, with one cache."""
-    with Warm(OF_STRANGERS, hub.environment(tmp_path / "home of a stranger")) as warm:
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def user(running_hub: LocalHub, home: Path) -> Iterator[Warm]:
+    with warm_commands(running_hub.environment(home / "user", TOKEN)) as warm:
         yield warm
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def mctf(hub: LocalHub, home: Path, user: Warm) -> Callable[..., subprocess.CompletedProcess]:
+    """Commands of a user of this Hub with an empty cache, each in a process of its own."""
+    shutil.rmtree(home / "user", ignore_errors=True)
+    return partial(user.run, COMMAND)
+
+
+@pytest.fixture(scope="module")
+def anybody(running_hub: LocalHub, home: Path) -> Iterator[Warm]:
+    with Warm(OF_STRANGERS, running_hub.environment(home / "stranger")) as warm:
+        yield warm
+
+
+@pytest.fixture
+def stranger(hub: LocalHub, home: Path, anybody: Warm) -> Warm:
+    """Processes of somebody without this library, with one cache that is empty."""
+    shutil.rmtree(home / "stranger", ignore_errors=True)
+    return anybody
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
-    return save(tiny_model(r=7, num_labels=10), processor, tmp_path / "model")
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    return save(tiny_model(r=7, num_labels=10), processor, folder)
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(saved, tmp_path / "model")
 
 
 def api(hub: LocalHub, token: str = TOKEN) -> HfApi:

@@ -6,7 +6,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from tests.local_hub.faults import Faults
+from tests.local_hub.faults import Fault, Faults
 from tests.local_hub.server import Server
 from tests.local_hub.state import Repo
 
@@ -27,14 +27,19 @@ class LocalHub(Faults):
     def __init__(self, tokens: set[str]):
         super().__init__()
         self.tokens = tokens
+        self.is_open = True
+        self.begin()
+        self.server = Server(self)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.storage = f"http://localhost:{self.server.server_port}"
+
+    def begin(self) -> None:
+        """Forget all but the address and the tokens."""
+        self.faults: list[Fault] = []
         self.repos: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
         self.bugs: list[BaseException] = []
-        self.is_open = True
-        self.server = Server(self)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        self.storage = f"http://localhost:{self.server.server_port}"
 
     def __enter__(self) -> "LocalHub":
         threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
@@ -44,7 +49,12 @@ class LocalHub(Faults):
         self.is_open = False
         self.server.shutdown()
         self.server.server_close()
-        if error is None and self.bugs:
+        if error is None:
+            self.check()
+
+    def check(self) -> None:
+        """Raise the first error of this server itself."""
+        if self.bugs:
             raise self.bugs[0]
 
     def environment(self, home: Path, token: str | None = None) -> dict[str, str]:
