@@ -413,10 +413,12 @@ def test_the_input_pipeline_is_timed(capsys: pytest.CaptureFixture[str]) -> None
 def test_a_killed_worker_is_one_clear_error(
     tiny_folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    before = {child.pid for child in multiprocessing.active_children()}
+
     def kill_one() -> None:
-        while not multiprocessing.active_children():
+        while not (own := {child.pid for child in multiprocessing.active_children()} - before):
             time.sleep(0.05)
-        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        os.kill(own.pop(), signal.SIGKILL)
 
     words = [
         "fit",

@@ -161,7 +161,7 @@ def test_the_commands_run(
         for shown, used in INSTEAD.items():
             line = line.replace(shown, used)
         words = shlex.split(line, comments=True)
-        start = words.index("cli.main" if "cli.main" in words else "mctf") + 1
+        start = words.index("mctf") + 1
         words = words[start:]
         (command, *_) = (word for word in words if word in COMMANDS)
         only_read = any(part in line for part in ONLY_READ)

@@ -122,7 +122,7 @@ def test_a_search_finds_what_is_better_and_keeps_to_its_budget() -> None:
     assert len(untuned) == len(METHODS)
     losses = [float(verdict.loss.mean()) for verdict in found.ranking]
     assert losses == sorted(losses) and found.best is found.ranking[0]
-    assert found.best.name.startswith("tuned") or losses[0] == min(losses)
+    assert found.best.name.startswith("tuned")
     assert all(verdict.fraction <= 0.6 for verdict in found.ranking)
     assert {verdict.name for verdict in found.ranking} >= {"tuned 1", "tuned 2", *METHODS}
 
@@ -263,9 +263,8 @@ def test_the_command_tunes_for_a_loss_and_by_labels(tiny_folder: Path) -> None:
     main([*words, "--max_loss", "99", "--labels", "true", "--output", "tuned"])
     record = json.loads(Path("tuned/tuning.json").read_text())
     assert record["labels"] and record["max_loss"] == 99
-    unfused, cheapest = record["ranking"][:2]
+    _, cheapest = record["ranking"][:2]
     assert cheapest["fraction"] <= 0.6
-    assert unfused["accuracy"] - cheapest["accuracy"] <= 99
 
 
 def test_the_command_tunes_for_a_speed(tiny_folder: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from datasets import load_dataset
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
@@ -102,6 +103,7 @@ def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(
 def test_validate_and_test_report_accuracy(
     finished: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
 ) -> None:
+    accuracies: dict[str, float] = {}
     for command in ("validate", "test"):
         caplog.clear()
         main(
@@ -110,8 +112,17 @@ def test_validate_and_test_report_accuracy(
         )  # fmt: skip
         split = {"validate": "val", "test": "test"}[command]
         (shown,) = re.findall(rf"{split}/accuracy +│ +([\d.]+)", capsys.readouterr().out)
-        assert 0 <= float(shown) <= 1
+        accuracies[command] = float(shown)
         assert "by layer: 0, 6, 6, 6, 6 fewer" in caplog.text
+    model = AutoModelForImageClassification.from_pretrained(finished / "model").eval()
+    processor = AutoImageProcessor.from_pretrained(finished / "model")
+    rows = load_dataset(DIGITS, split="test")
+    pixels = processor([image.convert("RGB") for image in rows["image"]], return_tensors="pt")
+    with torch.inference_mode():
+        found = model(**pixels).logits.argmax(1)
+    right = (found == torch.tensor(rows["label"][:])).float().mean().item()
+    assert accuracies["test"] == pytest.approx(right)
+    assert accuracies["validate"] == pytest.approx(right, abs=0.2)
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
