@@ -12,6 +12,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from lightning_modules.amounts import fusion_text
 from lightning_modules.processors import settle_size
 from mctf_hf import MCTFViTConfig, MCTFViTForImageClassification
+from mctf_hf.classes import give_names
 from mctf_hf.configuration_mctf import as_pair
 from mctf_hf.conversion import build_model, infer_config
 from mctf_hf.cost import describe
@@ -85,9 +86,7 @@ def convert(
             raise ValueError(
                 f"labels={labels!r} is not allowed with {name}, which has no head for classes"
             )
-        names = read_labels(labels, config.num_labels)
-        config.id2label = dict(enumerate(names))
-        config.label2id = {label: i for i, label in config.id2label.items()}
+        give_names(config, read_labels(labels, config.num_labels))
     origin = processor or (name if source == "hf" else None)
     image_processor = evaluation_processor(config) if origin is None else _taken(origin, config)
     folder = save(model, image_processor, output)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mctf_hf.candidates import Candidate, budget_of, meet, untuned
+from mctf_hf.candidates import Candidate, FittedCandidate, budget_of, meet, untuned
 from mctf_hf.checks import check_range
 from mctf_hf.hub import check_folder, save
 from mctf_hf.judging import Judge, Verdict, judge
@@ -209,7 +209,11 @@ def _for_speed(
     search: Callable[[float], Tuned],
     timed: Callable[[Sequence[Verdict]], None],
 ) -> Tuned:
-    """Find the best setting whose measured speed is at least ``speed``."""
+    """Find the best setting whose measured speed is at least ``speed``.
+
+    Raises:
+        ValueError: if no setting is as fast.
+    """
     fraction = _fraction_for(speed, ranking, timed)
     tuned = search(fraction)
     timed(tuned.ranking)
@@ -217,8 +221,8 @@ def _for_speed(
     while (verdict.ratio or 0) < speed:  # reduce more with the same candidate
         assert verdict.setting is not None and verdict.ratio is not None
         fraction = verdict.fraction * min(0.98, verdict.ratio / speed)
-        budget = budget_of(ranking.model, fraction, ranking.described)
-        setting = meet(ranking.model, verdict.setting.candidate, budget, ranking.described)
+        candidate = verdict.setting.candidate
+        setting = _meet(speed, verdict.ratio, ranking, candidate, fraction)
         verdict = judge(ranking, verdict.name, setting)
         timed([verdict])
     if verdict is not tuned.ranking[0]:
@@ -232,15 +236,28 @@ def _fraction_for(
     speed: float, ranking: Judge, timed: Callable[[Sequence[Verdict]], None]
 ) -> float:
     """The share of the cost at which ToMe, the method that chooses fastest, reaches ``speed``."""
-    low, high = 0.1, 1.0
+    low, high, ratio = 0.1, 1.0, 1.0
     for _ in range(5):
         middle = math.sqrt(low * high)
-        budget = budget_of(ranking.model, middle, ranking.described)
-        setting = meet(ranking.model, Candidate.untuned("tome"), budget, ranking.described)
+        setting = _meet(speed, ratio, ranking, Candidate.untuned("tome"), middle)
         timed([verdict := judge(ranking, "tome", setting)])
         assert verdict.ratio is not None
-        low, high = (low, middle) if verdict.ratio < speed else (middle, high)
+        ratio = verdict.ratio
+        low, high = (low, middle) if ratio < speed else (middle, high)
     return low
+
+
+def _meet(
+    speed: float, ratio: float, ranking: Judge, candidate: Candidate, fraction: float
+) -> FittedCandidate:
+    """The settings of a candidate at a share of the cost; ``ratio`` is the speed reached so far."""
+    budget = budget_of(ranking.model, fraction, ranking.described)
+    try:
+        return meet(ranking.model, candidate, budget, ranking.described)
+    except ValueError as error:
+        raise ValueError(
+            f"speed={speed!r} is not reached on this machine, which reached {ratio:.2f}: {error}"
+        ) from error
 
 
 def _for_loss(max_loss: float, search: Callable[..., Tuned]) -> Tuned:

@@ -75,7 +75,8 @@ def _check_views(
         if one.view.size != other.view.size:
             raise ValueError(
                 f"{words} sees an image as {other.view.height} x {other.view.width} pixels, "
-                f"{first} as {one.view.height} x {one.view.width}: side by side they see the same"
+                f"{first} as {one.view.height} x {one.view.width}: all models of a picture must "
+                "see the same"
             )
 
 

@@ -61,7 +61,7 @@ def _check_classes(name: str, guide: Any, config: MCTFViTConfig) -> None:
     if guide.num_labels != config.num_labels:
         raise ValueError(
             f"distill_from={name!r} has {guide.num_labels} classes, the model that learns from it "
-            f"{config.num_labels}: they are to have the same ones, in the same order"
+            f"{config.num_labels}: both must have the same ones, in the same order"
         )
     theirs, ours = names_of(guide), names_of(config)
     if wrong := differing(theirs, ours):

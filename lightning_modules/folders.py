@@ -176,7 +176,9 @@ def _metadata_file(folder: Path) -> Path | None:
     """The metadata file of a split, if it has one."""
     present = [folder / name for name in METADATA if (folder / name).is_file()]
     if len(present) > 1:
-        raise ValueError(f"{' and '.join(map(str, present))} are not allowed: one of them is")
+        raise ValueError(
+            f"there are several metadata files, {', '.join(map(str, present))}: keep one"
+        )
     return present[0] if present else None
 
 

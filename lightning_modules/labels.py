@@ -111,7 +111,7 @@ def settle(
         held = "numbers" if not whole and not hot else "several" if several else "one"
         held += "" if held == "numbers" else " of the classes for each image"
         raise ValueError(
-            f"labels of {origin} are {held}, which problem_type={problem} is not for: set "
+            f"labels of {origin} are {held}, but problem_type={problem}: set "
             f"problem_type to one of {SINGLE}, {MULTI} (lists of classes, or of 1 and 0) or "
             f"{REGRESSION} (numbers)"
             + (", and num_labels to the number of classes" if num_labels == 1 else "")

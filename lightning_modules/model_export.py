@@ -92,8 +92,8 @@ class HuggingFaceFolder(Callback):
                 save(pl_module.model, pl_module.image_processor, folder, files={TRAINING: record})
             except (OSError, SafetensorError) as error:
                 raise OSError(
-                    f"{folder} was not written ({error}): what lay there is untouched. Resume the "
-                    "run from its last checkpoint when there is room, which writes the folder "
+                    f"{folder} was not written ({error}): its files are unchanged. Resume the run "
+                    "from its last checkpoint when there is room, which writes the folder "
                     "without training again"
                 ) from error
             rank_zero_info(f"Hugging Face model ({weights or 'last weights'}): {folder}")

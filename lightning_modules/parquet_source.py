@@ -136,8 +136,8 @@ def _parquet_images(
         setting = f"image_column={image_column!r}" if image_column else "image_column is not set"
         raise ValueError(
             f"{setting}, and {origin} has {'no' if not bare else len(bare)} column of images among "
-            f"{', '.join(schema.names)}: it is one of bytes"
-            + (f", {' or '.join(bare)}" if bare else "")
+            f"{', '.join(schema.names)}: it must hold bytes"
+            + (f", as {' or '.join(bare)} does" if bare else "")
         )
     return found[0]
 

@@ -24,7 +24,6 @@ from torch import Tensor
 from lightning_modules.amounts import add_up, amount_text, sweep
 from lightning_modules.lightning_private import accumulates, logs, stop_workers
 from mctf_hf.checks import check_range
-from mctf_hf.configuration_mctf import as_pair
 from mctf_hf.cost import multiply_accumulates
 from mctf_hf.files import replace, write_text
 from mctf_hf.images import to_image
@@ -228,10 +227,7 @@ class FusedTokensPicture(Callback):
 def _picture(pl_module: Any, images: Tensor, output: Any) -> Image.Image:
     """Draw images (b, channels, height, width) beside their fused tokens."""
     config = pl_module.model.config
-    rows, columns = (
-        size // patch
-        for size, patch in zip(images.shape[-2:], as_pair(config.patch_size), strict=True)
-    )
+    rows, columns = config.grid(tuple(images.shape[-2:]))
     seen = [
         FusedTokens(
             view=to_image(pl_module.image_processor, image),

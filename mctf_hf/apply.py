@@ -62,7 +62,7 @@ def _fuse(model: Any, settings: dict[str, Any], given: dict[str, Any]) -> Any:
     """See :func:`fuse_tokens`; ``given`` holds the settings that the user chose explicitly."""
     name = type(model).__name__
     if not isinstance(model, nn.Module):
-        raise ValueError(f"{model!r} is no model, whose tokens could be fused")
+        raise ValueError(f"fuse_tokens needs a model of PyTorch, and {model!r} is none")
     inside = [path for path, module in model.named_modules() if isinstance(module, FusedModel)]
     if inside and inside != [""]:
         raise ValueError(

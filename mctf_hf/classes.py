@@ -62,8 +62,8 @@ def check_classes(config: Any, names: Sequence[str], model: object, data: object
     new_head = f"set num_labels={len(names)} for a new head"
     if len(own) != len(names):
         raise ValueError(
-            f"{data} has {len(names)} classes, {model} {len(own)}: {shown(names)}, and "
-            f"{shown(own)}. To finetune it, {new_head}"
+            f"{data} has {len(names)} classes ({shown(names)}), and {model} has {len(own)} "
+            f"({shown(own)}). To finetune it, {new_head}"
         )
     wrong = differing(own, names)
     if not wrong:

@@ -37,8 +37,8 @@ def _check_reduction(value: str) -> None:
     if value != "none" and value not in REDUCERS:
         raise ValueError(
             f"reduction={value!r} is not allowed: it must be one of {', '.join(REDUCERS)}, none. "
-            "(One of your own is known once its module is imported; a model that brings one along "
-            "loads with trust_remote_code=True where this library is not imported.)"
+            "Import the module of your own method first. A saved model with its own method loads "
+            "with trust_remote_code=True where this library is not imported."
         )
 
 

@@ -40,7 +40,7 @@ def _has(path: str, name: str) -> bool:
         owner = pkgutil.resolve_name(path)
     except (ImportError, AttributeError):
         return False
-    if hasattr(owner, name):
+    if hasattr(owner, name) or name in getattr(owner, "__annotations__", ()):
         return True
     made = inspect.unwrap(owner.__init__)
     steps = dis.get_instructions(made) if inspect.isfunction(made) else ()
@@ -57,7 +57,10 @@ if _numbers(transformers.__version__) < _numbers(OLDEST):
         f"this model needs transformers {OLDEST} or newer, and {transformers.__version__} is "
         "installed: pip install --upgrade transformers"
     )
-check_names("torch", {"torch.nn.Module": ("_replicate_for_data_parallel",)})
+check_names(
+    "torch",
+    {"torch.nn.Module": ("_forward_hooks", "_forward_pre_hooks", "_replicate_for_data_parallel")},
+)
 check_names(
     "transformers",
     {
@@ -69,6 +72,8 @@ check_names(
             "_keys_to_ignore_on_load_unexpected",
             "_load_pretrained_model",
             "_no_split_modules",
+            "_supports_flash_attn",
+            "_supports_flex_attn",
         ),
     },
 )

@@ -94,7 +94,7 @@ def save(
             for path in made:
                 path.rmdir()
         if isinstance(error, SafetensorError) or getattr(error, "errno", None) in _FULL:
-            message = f"{folder} was not written, and what lay there is untouched: {error}"
+            message = f"{folder} was not written, and its files are unchanged: {error}"
             raise OSError(message) from error
         raise
     for name in {*stale_files(os.listdir(folder), names), *earlier} - set(names):
@@ -137,7 +137,7 @@ def push(
     additions = [CommitOperationAdd(file.name, file) for file in loadable_files(folder)]
     check_fit(Path(folder))
     if held := held_back(folder):
-        logger.warning("held back, for they may be private: %s", ", ".join(held))
+        logger.warning("not uploaded, because they may be private: %s", ", ".join(held))
     api = api or HfApi()
     head, made = None, False
     try:

@@ -182,11 +182,11 @@ class ImageReader:
             made = ImageReader.__call__(self, Image.new(MODES[channels], (64, 64)))
         except Exception as error:  # its settings may cause any error
             raise ValueError(f"{type(processor).__name__} can't be used: {error}") from error
-        if len(made) != channels or not made.isfinite().all():
-            raise ValueError(
-                f"{type(processor).__name__} can't be used: of {channels} channels it makes "
-                f"{len(made)}, or numbers that are not finite"
-            )
+        problem = None if made.isfinite().all() else "it makes numbers that are not finite"
+        if len(made) != channels:
+            problem = f"it makes {len(made)} channels instead of {channels}"
+        if problem is not None:
+            raise ValueError(f"{type(processor).__name__} can't be used: {problem}")
 
     def read(self, stored: Any, name: str) -> Image.Image:
         """Decode the image of a row or file, see :func:`decode`.

@@ -145,7 +145,7 @@ def register(name: str) -> Callable[[_Class], _Class]:
         )
         if name == "none" or (known is not None and not same):
             owner = "no reduction" if known is None else f"{known.__module__}.{known.__qualname__}"
-            raise ValueError(f"reduction {name!r} cannot be registered: it is that of {owner}")
+            raise ValueError(f"reduction {name!r} cannot be registered: {owner} has this name")
         if not hasattr(reducer, "stage") and "stage" not in reducer.__annotations__:
             raise ValueError(
                 f"{reducer.__qualname__} has no stage: it must be one of "

@@ -3,6 +3,7 @@
 Shapes: ``b`` images, ``t`` texts, ``d`` channels.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -79,7 +80,7 @@ class Texts(nn.Module):
 
     def __init__(self, texts: Sequence[str], encoder: TextEncoder):
         super().__init__()
-        twice = sorted({text for text in texts if texts.count(text) > 1})
+        twice = sorted(text for text, count in Counter(texts).items() if count > 1)
         if not texts or twice:
             problem = f"{twice[0]!r} is there twice" if twice else "there are none"
             raise ValueError(f"texts are not allowed: {problem}")

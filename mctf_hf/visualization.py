@@ -108,8 +108,8 @@ def fused_by_layer(model: Any, image_processor: Any, pixel_values: Tensor) -> li
         interpolate_pos_encoding=(height, width) != as_pair(config.image_size),
         output_fusion=True,
     )
+    rows, columns = config.grid((height, width))
     patch_height, patch_width = as_pair(config.patch_size)
-    rows, columns = height // patch_height, width // patch_width
     view = to_image(
         image_processor, pixel_values[0, :, : rows * patch_height, : columns * patch_width]
     )

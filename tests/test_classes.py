@@ -25,7 +25,7 @@ def configured(names: list[str]) -> object:
         (
             ANIMALS,
             ANIMALS[:4],
-            "the data has 4 classes, the model 10: .* set num_labels=4 fo",
+            r"the data has 4 classes \(.*\), and the model has 10 .* set num_labels=4 fo",
         ),
     ],
 )

@@ -118,7 +118,10 @@ def test_a_broken_image_is_named_by_its_row(workers: int, tmp_path: Path) -> Non
         ({"image_column": "img"}, "image_column='img': .* has the columns photo, kind, weight"),
         ({"label_column": "y"}, "label_column='y': .* has the columns photo, kind, weight"),
         ({"label_column": "photo"}, "label_column='photo' .* labels are integers"),
-        ({"label_column": "weight"}, "are numbers, which problem_type=single_label_classification"),
+        (
+            {"label_column": "weight"},
+            "numbers, but problem_type=single_label_classification: set",
+        ),
         ({"image_column": "kind"}, "image_column='kind' .* it is to hold images"),
         ({"train_split": "training"}, "has no split 'training': it has train"),
         ({"val_split": "dev"}, "has no split 'dev': it has train"),

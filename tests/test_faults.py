@@ -183,7 +183,7 @@ def test_a_full_disk_leaves_the_checkpoints_that_are_there(
     shown = (tmp_path / "output").read_text()
     assert process.exitcode == 1
     assert "was not written (File too large" in shown
-    assert "checkpoints saved before are untouched" in shown.splitlines()[-1]
+    assert "checkpoints saved before are unchanged" in shown.splitlines()[-1]
     assert (tmp_path / "last.ckpt").read_bytes() == before
     assert not list(tmp_path.glob(".*"))
     assert not differing(resume(tmp_path), final(uninterrupted))
@@ -206,7 +206,8 @@ def test_what_cannot_be_written_leaves_what_was_there(checkpoints: Path) -> None
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-        with pytest.raises(OSError, match=f"{last} was not written .File too large, [0-9,]+ bytes"):
+        message = f"{last} was not written .File too large, of [0-9,]+ bytes"
+        with pytest.raises(OSError, match=message):
             SafeCheckpointIO().save_checkpoint(state(3), last)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

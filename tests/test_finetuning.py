@@ -406,7 +406,7 @@ def test_a_new_head_is_not_used_before_it_is_trained(tiny_folder: Path, tmp_path
 def test_a_dataset_with_another_number_of_classes_is_refused(tmp_path: Path) -> None:
     module = MCTFFinetuner(config={**TINY, "num_labels": 20}, r=6)
     with pytest.raises(
-        ValueError, match="the dataset has 10 classes, the model 20: .*set num_labels=10"
+        ValueError, match="the dataset has 10 classes .*, and the model has 20 .*set num_labels=10"
     ):
         short_trainer(tmp_path).fit(module, digits())
 

@@ -112,7 +112,11 @@ def test_weights_of_classes_and_smoothing_in_each_loss() -> None:
         ({"problem_type": MULTI}, {"label_smoothing_factor": 0.1}, "with problem_type=multi_label"),
         ({"num_labels": 1}, {"label_smoothing_factor": 0.1}, "has no effect with problem_type=reg"),
         ({"num_labels": 1}, {"class_weights": [1.0]}, r"class_weights=\[1.0\] has no effect"),
-        ({}, {"class_weights": [1.0, 2.0]}, "it is one number of at least 0 for each of 5 classes"),
+        (
+            {},
+            {"class_weights": [1.0, 2.0]},
+            "must be one number of at least 0 for each of 5 classes",
+        ),
         ({}, {"class_weights": [1, 1, 1, 1, math.nan]}, "is not allowed: it must be one number"),
         ({}, {"learning_rate": math.inf}, "learning_rate=inf is not allowed"),
         (
@@ -328,15 +332,15 @@ def told(out: str, name: str) -> float:
 @pytest.mark.parametrize(
     ("labels", "feature", "settings", "message"),
     [
-        (SEVERAL_TAGS, TAGS, {"num_labels": 3}, "are several of the classes for each image, which"),
-        ([[0.5, 1.0]] * 12, List(Value("float32")), {"num_labels": 2}, "are numbers, which prob"),
+        (SEVERAL_TAGS, TAGS, {"num_labels": 3}, "are several of the classes for each image, but"),
+        ([[0.5, 1.0]] * 12, List(Value("float32")), {"num_labels": 2}, "are numbers, but prob"),
         (
             [0] * 12, ClassLabel(names=["a", "b"]), {"num_labels": 1},
             "one of the classes for each image, .* and num_labels to the number of classes",
         ),
         (
             [0, 1] * 6, ClassLabel(names=["a", "b"]),
-            {"num_labels": 2, "problem_type": MULTI}, "are one of the classes for each image, whic",
+            {"num_labels": 2, "problem_type": MULTI}, "are one of the classes for each image, but ",
         ),
         (
             [[0, 1]] * 11 + [[0]], List(Value("int8")),
@@ -361,7 +365,7 @@ def test_one_label_per_image_ends_what_a_checkpoint_says(tiny_folder: Path, tmp_
     model = tiny_model(r=6, num_labels=10, problem_type=MULTI)
     model.save_pretrained("several")
     shutil.copy(tiny_folder / "preprocessor_config.json", "several")
-    with pytest.raises(ValueError, match="which problem_type=multi_label_classification is not f"):
+    with pytest.raises(ValueError, match="but problem_type=multi_label_classification: set "):
         short_trainer(tmp_path).fit(MCTFFinetuner("several"), digits())
     for settings in ({"problem_type": SINGLE}, {"num_labels": 10, "learning_rate": 1e-3}):
         module = MCTFFinetuner("several", **settings)

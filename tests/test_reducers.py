@@ -546,7 +546,7 @@ def test_a_reducer_sees_what_it_needs(everything: type[Everything], images: Tens
 def test_names_and_needs_of_reducers_are_checked(everything: type[Everything]) -> None:
     register("everything")(Everything)  # again, as when a module is imported anew
     with pytest.raises(
-        ValueError, match="reduction 'mctf' .*: it is that of mctf_hf.reducers.MCTFR"
+        ValueError, match="reduction 'mctf' .*: mctf_hf.reducers.MCTFReducer has this"
     ):
         register("mctf")(Everything)
     with pytest.raises(ValueError, match="reduction 'none' cannot be registered"):

@@ -142,7 +142,7 @@ def test_a_full_disk_leaves_the_old_folder(
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     for place in (folder, tmp_path / "new"):
         told = refusal(capsys, "convert", folder, "--output", place)
-        assert f"error: {place} was not written, and what lay there is untouched" in told
+        assert f"error: {place} was not written, and its files are unchanged" in told
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     assert not (tmp_path / "new").exists()
 

@@ -4,12 +4,14 @@ import csv
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import Dinov2Config, Dinov2Model
 
 from cli.main import main
@@ -267,12 +269,22 @@ def test_the_command_tunes_for_a_loss_and_by_labels(tiny_folder: Path) -> None:
     assert cheapest["fraction"] <= 0.6
 
 
-def test_the_command_tunes_for_a_speed(tiny_folder: Path) -> None:
+def test_the_command_tunes_for_a_speed(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["tune", str(tiny_folder), *WORDS, "--trials", "3", "--methods", "tome"]
-    main([*words, "--speed", "1.01", "--batch_size", "32", "--rounds", "3", "--output", "tuned"])
+    words += ["--batch_size", "8", "--rounds", "1"]
+    with FlopCounterMode(display=False) as counter:  # of a machine whose time is its work
+        clock = SimpleNamespace(perf_counter=counter.get_total_flops)
+        monkeypatch.setattr("cli.measuring.time", clock)
+        main([*words, "--speed", "1.3", "--output", "tuned"])
+        with pytest.raises(SystemExit):
+            main([*words, "--speed", "50", "--output", "faster"])
+    assert "speed=50.0 is not reached on this machine" in capsys.readouterr().err
+    assert not Path("faster").exists()
     record = json.loads(Path("tuned/tuning.json").read_text())
-    assert record["speed"] == 1.01
-    assert max(row.get("speed", 0) for row in record["ranking"]) >= 1.01
+    assert record["speed"] == 1.3
+    assert max(row.get("speed", 0) for row in record["ranking"]) >= 1.3
     rows = [(row["setting"], row["gmacs"]) for row in record["ranking"]]
     assert len(set(rows)) == len(rows)
 

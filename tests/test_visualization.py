@@ -305,7 +305,7 @@ def test_mistakes_of_models_are_told(tiny_folder: Path) -> None:
         ([f"{tiny_folder},reduction=none,r=8"], "r=8 has no effect with reduction='none'"),
         (
             [f"{tiny_folder},r=8", "larger"],
-            "larger sees an image as 64 x 64 pixels, .*,r=8 as 32 x 32: side by side they see",
+            "larger sees an image as 64 x 64 pixels, .*,r=8 as 32 x 32: all models of a",
         ),
     ):
         with pytest.raises(ValueError, match=message):
