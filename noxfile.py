@@ -24,6 +24,7 @@ TESTS = (
     "tests/test_reducers.py",
     "tests/test_resuming.py",
     "tests/test_runs.py",
+    "tests/test_skip_unread.py",
     "tests/test_streaming.py",
     "tests/test_visualization.py",
     "tests/test_watching.py",

@@ -75,5 +75,6 @@ check_names(
             "_supports_flash_attn",
             "_supports_flex_attn",
         ),
+        "transformers.utils.output_capturing": ("_active_collector",),
     },
 )

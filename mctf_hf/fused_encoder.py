@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import logging
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils import logging, output_capturing
 
 from .anatomy import LayerNames, attention_core, attention_names, check_layer
 from .attention import FusionAttention, Rotation, is_recorded
@@ -220,7 +219,9 @@ class FusedLayerList(nn.ModuleList):
 
     def _is_shown(self, kwargs: dict[str, Any]) -> bool:
         """Whether attentions or hidden states are requested, or the last layer has hooks."""
-        asked = any(kwargs.get(f"output_{name}") for name in ("attentions", "hidden_states"))
+        names = ("attentions", "hidden_states")
+        # Some encoders do not pass these arguments on to their layers.
+        asked = any(kwargs.get(f"output_{name}") for name in names) or captures(*names)
         return asked or any(map(is_hooked, self[-1].modules()))
 
     def _slice_size(
@@ -261,7 +262,13 @@ def is_hooked(module: nn.Module) -> bool:
     transformers leaves its hooks in place, and they do nothing unless outputs are requested.
     """
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return any(getattr(hook, "__module__", None) != capture_outputs.__module__ for hook in hooks)
+    return any(getattr(hook, "__module__", None) != output_capturing.__name__ for hook in hooks)
+
+
+def captures(*names: str) -> bool:
+    """Whether transformers captures one of these outputs in the current call of a model."""
+    captured = output_capturing._active_collector.get()
+    return captured is not None and any(name in captured for name in names)
 
 
 def goes_in_slices(x: Tensor) -> bool:

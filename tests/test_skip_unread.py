@@ -123,7 +123,7 @@ def test_whoever_looks_at_all_tokens_sees_them(images: Tensor) -> None:
 def test_programs_skip_too(images: Tensor) -> None:
     model = tiny_model(r=4, attn_implementation="eager", num_hidden_layers=3)
     work = flops(model, images)
-    exported = torch.export.export(model, (images,)).module()
+    exported = torch.export.export(model, (images,), strict=False).module()
     assert flops(exported, images) == work
     torch.compiler.reset()
     made = []
