@@ -29,7 +29,7 @@ from mctf_hf.problems import QUALITIES, Quality, quality
 from .contestants import Contestant, make
 from .evaluation import open_labelled
 from .measuring import machine_name, peak_bytes, seconds_in_rounds
-from .models import labels
+from .models import captions_of
 from .options import parser_of, read, refuse
 from .paths import check_output, open_images
 
@@ -127,7 +127,7 @@ def benchmark(
     pixels = pixels.to(device, DTYPES[dtype])
 
     console = Console()
-    shown, meant = _short(labels(models), console.width - FIGURES)
+    shown, meant = _short(captions_of(models), console.width - FIGURES)
     for line in meant:
         console.print(line, soft_wrap=True, highlight=False)
     environment = _environment(device, dtype, pixels.shape[-1], images, rounds)
@@ -152,7 +152,7 @@ def benchmark(
         text = json.dumps({"environment": environment, "results": rows}, indent=2, allow_nan=False)
         write_text(output, text + "\n")
     if plot is not None:
-        figure = _plot(rows, labels(models), environment)
+        figure = _plot(rows, captions_of(models), environment)
         replace(plot, lambda draft: figure.savefig(draft, dpi=120, format="png"))
 
 

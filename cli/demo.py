@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import yaml
 from datasets import load_dataset
-from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -19,7 +18,7 @@ from mctf_hf.images import ImageReader
 
 from .fitting import finetuning
 from .measuring import images_per_second
-from .parsing import ArgumentParser
+from .options import parser_of, read
 
 DATASET = "data/digits"
 CONFIGS = {"base": "configs/digits_base.yaml", "finetuned": "configs/digits.yaml"}
@@ -27,7 +26,8 @@ CONFIGS = {"base": "configs/digits_base.yaml", "finetuned": "configs/digits.yaml
 
 def main(args: Sequence[str]) -> None:
     """Read the command line and run :func:`demo`."""
-    auto_cli(demo, args=list(args), prog="mctf demo", parser_class=ArgumentParser)
+    read(parser_of("demo", demo), args)
+    demo()
 
 
 def demo() -> None:

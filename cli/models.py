@@ -69,8 +69,8 @@ def _value(key: str, text: str) -> Any:
     return tuple(value) if in_brackets else value
 
 
-def labels(models: Sequence[str]) -> list[str]:
-    """Labels of models: all words, or only the settings if all have the same name."""
+def captions_of(models: Sequence[str]) -> list[str]:
+    """Captions of models: all words, or only the settings if all have the same name."""
     parts = [words.partition(",") for words in models]
     if len({name for name, _, _ in parts}) > 1:
         return list(models)

@@ -6,7 +6,7 @@ from mctf_hf.checks import check_range
 from mctf_hf.files import replace
 from mctf_hf.visualization import FusedTokens, contact_sheet, enlarge, fused_tokens
 
-from .models import labels, load
+from .models import captions_of, load
 from .options import parser_of, read
 from .paths import check_output, open_images
 
@@ -54,7 +54,7 @@ def visualize(
     after = "" if layer is None else f" after layer {layer}"
     captions = [
         f"{label}\n{_count(by_image)}{after}"
-        for label, by_image in zip(labels(models), seen, strict=True)
+        for label, by_image in zip(captions_of(models), seen, strict=True)
     ]
     rows = [
         [enlarge(by_model[0].view, scale), *(tokens.picture(scale) for tokens in by_model)]

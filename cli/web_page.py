@@ -13,7 +13,7 @@ from mctf_hf.images import decode
 from mctf_hf.problems import REGRESSION, problem_type
 
 from .measuring import machine_name
-from .models import labels
+from .models import captions_of
 from .paths import open_images
 from .web_looks import OWN, ROUNDS, Look, Viewed
 from .web_tables import CSS, answers_table, figures_table, layers_chart
@@ -111,7 +111,7 @@ def build(models: Sequence[str], images: str | None = None, device: str = "cpu")
                 )
                 gr.Examples([[image] for image in examples.values()], photo, label="Examples")
                 model = gr.Dropdown(
-                    list(zip(labels(models), models, strict=True)),
+                    list(zip(captions_of(models), models, strict=True)),
                     label="Model",
                     visible=len(viewed) > 1,
                     elem_id="model",

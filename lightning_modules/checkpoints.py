@@ -163,7 +163,7 @@ class LastCheckpoint(Checkpoint):
                     "trainer.strategy: save_distributed_checkpoint=True is not allowed: a "
                     "checkpoint is a single file, set it to false"
                 )
-            _check_before_loading(trainer, files)
+            _load_after_check(trainer, files)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = files
 
@@ -271,8 +271,8 @@ class LastCheckpoint(Checkpoint):
         trainer.strategy.barrier("LastCheckpoint")
 
 
-def _check_before_loading(trainer: L.Trainer, files: SafeCheckpointIO) -> None:
-    """Check checkpoints before loading, for strategies that do not use ``checkpoint_io``."""
+def _load_after_check(trainer: L.Trainer, files: SafeCheckpointIO) -> None:
+    """Let a strategy that does not use ``checkpoint_io`` check checkpoints before it loads them."""
     strategy: Any = trainer.strategy
     load = strategy.load_checkpoint
 

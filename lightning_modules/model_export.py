@@ -28,6 +28,8 @@ from mctf_hf.teacher import r_max_of
 class HuggingFaceFolder(Callback):
     """Writes the best model as a Hugging Face folder when training ends.
 
+    The module holds these weights from then on.
+
     Args:
         folder: output folder. Unset: ``huggingface`` in the trainer's log directory.
         best: use the weights of the best checkpoint, if there is one; otherwise the last weights.

@@ -141,7 +141,7 @@ def push(
     api = api or HfApi()
     head, made = None, False
     try:
-        _open(api, repo_id, private)
+        _create_if_missing(api, repo_id, private)
         head = _latest_commit(api, repo_id, revision)
         existing = revision if head else None
         api.preupload_lfs_files(repo_id, additions, revision=existing)
@@ -172,7 +172,7 @@ def check_repo_id(repo_id: str) -> None:
         raise ValueError(f"repo_id={repo_id!r} is not allowed: it must be organisation/name")
 
 
-def _open(api: HfApi, repo_id: str, private: bool) -> None:
+def _create_if_missing(api: HfApi, repo_id: str, private: bool) -> None:
     """Create the repository if it does not exist; raise ValueError for an unwanted public one."""
     try:
         public = not api.repo_info(repo_id).private

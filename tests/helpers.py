@@ -1,5 +1,6 @@
 """What tests of any kind need: places, small models, known numbers, commands and their words."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -31,6 +32,16 @@ TINY: dict[str, Any] = {
     "num_labels": 5,
     "layer_norm_eps": 1e-6,
 }
+
+
+def docs_script(name: str) -> Any:
+    """A script of docs/, as a module."""
+    file = REPOSITORY / "docs" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
 
 
 class Golden:

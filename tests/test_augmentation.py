@@ -1,7 +1,7 @@
 """Augmentation of whole batches: against Pillow, its range, what chance decides, label mixing."""
 
-import io
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,10 +17,9 @@ from lightning_modules.batch_augmentation import (
     Normalization,
     RandomErasing,
 )
-from lightning_modules.contact_sheet import augmented_rows, coloured_digits, contact_sheet
 from lightning_modules.labelled_images import DRAWS
 from lightning_modules.rand_augment import OPERATIONS, RandAugment, operate, strength
-from tests.helpers import DIGITS
+from tests.helpers import docs_script
 
 POLICY = RandAugment.parse("rand-m9-mstd0.5-inc1")
 
@@ -239,16 +238,16 @@ def test_a_seed_determines_a_batch() -> None:
 
 
 def test_the_contact_sheet_shows_every_augmentation() -> None:
-    images, labels = coloured_digits(DIGITS)
-    rows = {row.name: row for row in augmented_rows(images, labels)}
+    script = docs_script("make_augmentations")
+    rows = {row.name: row for row in script.augmented_rows(*script.coloured_digits())}
     assert rows.keys() >= {*OPERATIONS, "random erasing", "mixup 0.8", "cutmix 1.0"}
     for name, row in rows.items():
         assert row.images.min() >= 0 and row.images.max() <= 1, name
         different = {image.numpy().tobytes() for image in row.images}
         assert len(different) >= min(3, len(row.images)), name
-    sheet, file = contact_sheet(list(rows.values())), io.BytesIO()
-    sheet.save(file, "png")
-    assert sheet.height > 64 * len(rows) and len(file.getvalue()) > 50_000
+    script.main("sheet.png")
+    assert Image.open("sheet.png").height > 64 * len(rows)
+    assert Path("sheet.png").stat().st_size > 50_000
 
 
 def test_crops_come_from_their_generator_alone() -> None:

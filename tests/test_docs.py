@@ -1,6 +1,5 @@
 """The site of the documentation, as mkdocs builds it."""
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -17,7 +16,7 @@ from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 import lightning_modules.public
 import mctf_hf
 from cli.commands import COMMANDS
-from tests.helpers import REPOSITORY
+from tests.helpers import REPOSITORY, docs_script
 
 # Attributes by which a page loads something while it is shown.
 LOADED = {"script": "src", "img": "src", "iframe": "src", "source": "src", "object": "data"}
@@ -154,10 +153,7 @@ def test_the_pictures_can_be_drawn_again(tmp_path: Path) -> None:
     Dinov2Model(config).save_pretrained("tiny")
     size = {"height": 32, "width": 32}
     BitImageProcessorPil(size=size, crop_size=size, do_center_crop=False).save_pretrained("tiny")
-    script = REPOSITORY / "docs" / "make_pictures.py"
-    spec = importlib.util.spec_from_file_location("make_pictures", script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = docs_script("make_pictures")
     pictures = (REPOSITORY / "docs" / "pictures").glob("*.webp")
     assert set(module.METHODS) == {file.stem for file in pictures}
     module.METHODS = {name: module.METHODS[name] for name in ("tome", "evit", "own")}

@@ -1,12 +1,12 @@
-"""A picture of all augmentations, applied to coloured handwritten digits.
+"""Draw the picture of all augmentations, applied to coloured handwritten digits.
 
-To draw it, run ``python -m lightning_modules.contact_sheet docs/augmentations.png`` in a checkout
-of the repository.
+``python docs/make_augmentations.py docs/augmentations.png`` draws it.
 """
 
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,13 +15,13 @@ from datasets import load_dataset
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from lightning_modules.augmentation import FlipAndCrop
+from lightning_modules.batch_augmentation import Mixing, Normalization, RandomErasing
+from lightning_modules.labelled_images import DRAWS, as_bytes
+from lightning_modules.rand_augment import OPERATIONS, RandAugment, operate, strength
 from mctf_hf.files import replace
 
-from .augmentation import FlipAndCrop
-from .batch_augmentation import Mixing, Normalization, RandomErasing
-from .labelled_images import DRAWS, as_bytes
-from .rand_augment import OPERATIONS, RandAugment, operate, strength
-
+DIGITS = Path(__file__).parent.parent / "data" / "digits"
 EDGE, GAP, LEFT, CAPTION = 64, 6, 140, 14
 COLUMNS = 7
 MAGNITUDES = (2, 4, 6, 8, 9, 10)
@@ -39,26 +39,26 @@ class Row:
     captions: Sequence[str]
 
 
-def coloured_digits(dataset: str = "data/digits", count: int = COLUMNS) -> tuple[Tensor, Tensor]:
+def coloured_digits() -> tuple[Tensor, Tensor]:
     """Digits 0, 1, … in warm colours on a background from blue to green.
 
     Returns:
-        Images (count, 3, EDGE, EDGE) uint8, and labels (count,).
+        Images (COLUMNS, 3, EDGE, EDGE) uint8, and labels (COLUMNS,).
     """
-    rows = load_dataset(dataset, split="test")
+    rows = load_dataset(str(DIGITS), split="test")
     labels = list(rows["label"])
     x, y = np.meshgrid(np.linspace(0, 1, EDGE), np.linspace(0, 1, EDGE))
     tiles = 25 * ((np.floor(8 * x) + np.floor(8 * y)) % 2)
     ground = tiles[..., None] + np.stack([60 + 40 * x, 70 + 100 * x, 160 - 90 * y], -1)
     ink = np.stack([250 - 40 * y, 210 - 120 * y, 110 - 40 * x], -1)
     images = []
-    for digit in range(count):
+    for digit in range(COLUMNS):
         picture = rows[labels.index(digit)]["image"].convert("L")
         share = np.asarray(picture.resize((EDGE, EDGE), Image.Resampling.BICUBIC))[..., None] / 255
         share = np.clip(3 * share - 1, 0, 1)  # edges on which sharpness has an effect
         mixed = np.clip(ground + (ink - ground) * share, 0, 255).astype(np.uint8)
         images.append(as_bytes(Image.fromarray(mixed)))
-    return torch.stack(images), torch.arange(count)
+    return torch.stack(images), torch.arange(COLUMNS)
 
 
 def augmented_rows(images: Tensor, labels: Tensor, seed: int = 0) -> Iterator[Row]:
