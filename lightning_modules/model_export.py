@@ -94,9 +94,9 @@ class HuggingFaceFolder(Callback):
                 save(pl_module.model, pl_module.image_processor, folder, files={TRAINING: record})
             except (OSError, SafetensorError) as error:
                 raise OSError(
-                    f"{folder} was not written ({error}): its files are unchanged. Resume the run "
-                    "from its last checkpoint when there is room, which writes the folder "
-                    "without training again"
+                    f"{folder} was not written, and its files are unchanged. Resume the run from "
+                    "its last checkpoint when there is room, which writes the folder without "
+                    f"training again ({error.__cause__ or error})"
                 ) from error
             rank_zero_info(f"Hugging Face model ({weights or 'last weights'}): {folder}")
 
