@@ -87,7 +87,7 @@ COMPILED = (
     *(("deit_b", 1), ("dinov2_b", 1), ("clip_l_14", 1)),
 )
 MAPS = ((1, 6, 197), (32, 6, 197), (256, 6, 197), (32, 12, 257), (256, 12, 257), (32, 12, 1025))
-TINY = {"hidden_size": 64, "num_attention_heads": 1, "num_hidden_layers": 3, "image_size": 112}
+TINY = {"hidden_size": 64, "num_attention_heads": 1, "num_hidden_layers": 3, "image_size": 64}
 TINY_MAPS = ((2, 1, 50),)
 TINY_BUDGET = 0.7
 

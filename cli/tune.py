@@ -304,6 +304,7 @@ def _curves(drawing: Judge, best: Verdict, methods: Sequence[str]) -> dict[str, 
         with suppress(ValueError):  # this candidate cannot reduce as much
             same = meet(model, best.setting.candidate, budget, described)
             curves["tuned"].append(judge(drawing, "tuned", same))
-        for method, setting in untuned(model, methods, budget, described).items():
-            curves.setdefault(method, []).append(judge(drawing, method, setting))
+        with suppress(ValueError):  # nor can any method
+            for method, setting in untuned(model, methods, budget, described).items():
+                curves.setdefault(method, []).append(judge(drawing, method, setting))
     return curves

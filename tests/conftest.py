@@ -1,5 +1,6 @@
 import gc
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,6 +60,17 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = ViTForImageClassification(ViTConfig(**{**TINY, "num_labels": 10}))
     model.save_pretrained(folder)
     ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def flat_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of two layers, for what takes long for each of them."""
+    from transformers import ViTForImageClassification
+
+    folder = shutil.copytree(tiny_folder, tmp_path_factory.mktemp("checkpoint") / "flat-vit")
+    model = ViTForImageClassification.from_pretrained(tiny_folder, num_hidden_layers=2)
+    model.save_pretrained(folder)
     return folder
 
 

@@ -4,7 +4,6 @@ import json
 import logging
 import re
 import resource
-import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ import pytest
 import torch
 from datasets import load_dataset
 from torch import Tensor, nn
-from transformers import ViTForImageClassification, ViTImageProcessorPil
+from transformers import ViTImageProcessorPil
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from cli import export as command
@@ -45,15 +44,6 @@ def small_model(attention: str = "sdpa", **settings: Any) -> MCTFViTForImageClas
     model = tiny_model(**{**layers, **settings})
     model.set_attn_implementation(attention)
     return model
-
-
-@pytest.fixture(scope="module")
-def flat_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of two layers."""
-    folder = shutil.copytree(tiny_folder, tmp_path_factory.mktemp("flat") / "flat-vit")
-    model = ViTForImageClassification.from_pretrained(tiny_folder, num_hidden_layers=2)
-    model.save_pretrained(folder)
-    return folder
 
 
 def random_images(count: int) -> Tensor:
@@ -93,10 +83,10 @@ def test_a_file_computes_what_its_model_does(kind: str, variant: str) -> None:
 
 def test_a_backbone_gives_its_hidden_states() -> None:
     model = small_model(fusion_layers=[1]).vit
-    to_onnx(model, "model.onnx")
-    assert_computes("model.onnx", model)
-    assert load("model.onnx")(random_images(5)).shape == (5, 65 - 9, 24)
-    agreement = check(model, "model.onnx", [random_images(5)])
+    to_torch_export(model, "model.pt2")
+    assert_computes("model.pt2", model)
+    assert load("model.pt2")(random_images(5)).shape == (5, 65 - 9, 24)
+    agreement = check(model, "model.pt2", [random_images(5)])
     assert agreement.differing == 0 and agreement.top1 is None
 
 

@@ -113,7 +113,7 @@ def run(python: Path, *words: object, home: Path) -> str:
         [str(python), *map(str, words)],
         capture_output=True,
         text=True,
-        env=environment_of_a_stranger(home) | {"MPLCONFIGDIR": str(home)},
+        env=environment_of_a_stranger(home) | {"MPLCONFIGDIR": str(home.parent / "matplotlib")},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -202,10 +202,10 @@ def test_a_command_without_its_extra_tells_which_one(alone: Path, tmp_path: Path
 
 
 def test_commands_run_with_the_extra_that_they_name(
-    with_extras: Callable[..., Path], tiny_folder: Path, tmp_path: Path
+    with_extras: Callable[..., Path], flat_folder: Path, tmp_path: Path
 ) -> None:
     python = with_extras("cli")
-    model, images = str(tiny_folder), ["--images", DIGITS]
+    model, images = str(flat_folder), ["--images", DIGITS]
     run_by_it = [
         ["visualize", f"{model},r=4", *images, "--output", "fused.png"],
         ["benchmark", f"{model},r=4", "--rounds", "1", "--accuracy", DIGITS, "--max-images", "8"],
@@ -258,11 +258,11 @@ def test_extras_are_enough_for_what_they_are_named_for(
     extras: list[str],
     several: list[list[str]],
     with_extras: Callable[..., Path],
-    tiny_folder: Path,
+    flat_folder: Path,
     tmp_path: Path,
 ) -> None:
     python = with_extras(*extras)
-    words = [[word.replace("MODEL", str(tiny_folder)) for word in words] for words in several]
+    words = [[word.replace("MODEL", str(flat_folder)) for word in words] for words in several]
     told = commands(python, words, tmp_path)
     assert not [said for status, said in told if status]
     assert list(tmp_path.glob("made*"))

@@ -41,15 +41,20 @@ def train(
     ckpt_path: Path | None = None,
     workers: int = 0,
     seed: int = 3,
+    keep: bool = False,
     **data_settings: Any,
 ) -> dict[str, Tensor]:
-    """Train to the end, keeping a checkpoint of every step; returns the final weights."""
+    """Train to the end, on request with a checkpoint of every step; returns the final weights."""
     module = MCTFFinetuner(
         str(pretrained), r=6, r_max=4, learning_rate=1e-2, drop_path_rate=0.2, seed=seed
     )
     settings = {"val_fraction": 0.95, "repeated_augmentation": 3, **EVERY_AUGMENTATION}
     data = HFImageDataModule(
         DIGITS, batch_size=16, num_workers=workers, seed=seed, **{**settings, **data_settings}
+    )
+    every = (
+        ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1),
+        ModelCheckpoint(folder, filename="end-of-{epoch}", save_top_k=-1, every_n_epochs=1),
     )
     trainer = L.Trainer(
         default_root_dir=folder,
@@ -61,11 +66,7 @@ def train(
         num_sanity_val_steps=0,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[
-            ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1),
-            ModelCheckpoint(folder, filename="end-of-{epoch}", save_top_k=-1, every_n_epochs=1),
-            LastCheckpoint(every_n_train_steps=5),
-        ],
+        callbacks=[*(every if keep else ()), LastCheckpoint(every_n_train_steps=5)],
     )
     trainer.fit(module, data, ckpt_path=ckpt_path)
     return {name: weight.clone() for name, weight in module.model.state_dict().items()}
@@ -76,7 +77,7 @@ def whole_run(
     tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, Tensor]]:
     folder = tmp_path_factory.mktemp("whole")
-    return folder, train(folder, tiny_folder)
+    return folder, train(folder, tiny_folder, keep=True)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,7 @@ def test_resuming_from_any_step_ends_with_the_same_weights(
 
 def test_a_stream_is_resumed_too(tiny_folder: Path, tmp_path: Path) -> None:
     stream = {"streaming": True, "val_split": "test", "repeated_augmentation": 1}
-    expected = train(tmp_path / "whole", tiny_folder, **stream)
+    expected = train(tmp_path / "whole", tiny_folder, keep=True, **stream)
     resumed = train(tmp_path / "rest", tiny_folder, tmp_path / "whole" / "step=6.ckpt", **stream)
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
 

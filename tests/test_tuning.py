@@ -20,6 +20,7 @@ from mctf_hf import MCTFViTForImageClassification, fuse_tokens, tuning
 from mctf_hf.candidates import METHODS, Candidate, Dial, budget_of, meet, methods_for
 from mctf_hf.cost import describe, multiply_accumulates
 from mctf_hf.judging import Judge, applied, judge
+from mctf_hf.model_folder import TUNING_PICTURE
 from mctf_hf.tuning import Search, tune
 from tests.helpers import DIGITS, tiny_model
 
@@ -287,6 +288,12 @@ def test_the_command_tunes_for_a_speed(
     assert max(row.get("speed", 0) for row in record["ranking"]) >= 1.3
     rows = [(row["setting"], row["gmacs"]) for row in record["ranking"]]
     assert len(set(rows)) == len(rows)
+
+
+def test_a_picture_shows_the_budgets_that_can_be_met(flat_folder: Path) -> None:
+    words = ["tune", str(flat_folder), *WORDS, "--trials", "2", "--methods", "tome"]
+    main([*words, "--budget", "0.8", "--output", "tuned"])  # two layers cannot go down to 0.4
+    assert Path("tuned", TUNING_PICTURE).exists()
 
 
 def test_a_part_of_a_judge_is_a_judge_of_these_images() -> None:
