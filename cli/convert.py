@@ -161,8 +161,7 @@ def read_labels(file: str, num_labels: int) -> list[str]:
     if not isinstance(names, list) or not all(isinstance(n, str) and n.strip() for n in names):
         raise ValueError(
             f"labels={file!r} is not allowed: it must hold a name per line, or a JSON list of "
-            "names "
-            'or names by their numbers ({"0": name, …}), none of them empty'
+            'names or names by their numbers ({"0": name, …}), none of them empty'
         )
     if len(names) != num_labels:
         raise ValueError(f"labels={file!r} holds {len(names)} names, the model has {num_labels}")

@@ -304,7 +304,9 @@ def _curves(drawing: Judge, best: Verdict, methods: Sequence[str]) -> dict[str, 
         with suppress(ValueError):  # this candidate cannot reduce as much
             same = meet(model, best.setting.candidate, budget, described)
             curves["tuned"].append(judge(drawing, "tuned", same))
+        others: dict[str, FittedCandidate] = {}
         with suppress(ValueError):  # nor can any method
-            for method, setting in untuned(model, methods, budget, described).items():
-                curves.setdefault(method, []).append(judge(drawing, method, setting))
+            others = untuned(model, methods, budget, described)
+        for method, setting in others.items():
+            curves.setdefault(method, []).append(judge(drawing, method, setting))
     return curves

@@ -143,9 +143,8 @@ class SafeCheckpointIO(TorchCheckpointIO):
             raise OSError(
                 error.errno or errno.EIO,
                 f"{path} was not written ({error.strerror or error}, of "
-                f"{len(buffer.getbuffer()):,} "
-                "bytes): checkpoints saved before are unchanged. Resume from one of them when "
-                "there is room",
+                f"{len(buffer.getbuffer()):,} bytes): checkpoints saved before are unchanged. "
+                "Resume from one of them when there is room",
             ) from error
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -404,6 +404,8 @@ def test_folders_that_do_not_fit(tiny_folder: Path) -> None:
     assert refused("bad").startswith("bad cannot be read: it is damaged")
     message = refused(tiny_folder, "--num_heads", "2")
     assert "num_heads=2 is for files of weights" in message
+    Path(shutil.copytree(tiny_folder, "bare"), "preprocessor_config.json").unlink()
+    assert "bare has no image processor that could be read: set processor" in refused("bare")
     for settings, told in (
         ({"model_type": "swin"}, "bad holds a model of type 'swin'"),
         ({"architecture": "vit_tiny_patch16_224"}, "its config.json has no model_type: if it is"),

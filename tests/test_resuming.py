@@ -18,6 +18,7 @@ from lightning_modules import (
     LastCheckpoint,
     MCTFFinetuner,
 )
+from lightning_modules.run_settings import AUGMENTATION
 from tests.helpers import DIGITS
 from tests.training_runs import finetuner, images, trainer
 
@@ -70,6 +71,10 @@ def train(
     )
     trainer.fit(module, data, ckpt_path=ckpt_path)
     return {name: weight.clone() for name, weight in module.model.state_dict().items()}
+
+
+def test_every_augmentation_is_among_these() -> None:
+    assert set(EVERY_AUGMENTATION) == set(AUGMENTATION)
 
 
 @pytest.fixture(scope="module")

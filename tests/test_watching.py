@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+import multiprocessing
 import os
 import shlex
 import signal
@@ -111,6 +112,14 @@ def test_the_summary_tells_accuracy_and_cost_at_several_r(watched: tuple[Path, A
         assert row["val_accuracy"] == torch.cat(right).float().mean().item()
         assert row["gmacs"] == multiply_accumulates(model.config, r=row["r"]) / 1e9
         assert row["images"] == 32
+
+
+def test_the_summary_leaves_no_workers(tmp_path: Path) -> None:
+    before = multiprocessing.active_children()
+    run = trainer(tmp_path, Summary(), max_epochs=1, enable_checkpointing=False)
+    run.fit(finetuner(), images(num_workers=1))
+    assert json.loads((tmp_path / "summary.json").read_text())
+    assert multiprocessing.active_children() == before
 
 
 def test_the_summary_of_a_stream_counts_all_of_it(tmp_path: Path) -> None:
