@@ -144,7 +144,7 @@ class FusedLayerList(nn.ModuleList):
                 short = settings.shortfall(num_tokens, r, keep_rate, scheduled)
                 if short is not None:
                     logger.warning_once(short)
-        if num_read is not None and (history or self._is_shown(kwargs)):
+        if num_read is not None and (history or self._is_shown()):
             num_read = None
         keeps_all = keeps_all and num_read is None
         track = history or (num_read is None and (track or (keeps_all and fuses)))
@@ -158,7 +158,7 @@ class FusedLayerList(nn.ModuleList):
             history=history,
             rotary=rotary,
         )
-        size = self._slice_size(hidden_states, fuses, mask, kwargs)
+        size = self._slice_size(hidden_states, fuses, mask)
         if size == hidden_states.shape[0]:
             return run(hidden_states, mask)
         return _joined([run(images, None) for images in hidden_states.split(size)])
@@ -217,16 +217,11 @@ class FusedLayerList(nn.ModuleList):
             tokens = replace(tokens, sizes=sizes)
         return replace(tokens, assignments=tuple(made)) if history else tokens
 
-    def _is_shown(self, kwargs: dict[str, Any]) -> bool:
+    def _is_shown(self) -> bool:
         """Whether attentions or hidden states are requested, or the last layer has hooks."""
-        names = ("attentions", "hidden_states")
-        # Some encoders do not pass these arguments on to their layers.
-        asked = any(kwargs.get(f"output_{name}") for name in names) or captures(*names)
-        return asked or any(map(is_hooked, self[-1].modules()))
+        return is_captured() or any(map(is_hooked, self[-1].modules()))
 
-    def _slice_size(
-        self, hidden_states: Tensor, fuses: bool, mask: Tensor | None, kwargs: dict[str, Any]
-    ) -> int:
+    def _slice_size(self, hidden_states: Tensor, fuses: bool, mask: Tensor | None) -> int:
         """Number of images that run through all layers at once.
 
         On a CPU, activations larger than its cache are slow, mostly because each layer allocates
@@ -241,7 +236,7 @@ class FusedLayerList(nn.ModuleList):
         whole = (
             mask is not None
             or (not fuses and first.runs_as_host)
-            or any(kwargs.get(f"output_{name}") for name in ("attentions", "hidden_states"))
+            or is_captured()
             or (first.runs_as_host and any(map(_is_watched, self.modules())))
         )
         if whole or not batch:
@@ -265,10 +260,10 @@ def is_hooked(module: nn.Module) -> bool:
     return any(getattr(hook, "__module__", None) != output_capturing.__name__ for hook in hooks)
 
 
-def captures(*names: str) -> bool:
-    """Whether transformers captures one of these outputs in the current call of a model."""
+def is_captured() -> bool:
+    """Whether attentions or hidden states are requested in the current call of a model."""
     captured = output_capturing._active_collector.get()
-    return captured is not None and any(name in captured for name in names)
+    return captured is not None and ("attentions" in captured or "hidden_states" in captured)
 
 
 def goes_in_slices(x: Tensor) -> bool:

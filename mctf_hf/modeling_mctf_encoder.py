@@ -126,8 +126,8 @@ class MCTFEncoderMixin(MCTFPreTrainedMixin):
             embedded = self.embed(pixel_values, **given)
             inputs_embeds, rotary = embedded["inputs_embeds"], embedded.get("rotary")
         assert inputs_embeds is not None
-        for shown in ("output_attentions", "output_hidden_states"):  # in this call or always
-            kwargs.setdefault(shown, getattr(config, shown, False))
+        # Asked for in this call or always.
+        kwargs.setdefault("output_attentions", getattr(config, "output_attentions", False))
         reducer = build_reducer(config)
         drops = reducer is not None and reducer.drops_tokens
         tokens = self.fused_layers.encode(

@@ -421,8 +421,8 @@ class MCTFViTModel(MCTFPreTrainedMixin, ViTModel):
                 bool_masked_pos=bool_masked_pos,
                 interpolate_pos_encoding=interpolate_pos_encoding,
             )["inputs_embeds"]
-        for shown in ("output_attentions", "output_hidden_states"):  # in this call or always
-            kwargs.setdefault(shown, getattr(self.config, shown, False))
+        # Asked for in this call or always.
+        kwargs.setdefault("output_attentions", getattr(self.config, "output_attentions", False))
         mask: Any = None
         if attention_mask is not None:  # with None, an export would get an empty mask
             mask = create_bidirectional_mask(
